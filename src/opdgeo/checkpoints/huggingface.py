@@ -1,0 +1,183 @@
+"""Hugging Face folders: `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+
+Headers are read when a checkpoint is opened; a tensor's bytes only when it is asked for, memory-mapped. Other
+safetensors files in the folder (adapters, consolidated copies, optimizer states) are not weights and are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from opdgeo.checkpoints.names import Matrix
+from opdgeo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_STEP = re.compile(r"(?:step|checkpoint|global_step)[-_](\d+)")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies and what it is, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: tensor headers by name, nothing of the weights in memory."""
+
+    path: Path
+    tensors: dict[str, Stored]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as it stands in the `checkpoint` column."""
+        return self.path.resolve().name if self.path.is_dir() else self.path.stem
+
+    @property
+    def step(self) -> int | None:
+        """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
+        found = _STEP.fullmatch(self.name)
+        return int(found[1]) if found else None
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({stored.file for stored in self.tensors.values()})
+
+    def read(self, matrix: Matrix) -> torch.Tensor:
+        """The matrix as (out, in), in its stored dtype.
+
+        Raises:
+            CheckpointError: the file became unreadable, or its dtype holds no plain weights.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        stored = self.tensors[matrix.tensor]
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{matrix.tensor} in {stored.file} is stored as {stored.dtype}; expected one of {', '.join(DTYPES)}. "
+                "Convert the checkpoint to bf16, fp16 or fp32 first."
+            )
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                if matrix.transposed:
+                    whole = file.get_slice(matrix.tensor)
+                    return whole[:, matrix.start : matrix.start + matrix.rows].T.contiguous()
+                return file.get_tensor(matrix.tensor)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {matrix.tensor} from {stored.file}: {error}") from error
+
+    def manifest(self) -> dict[str, Any]:
+        """Path, dtypes and every file with its size and SHA-256: what the results were computed from."""
+        dtypes: dict[str, int] = {}
+        for stored in self.tensors.values():
+            name = DTYPES.get(stored.dtype, stored.dtype)
+            dtypes[name] = dtypes.get(name, 0) + 1
+        files = [{"name": f.name, "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in self.files]
+        return {"path": str(self.path), "format": "safetensors", "dtypes": dtypes, "files": files}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder or one safetensors file, reading headers only.
+
+    Raises:
+        CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return Checkpoint(path, _headers(path))
+    if not path.exists():
+        raise CheckpointError(
+            f"checkpoint {path} does not exist; expected a Hugging Face folder with {SINGLE} or {INDEX}, or one "
+            ".safetensors file. Check the path."
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path} is not a folder or a .safetensors file. Convert it to safetensors first."
+        )
+    tensors: dict[str, Stored] = {}
+    if (path / INDEX).exists():
+        listed = _json(path / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise CheckpointError(f"{path / INDEX} has no weight_map; expected tensor names mapped to shard files.")
+        for shard in sorted(set(map(str, listed.values()))):
+            # An index is untrusted input: a shard is a plain file name in this folder.
+            if PurePath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{path / INDEX} names the shard {shard!r}; expected a .safetensors file in the folder."
+                )
+            if not (path / shard).is_file():
+                raise CheckpointError(f"{path / INDEX} names {shard}, which is missing from {path}. Download it again.")
+            headers = _headers(path / shard)
+            for name in (n for n, where in listed.items() if where == shard):
+                if name not in headers:
+                    raise CheckpointError(f"{path / INDEX} places {name} in {shard}, which does not hold it.")
+                tensors[name] = headers[name]
+    elif (path / SINGLE).is_file():
+        tensors = _headers(path / SINGLE)
+    if not tensors:
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{path} holds no weights: expected {SINGLE} or {INDEX}, found {inside}.")
+    config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+    return Checkpoint(path, tensors, config)
+
+
+def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
+    """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
+
+    Raises:
+        CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.
+    """
+    run = Path(paths[0])
+    if len(paths) == 1 and run.is_dir() and not (run / INDEX).exists() and not (run / SINGLE).exists():
+        steps = {int(m[1]): p for p in run.iterdir() if p.is_dir() and (m := _STEP.fullmatch(p.name))}
+        if not steps:
+            raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
+        return [open_checkpoint(steps[step]) for step in sorted(steps)]
+    opened = [open_checkpoint(p) for p in paths]
+    names = [c.name for c in opened]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise CheckpointError(
+            f"two checkpoints are both named {twice[0]}; rename a folder so that each has its own name."
+        )
+    return opened
+
+
+def _headers(file: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {n: Stored(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a readable safetensors file ({error}). Copy or download it again."
+        ) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a JSON object.")
+    return loaded
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

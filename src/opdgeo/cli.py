@@ -1,0 +1,259 @@
+"""The command line. Only the standard library is imported here, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from opdgeo.errors import ConfigError, OpdgeoError
+
+DONE, BUG, REFUSED, INCOMPLETE = 0, 1, 2, 3
+
+EPILOG = """\
+examples:
+  opdgeo compare Qwen3-8B-Base/ my-sft-run/checkpoint-500 -o update
+  opdgeo track anchor/ runs/opd -o trajectory
+  opdgeo train opd --steps 100 -o runs/opd
+  opdgeo reproduce --seeds 3 -o study
+
+exit status: 0 done; 2 the request cannot be met; 3 finished, but some matrices were not computed; 1 a bug
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    main = argparse.ArgumentParser(
+        prog="opdgeo",
+        description="Where post-training moves a language model's weights.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    main.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+
+    compare = commands.add_parser(
+        "compare",
+        help="measure one update",
+        description="Measure the update from BASE to TUNED, matrix by matrix, beside null models.",
+    )
+    compare.add_argument(
+        "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
+    )
+    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training")
+    _survey_options(compare)
+    compare.set_defaults(run=_compare)
+
+    track = commands.add_parser(
+        "track",
+        help="measure a trajectory",
+        description="Measure every checkpoint of a run against BASE, and how early the final update subspace appears.",
+    )
+    track.add_argument("base", metavar="BASE", help="the checkpoint where training started")
+    track.add_argument(
+        "checkpoints",
+        metavar="RUN_DIR | CKPT",
+        nargs="+",
+        help="a folder of step-* or checkpoint-* folders, or checkpoints in order",
+    )
+    _survey_options(track)
+    track.set_defaults(run=_track)
+
+    train = commands.add_parser(
+        "train",
+        help="train one arm: sft, opd or rlvr",
+        description="Train one arm on TRL. The three paradigms share the model, the task and the trainer; they differ in who "
+        "writes the tokens and what credit a token gets.",
+    )
+    train.add_argument(
+        "paradigm", choices=("sft", "opd", "rlvr"), help="demonstrations, teacher gap, or verifier reward"
+    )
+    train.add_argument("--preset", default="tiny", help="models, task and settings: tiny (default) or smollm2")
+    train.add_argument("-o", "--out", type=Path, help="the arm's folder (default: opdgeo-PARADIGM)")
+    train.add_argument("--model", help="start from this checkpoint instead of the preset's")
+    train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--alpha", type=float, help="share of the teacher's signal in the advantage: 1 is OPD, 0 is RLVR"
+    )
+    train.add_argument("--token-share", type=float, help="train on this share of each sample's tokens, rescaled")
+    train.add_argument(
+        "--token-choice", choices=("top", "random"), help="which tokens: largest student-teacher gap, or random"
+    )
+    train.add_argument("--rollouts", choices=("student", "teacher"), help="who writes the tokens of opd and rlvr")
+    train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    train.set_defaults(run=_train)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="train all arms, measure them, and judge the paper's claims",
+        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, measure every update and trajectory, and judge each "
+        "claim by a rule written before the run. Finished parts are kept: the same command goes on after an interruption.",
+    )
+    reproduce.add_argument("--preset", default="tiny", help="models, task and settings (default: tiny)")
+    reproduce.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-study"), help="folder of the study (default: opdgeo-study)"
+    )
+    reproduce.add_argument(
+        "--seeds", type=int, default=1, help="independent repetitions, each with its own anchor (default: 1)"
+    )
+    reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
+    reproduce.set_defaults(run=_reproduce)
+
+    report = commands.add_parser(
+        "report", help="rebuild the page from the data files", description="Rebuild report.html from the data files."
+    )
+    report.add_argument("out", metavar="OUT", nargs="+", type=Path, help="results folders")
+    report.add_argument("--figures", action="store_true", help="also write figures/*.svg and figures/*.pdf")
+    report.set_defaults(run=_report)
+    return main
+
+
+def _survey_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: opdgeo-out)"
+    )
+    command.add_argument(
+        "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
+    )
+    command.add_argument("--rank", type=int, default=512, help="rank of the principal subspaces (default: 512)")
+    command.add_argument("--top-k", type=int, default=16, help="singular triplets of the update (default: 16)")
+    command.add_argument(
+        "--mask-rank", type=int, default=64, help="rank behind the principal mask and energy (default: 64)"
+    )
+    command.add_argument(
+        "--mask-share", default="0.5,0.3", help="mask sizes as shares of the entries (default: 0.5,0.3)"
+    )
+    command.add_argument(
+        "--eta", type=float, default=1e-3, help="relative tolerance of an unchanged entry (default: 1e-3)"
+    )
+    command.add_argument("--nulls", type=int, default=4, help="null updates drawn per matrix; 0 for none (default: 4)")
+    command.add_argument(
+        "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
+    )
+    command.add_argument(
+        "--engine", choices=("local",), default="local", help="where matrices are measured (default: local)"
+    )
+    command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
+
+
+def _settings(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from opdgeo.diagnostics import Settings
+
+    try:
+        shares = tuple(float(x) for x in args.mask_share.split(","))
+    except ValueError:
+        raise ConfigError(f"--mask-share is {args.mask_share!r}; expected numbers such as 0.5,0.3.") from None
+    return Settings(args.rank, args.top_k, args.mask_rank, shares, args.eta, args.nulls, args.null)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from opdgeo.survey import compare
+
+    return _finish(args, compare(args.base, args.tuned, **_survey_arguments(args)))
+
+
+def _track(args: argparse.Namespace) -> int:
+    from opdgeo.survey import track
+
+    return _finish(args, track(args.base, args.checkpoints, **_survey_arguments(args)))
+
+
+def _survey_arguments(args: argparse.Namespace) -> dict:
+    arguments = dict(
+        roles=args.roles,
+        settings=_settings(args),
+        workers=args.workers,
+        device=args.device,
+        progress=sys.stderr.isatty(),
+    )
+    # An older result must not pass for this run's if this one is interrupted.
+    for name in ("run.json", "summary.json", "measurements.parquet", "curves.parquet", "report.html"):
+        (args.out / name).unlink(missing_ok=True)
+    return arguments
+
+
+def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped-def]
+    from opdgeo.report.terminal import print_summary
+
+    result.save(args.out)
+    print_summary(result.summary)
+    pairing = result.run["pairing"]
+    for label in ("base_only", "tuned_only", "unrecognised"):
+        if names := pairing[label]:
+            print(
+                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
+            )
+    if not args.no_report:
+        from opdgeo.report import write_report
+
+        print(f"report: {write_report(args.out)}")
+    print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
+    if result.skipped:
+        print(
+            f"opdgeo: {len(result.skipped)} matrices were not computed, first {result.skipped[0]}; see `reason`",
+            file=sys.stderr,
+        )
+        return INCOMPLETE
+    return DONE
+
+
+def _train(args: argparse.Namespace) -> int:
+    from opdgeo.experiments.presets import train_config
+    from opdgeo.training.run import train
+
+    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts")
+    overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
+    config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
+    out = args.out or Path(f"opdgeo-{args.paradigm}")
+    last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
+    print(f"last checkpoint: {last}")
+    print(f"measure it:      opdgeo track {config.origin} {out}")
+    return DONE
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from opdgeo.experiments.reproduce import reproduce
+    from opdgeo.report.terminal import print_claims
+
+    claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
+    print_claims(claims)
+    print(f"report: {args.out / 'report.html'}")
+    return DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from opdgeo.report import write_report
+
+    for out in args.out:
+        print(f"report: {write_report(out, figures=args.figures)}")
+    return DONE
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with its status."""
+    command_line = parser()
+    args = command_line.parse_args(argv)
+    if args.version:
+        from opdgeo import __version__
+
+        print(f"opdgeo {__version__}")
+        sys.exit(DONE)
+    if args.command is None:
+        command_line.print_help()
+        sys.exit(DONE)
+    try:
+        sys.exit(args.run(args))
+    except OpdgeoError as error:
+        print(f"opdgeo: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        print("opdgeo: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

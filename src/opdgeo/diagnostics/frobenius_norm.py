@@ -1,0 +1,13 @@
+"""‖ΔW‖_F, the size of the update (PAPER §2)."""
+
+from __future__ import annotations
+
+from opdgeo.diagnostics.update import Settings, Update, Value, norm_error
+
+
+def variants(settings: Settings) -> list[str]:
+    return [""]
+
+
+def measure(update: Update) -> dict[str, Value]:
+    return {"": Value(update.norm, norm_error(update.norm, update.delta.numel()), "sum")}

@@ -1,0 +1,39 @@
+"""Share of ‖ΔW‖_F² inside W₀'s top-k singular subspaces, left (UᵀΔW), right (ΔW V) and both (UᵀΔW V).
+
+Chance is k/rows, k/cols and their product. PAPER §1 (R5) asks whether updates avoid the principal weights; this asks
+the same of directions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, norm_error, undefined, undetermined
+
+
+def variants(settings: Settings) -> list[str]:
+    return [f"{side}.{settings.mask_rank}" for side in ("left", "right", "both")]
+
+
+def measure(update: Update) -> dict[str, Value]:
+    if not update.moved:
+        return {name: undefined(UNMOVED) for name in variants(update.settings)}
+    k, reason = update.base.cut(update.settings.mask_rank)
+    spectrum = update.base.spectrum
+    left, right = spectrum.left[:, :k], spectrum.right[:, :k]
+    unit = update.delta / update.norm
+    inside_left = left.T @ unit
+    energies = {"left": inside_left, "right": unit @ right, "both": inside_left @ right}
+    lost = {side: spectrum.subspace_error(k, side) for side in ("left", "right")}
+    lost["both"] = lost["left"] + lost["right"]
+    values: dict[str, Value] = {}
+    for side, part in energies.items():
+        share = min(1.0, float(torch.linalg.vector_norm(part)) ** 2)
+        error = 2 * lost[side] + 4 * norm_error(1.0, update.delta.numel())
+        name = f"{side}.{update.settings.mask_rank}"
+        values[name] = (
+            undefined(undetermined(k))
+            if lost[side] >= 1
+            else Value(share, min(1.0, error), spectrum.method, reason=reason)
+        )
+    return values

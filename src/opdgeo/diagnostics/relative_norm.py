@@ -1,0 +1,16 @@
+"""‖ΔW‖_F / ‖W₀‖_F: the size of the update against the weights it changes."""
+
+from __future__ import annotations
+
+from opdgeo.diagnostics.update import Settings, Update, Value, norm_error, undefined
+
+
+def variants(settings: Settings) -> list[str]:
+    return [""]
+
+
+def measure(update: Update) -> dict[str, Value]:
+    if update.base.norm == 0:
+        return {"": undefined("the base matrix is zero")}
+    ratio = update.norm / update.base.norm
+    return {"": Value(ratio, 2 * norm_error(ratio, update.delta.numel()), "sum")}

@@ -1,0 +1,1 @@
+"""Presets, arms, controls and `reproduce`."""

@@ -1,0 +1,482 @@
+"""Every chart, defined once: the same figure goes inline into the page (coloured by its style sheet) and to figures/ as SVG and PDF.
+
+Colours are those of Okabe and Ito, told apart with any colour vision; arms differ in marker too. Null models are always grey.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from opdgeo.report.glossary import Entry, clean, number
+
+INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+ARM_STYLE = {"opd": 0, "sft": 1, "rlvr": 2, "sft-matched": 4}
+"""Fixed colour and marker of the arms of the experiment; see `style_of`."""
+
+_SEQUENTIAL: Colormap = matplotlib.colormaps["cividis"]
+_DIVERGING = LinearSegmentedColormap.from_list("excess", ("#08519c", "#6baed6", "#f3f3f1", "#f4a261", "#b5450b"))
+_WIDTH = 4.0  # inches; about 350 px in the page's grid, where 9 pt reads as 11 px
+_RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,  # names are untrusted: a dollar sign is a dollar sign
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its file name, a caption and a text for readers who cannot see it. `tips` are tooltips by element id."""
+
+    name: str
+    caption: str
+    alt: str
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One row of a distribution: the value of each matrix beside its null (mean and standard deviation; empty without nulls)."""
+
+    label: str
+    values: Sequence[float]
+    null_means: Sequence[float] = ()
+    null_stds: Sequence[float] = ()
+    style: int = 0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a trajectory: `low`..`high` is its spread, `null` the value of the null at each x (None: no null)."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    null: Sequence[float | None] | None = None
+    style: int = 0
+
+
+def style_of(arm: str, others: Sequence[str] = ()) -> int:
+    """Index of the colour and marker of an arm; arms outside the experiment take the free ones in order."""
+    if arm in ARM_STYLE:
+        return ARM_STYLE[arm]
+    free = [i for i in range(len(SERIES)) if i not in ARM_STYLE.values()]
+    unknown = [a for a in others if a not in ARM_STYLE]
+    return free[unknown.index(arm) % len(free)] if arm in unknown else 0
+
+
+def distribution(name: str, title: str, entry: Entry, groups: Sequence[Group], axis: str = "") -> Chart:
+    """One dot a matrix, its null in grey beneath (with two standard deviations), the mean as a tick."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
+        everything = [v for g in groups for v in (*g.values, *g.null_means)]
+        log = entry.log and bool(everything) and min(everything) > 0
+        for row, group in enumerate(groups):
+            if len(group.null_means):
+                means, stds = np.asarray(group.null_means, float), np.asarray(group.null_stds, float)
+                low = np.maximum(means - 2 * stds, means * 1e-3) if log else means - 2 * stds
+                axes.hlines(np.full(len(means), row + 0.2), low, means + 2 * stds, color=NULL, linewidth=3.2, alpha=0.35)
+                axes.plot(means, np.full(len(means), row + 0.2), linestyle="", marker="|", markersize=6, color=NULL, markeredgewidth=1)
+            values = np.asarray(group.values, float)
+            axes.plot(
+                values, np.full(len(values), row - 0.14), linestyle="", marker="o", markersize=4.2, alpha=0.6, markeredgewidth=0,
+                color=SERIES[group.style],
+            )  # fmt: skip
+            if len(values) > 1:
+                axes.vlines(values.mean(), row - 0.36, row + 0.04, color=INK, linewidth=1.4)
+        axes.set_yticks(range(len(groups)), [clean(g.label, 22) for g in groups])
+        axes.set_ylim(len(groups) - 0.45, -0.55)
+        axes.grid(axis="y", visible=False)
+        if log:
+            axes.set_xscale("log")
+        _value_axis(axes, "x", entry, log)
+        axes.set_xlabel(axis or _axis_label(title, entry), loc="left")
+    return Chart(name, title, f"{title} of every matrix, its null in grey", figure)
+
+
+def trajectory(name: str, title: str, entry: Entry, series: Sequence[Series], x_label: str = "step", walk: bool = False) -> Chart:
+    """A diagnostic against the step; bands are the spread named in the caption, grey lines the null of the same size."""
+    with matplotlib.rc_context(_RC):
+        many = len(series) > 1
+        figure, axes = _frame(2.35 + (0.2 * ((len(series) + 2) // 3) if many else 0.2), [], top=0.2 * ((len(series) + 3) // 3) + 0.08)
+        finite = [v for s in series for v in (*s.y, *(n for n in (s.null or ()) if n is not None)) if v is not None]
+        log = entry.log and bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)
+        for one in series:
+            colour, marker = SERIES[one.style], MARKERS[one.style]
+            if one.null is not None and any(n is not None for n in one.null):
+                grey = [np.nan if n is None else n for n in one.null]
+                axes.plot(one.x, grey, color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
+                axes.plot(one.x[-1:], grey[-1:], color=NULL, marker=marker, markersize=4.5, markerfacecolor=PAPER, zorder=2.2)
+            if one.low is not None and one.high is not None:
+                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
+            axes.plot(one.x, one.y, color=colour, marker=marker, markersize=3.4 if len(one.x) <= 20 else 0, zorder=3, label=clean(one.label, 24))
+        if any(s.null is not None and any(n is not None for n in s.null) for s in series):
+            axes.plot([], [], color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), label="null: walk" if walk else "null: same size")
+        if log:
+            axes.set_yscale("log")
+        _value_axis(axes, "y", entry, log)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label in ("step", "checkpoint")))
+        if x_label.startswith("share"):
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(round(v, 9), "share", bare=True)))
+        axes.set_xlabel(x_label, loc="right")
+        axes.margins(y=0.12)
+        _legend(figure, axes)
+    return Chart(name, title, f"{title} along training", figure)
+
+
+def heatmap(
+    name: str,
+    title: str,
+    entry: Entry,
+    cells: dict[tuple[int | None, str], tuple[float, str]],
+    roles: Sequence[str],
+    layers: Sequence[int | None],
+    limits: tuple[float, float] | None = None,
+    excess: bool = False,
+) -> Chart:
+    """Layers top to bottom, roles left to right. `cells` maps (layer, role) to a value and its tooltip; a missing cell stays open.
+
+    `excess` centres a diverging scale on 0; `limits` share one scale between several charts.
+    """
+    with matplotlib.rc_context(_RC):
+        row = 0.1 if len(layers) > 12 else 0.2
+        names = [_role_label(r) for r in roles]
+        height = 0.95 + row * len(layers) + 0.045 * max(map(len, names), default=0)
+        figure = Figure(figsize=(_WIDTH, height))
+        bottom = 0.52
+        left, right = 0.42, 0.16
+        axes = figure.add_axes((left / _WIDTH, bottom / height, (_WIDTH - left - right) / _WIDTH, row * len(layers) / height))
+        values = [v for v, _ in cells.values()]
+        low, high = limits or ((min(values), max(values)) if values else (0.0, 1.0))
+        if excess:
+            high = max(abs(low), abs(high)) or 1.0
+            low = -high
+        elif high <= low:
+            low, high = low - abs(low) * 0.01 - 1e-12, high + abs(high) * 0.01 + 1e-12
+        colours, norm = (_DIVERGING if excess else _SEQUENTIAL), Normalize(low, high)
+        tips = {}
+        for index, ((layer, role), (value, tip)) in enumerate(cells.items()):
+            patch = Rectangle((roles.index(role) - 0.5, layers.index(layer) - 0.5), 1, 1, facecolor=colours(norm(value)), edgecolor=PAPER)
+            patch.set_linewidth(0.8 if len(layers) <= 12 else 0.4)
+            patch.set_gid(f"cell{index}")
+            patch.set_clip_on(False)
+            axes.add_patch(patch)
+            tips[f"cell{index}"] = tip
+        axes.set_xlim(-0.5, max(len(roles), 1) - 0.5)
+        axes.set_ylim(max(len(layers), 1) - 0.5, -0.5)
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.xaxis.tick_top()
+        slanted = max(map(len, names), default=0) * len(names) > 44
+        axes.set_xticks(range(len(roles)), names, rotation=40 if slanted else 0, ha="left" if slanted else "center")
+        every = 1 if len(layers) <= 12 else 5
+        shown = [i for i, layer in enumerate(layers) if layer is None or layer % every == 0]
+        axes.set_yticks(shown, ["–" if layers[i] is None else str(layers[i]) for i in shown])
+        axes.set_ylabel("layer", labelpad=2)
+        bar = figure.add_axes((left / _WIDTH, 0.3 / height, (_WIDTH - left - right) / _WIDTH, 0.09 / height))
+        steps = 48
+        for i in range(steps):
+            at = low + (high - low) * (i + 0.5) / steps
+            width = (high - low) / steps
+            bar.add_patch(Rectangle((at - width / 2, 0), width * 1.05, 1, facecolor=colours(norm(at)), linewidth=0))
+        bar.set_xlim(low, high)
+        bar.set_ylim(0, 1)
+        bar.set_yticks([])
+        bar.grid(visible=False)
+        for spine in bar.spines.values():
+            spine.set_visible(False)
+        bar.xaxis.set_major_locator(MaxNLocator(4))
+        unit = "points" if excess and entry.unit == "share" else entry.unit
+        _numbers(bar, "x", unit)
+    return Chart(name, title, f"{title} by layer and role", figure, tips)
+
+
+def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]) -> Chart:
+    """Singular values of one matrix before and after training, and those of its update, on one logarithmic axis."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(2.55, [], top=0.28)
+        for values, colour, style, text in (
+            (base, MUTED, "-", "σ(W₀)"),
+            (tuned, SERIES[0], (0, (2, 1.5)), "σ(W₊)"),
+            (update, SERIES[1], "-", "σ(ΔW)"),
+        ):
+            y = np.asarray(values, float)
+            axes.plot(np.arange(1, len(y) + 1), np.where(y > 0, y, np.nan), color=colour, linestyle=style, label=text)
+        positive = [v for values in (base, tuned, update) for v in values if v > 0]
+        if positive:
+            axes.set_yscale("log")
+            axes.set_ylim(max(min(positive), max(positive) * 1e-8) * 0.7, max(positive) * 1.5)
+            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("index i", loc="right")
+        _legend(figure, axes)
+    return Chart(name, title, title, figure)
+
+
+def spectrum_shift(name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]) -> Chart:
+    """σᵢ(W₊) − σᵢ(W₀) by index, with the band ±‖ΔW‖₂ that Weyl's inequality allows."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(2.55, [], top=0.28)
+        shift = np.asarray(tuned, float) - np.asarray(base, float)
+        index = np.arange(1, len(shift) + 1)
+        bound = float(max(update, default=0.0))
+        axes.axhspan(-bound, bound, color=NULL, alpha=0.22, linewidth=0, label="allowed: ±‖ΔW‖₂")
+        axes.axhline(0, color=MUTED, linewidth=0.6)
+        axes.plot(index, shift, color=SERIES[0], linewidth=1.2, label="σ(W₊) − σ(W₀)")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _numbers(axes, "y", "number")
+        axes.set_xlabel("index i", loc="right")
+        _legend(figure, axes)
+    return Chart(name, title, title, figure)
+
+
+def update_spectra(name: str, title: str, groups: Sequence[tuple[str, int, Sequence[Sequence[float]], Sequence[tuple[int, int]]]]) -> Chart:
+    """σᵢ(ΔW)/‖ΔW‖_F of every matrix (thin), the median of each group (thick) and a Gaussian update of the same shape and norm (grey).
+
+    `groups` holds label, style, the spectra and the shapes (rows, cols). The grey line is the Marchenko–Pastur law, exact for large matrices.
+    """
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(2.75, [], top=0.28 if len(groups) < 3 else 0.48)
+        drawn = set()
+        for text, style, spectra_, shapes in groups:
+            kept = []
+            for values, shape in zip(spectra_, shapes, strict=True):
+                sigma = np.asarray(values, float)
+                norm = float(np.sqrt((sigma**2).sum()))
+                if norm <= 0:
+                    continue
+                position = (np.arange(len(sigma)) + 0.5) / len(sigma)
+                axes.plot(position, np.where(sigma > 0, sigma / norm, np.nan), color=SERIES[style], linewidth=0.4, alpha=0.25)
+                kept.append(np.interp(np.linspace(0.002, 0.998, 120), position, sigma / norm))
+                if shape not in drawn:
+                    drawn.add(shape)
+                    gauss = _marchenko_pastur(*shape)
+                    axes.plot((np.arange(len(gauss)) + 0.5) / len(gauss), gauss, color=NULL, linestyle=(0, (4, 2)), linewidth=1.4, zorder=3)
+            if kept:
+                axes.plot(np.linspace(0.002, 0.998, 120), np.median(kept, axis=0), color=SERIES[style], label=clean(text, 24), zorder=4)
+        if drawn:
+            axes.plot([], [], color=NULL, linestyle=(0, (4, 2)), linewidth=1.4, label="Gaussian update")
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, high * 1e-5), high)
+            axes.yaxis.set_major_locator(LogLocator(numticks=6))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(round(v, 9), "share", bare=True)))
+        axes.set_xlabel("index, % of the singular values", loc="right")
+        _legend(figure, axes)
+    return Chart(name, title, title, figure)
+
+
+def claim_panel(name: str, title: str, unit: str, axis: str, arms: Sequence[tuple[str, int, dict[str, Any]]]) -> Chart:
+    """One row an arm: mean with its interval, the seeds as open dots, the null as a grey bar."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(0.66 + 0.34 * len(arms), [a for a, _, _ in arms])
+        for row, (_, style, got) in enumerate(arms):
+            colour = SERIES[style]
+            if got.get("null") is not None:
+                axes.plot([got["null"]], [row + 0.16], marker="|", markersize=13, markeredgewidth=2.6, color=NULL, linestyle="")
+            seeds = [s for s in got.get("seeds") or [] if s is not None]
+            if len(seeds) > 1:
+                axes.plot(seeds, [row + 0.16] * len(seeds), linestyle="", marker="o", markersize=3.6, markerfacecolor="none", markeredgecolor=colour)
+            if got.get("low") is not None and got.get("high") is not None:
+                axes.hlines(row - 0.1, got["low"], got["high"], color=colour, linewidth=3.4, alpha=0.4)
+            if got.get("mean") is not None:
+                axes.plot([got["mean"]], [row - 0.1], marker=MARKERS[style], markersize=6, color=colour, linestyle="")
+        axes.set_yticks(range(len(arms)), [clean(a, 22) for a, _, _ in arms])
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.08)
+        entry = Entry("", unit, False, "", "", "", "")
+        _value_axis(axes, "x", entry, False)
+        axes.set_xlabel(clean(axis, 48), loc="left")
+    return Chart(name, title, f"{title}: arms with intervals and nulls", figure)
+
+
+def inline_svg(chart: Chart) -> str:
+    """The figure as an <svg> element for an HTML page: no ids or style rules that leak, colours as variables of the page."""
+    text = _svg(chart, "none")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>|<defs>\s*</defs>", "", text, flags=re.S)
+    # names may hold quotes: once those are escaped, no pattern below that ends at a quote can run from a text into a tag
+    text = re.sub(r">([^<]*)<", lambda m: ">" + m[1].replace('"', "&quot;") + "<", text)
+    view = re.search(r'viewBox="([^"]+)"', text)
+    start = f'<svg viewBox="{view[1] if view else "0 0 288 180"}" role="img" aria-label="{_escaped(chart.alt)}">'
+    text = start + text[text.index(">") + 1 :]
+    for gid, tip in chart.tips.items():
+        text = text.replace(f'<g id="{gid}">', f"<g><title>{_escaped(tip)}</title>", 1)
+    kept = {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)}
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in kept else "", text)
+    text = re.sub(r'( (?:d|x|y|transform|points|width|height)=")([^"]*)"', lambda m: m[1] + re.sub(r"(\.\d\d)\d+", r"\1", m[2]) + '"', text)
+    text = re.sub(r' style="([^"]*)"', lambda m: f' style="{_page_style(m[1])}"', text)
+    text = text.replace(' xlink:href="', ' href="')
+    text = re.sub(r"<g>((?:\s*<use [^>]*/>)+)\s*</g>", _share_style, text)
+    return re.sub(r">\s+<", "><", text)
+
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", NULL: "--null", PAPER: "--paper"} | {c: f"--s{i}" for i, c in enumerate(SERIES)}
+
+
+def _page_style(style: str) -> str:
+    style = re.sub(r"font: ([\d.]+)px [^;]*", r"font: \1px var(--sans)", style).replace("stroke-linejoin: miter", "")
+    return re.sub("|".join(_VARIABLES), lambda m: f"var({_VARIABLES[m[0]]})", style).strip("; ")
+
+
+def _escaped(text: str) -> str:
+    return escape(clean(text), {'"': "&quot;"})
+
+
+def save(chart: Chart, folder: Path) -> list[Path]:
+    """Write NAME.svg (letters as outlines) and NAME.pdf into `folder`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pdf = io.BytesIO()
+    with matplotlib.rc_context(_RC):
+        chart.figure.savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
+    written = []
+    for path, content in ((folder / f"{chart.name}.svg", _svg(chart, "path").encode()), (folder / f"{chart.name}.pdf", pdf.getvalue())):
+        write_whole(path, content)
+        written.append(path)
+    return written
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace `path` in one step, so that a reader finds the old file or the new one and never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _svg(chart: Chart, fonts: str) -> str:
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({**_RC, "svg.fonttype": fonts, "svg.hashsalt": chart.name}):
+        chart.figure.savefig(buffer, format="svg", metadata=nothing, facecolor="none" if fonts == "none" else "white")
+    return buffer.getvalue()
+
+
+def _share_style(match: re.Match[str]) -> str:
+    """Markers of one series carry the same style each: say it once on their group."""
+    styles = set(re.findall(r' style="([^"]*)"', match[1]))
+    if len(styles) != 1:
+        return match[0]
+    return f'<g style="{styles.pop()}">' + re.sub(r' style="[^"]*"', "", match[1]) + "</g>"
+
+
+def _frame(height: float, labels: Sequence[str], top: float = 0.06) -> tuple[Figure, Axes]:
+    """A figure of the common width whose left margin holds the row labels; sizes in inches."""
+    left = 0.2 + 0.072 * max((len(clean(s, 22)) for s in labels), default=5)
+    bottom = 0.46
+    height = max(height, bottom + top + 0.4)
+    figure = Figure(figsize=(_WIDTH, height))
+    axes = figure.add_axes((left / _WIDTH, bottom / height, (_WIDTH - left - 0.2) / _WIDTH, (height - bottom - top) / height))
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="upper left", ncols=min(3, len(handles)), bbox_to_anchor=(0, 1.0), borderpad=0.1,
+                      handlelength=1.6, columnspacing=1.3, handletextpad=0.5, borderaxespad=0.1)  # fmt: skip
+
+
+def _numbers(axes: Axes, which: str, unit: str) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+
+    def text(value: float, _: int | None) -> str:
+        low, high = sorted(axis.get_view_interval())
+        if abs(value) < 1e-9 * max(abs(low), abs(high)):
+            value = 0.0
+        scaled = 100 * value if unit in ("share", "points") else value
+        return f"{scaled:.4g}".replace("-", "−", 1 if scaled < 0 else 0)
+
+    axis.set_major_formatter(FuncFormatter(text))
+
+
+def _value_axis(axes: Axes, which: str, entry: Entry, log: bool) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if log:
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0), numticks=6))
+        if high < 3 * low:
+            axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    _numbers(axes, which, entry.unit)
+
+
+def _axis_label(title: str, entry: Entry) -> str:
+    return title + {"share": ", %", "degrees": ", degrees"}.get(entry.unit, "")
+
+
+def _role_label(role: str) -> str:
+    return clean(role.removesuffix("_proj"), 12)
+
+
+def _marchenko_pastur(rows: int, cols: int) -> np.ndarray:
+    """Singular values of a Gaussian rows × cols matrix of Frobenius norm 1, descending: quantiles of the Marchenko–Pastur law."""
+    small, large = sorted((rows, cols))
+    ratio = small / large
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    # in s = √x the density stays finite at 0 for a square matrix
+    grid = np.linspace(low**0.5, high**0.5, 4001)
+    density = np.sqrt(np.maximum((high - grid**2) * (grid**2 - low), 0)) / np.maximum(grid, grid[1] * 1e-3)
+    share = np.cumsum(density)
+    quantiles = np.interp((np.arange(small)[::-1] + 0.5) / small, share / share[-1], grid)
+    return np.asarray(quantiles / np.sqrt((quantiles**2).sum()))

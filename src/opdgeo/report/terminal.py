@@ -1,0 +1,208 @@
+"""The results in a terminal: every diagnostic next to its null. Needs neither matplotlib nor torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from opdgeo.report.data import load_claims, load_summary, runs
+from opdgeo.report.glossary import SUFFIX, arm_label, clean, interval_decimals, is_primary, number
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
+
+_STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
+_VERDICT = {"holds": "bold green", "fails": "bold red", "inconclusive": "yellow"}
+
+
+def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console | None = None) -> None:
+    """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one line each; several arms side by side.
+
+    Raises ConfigError when the folder has no readable summary.json.
+    """
+    console = console or Console()
+    grouped = runs(load_summary(out_or_summary))
+    if len(grouped) > 1:
+        _print_arms({arm: checkpoints for (arm, seed), checkpoints in grouped.items() if seed == 0}, console)
+        return
+    for checkpoints in grouped.values():
+        if len(checkpoints) > 1:
+            console.print(_trajectory(checkpoints))
+        _print_full(checkpoints[-1], console)
+
+
+def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
+    """Print the claims table: verdict, and per arm the value with its interval and its null.
+
+    `claims` is the content of claims.json or the folder that holds it. Raises ConfigError when it has another shape.
+    """
+    console = console or Console()
+    claims = load_claims(claims)
+    table = Table(title=Text("Claims of the paper", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    table.add_column("", style="bold", no_wrap=True)
+    table.add_column("claim", min_width=24)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("arm", no_wrap=True)
+    table.add_column("mean [interval]", justify="right", no_wrap=True)
+    table.add_column("null", justify="right", no_wrap=True, style="dim")
+    for claim in claims["claims"]:
+        unit = unit_of(claim.get("unit"))
+        rows = list((claim.get("measured") or {}).items())
+        rows += [(f"{arm_label(arm)}, matched", got) for arm, got in (claim.get("matched") or {}).items()]
+        what = Text(clean(claim["claim"]))
+        if claim.get("explanation"):
+            what.append("\n" + clean(claim["explanation"]), style="dim")
+        table.add_row(
+            Text(clean(claim["id"])),
+            what,
+            Text(clean(claim["verdict"]), style=_VERDICT.get(claim["verdict"], "")),
+            Text("\n".join(arm_label(arm) for arm, _ in rows)),
+            Text("\n".join(_interval(got.get("mean"), got.get("low"), got.get("high"), unit) for _, got in rows)),
+            Text("\n".join(number(got.get("null"), unit) for _, got in rows)),
+        )
+    console.print(table)
+    for line in claims.get("left_out") or []:
+        console.print(Text("not tested: " + clean(line), style="dim"))
+
+
+def unit_of(name: str | None) -> str:
+    """The unit of a claim as `glossary.number` knows it."""
+    return {"share": "share", "points": "points", "degrees": "degrees", "degree": "degrees", "seconds": "seconds"}.get(name or "", "number")
+
+
+def _interval(mean: float | None, low: float | None, high: float | None, unit: str, signed: bool = False) -> str:
+    if low is None or high is None:
+        return number(mean, unit, signed=signed)
+    decimals = interval_decimals(low, high, unit)
+    shown = [number(v, unit, signed=signed, bare=True, decimals=decimals) for v in (mean, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]{SUFFIX.get(unit, '')}"
+
+
+def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
+    table = _new_table(checkpoint["checkpoint"])
+    table.add_column("diagnostic", overflow="ellipsis", no_wrap=True)
+    for name in ("mean", "null", "excess [95 %]"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("reading", no_wrap=True)
+    table.add_column("of", justify="right", no_wrap=True)
+    for found in findings(checkpoint):
+        row, null = found.row, found.null or {}
+        unit = "points" if found.unit == "share" else found.unit
+        excess = "" if found.reading == "by construction" else _interval(null.get("excess"), null.get("low"), null.get("high"), unit, signed=True)
+        table.add_row(
+            _name(found),
+            number(row["mean"], found.unit),
+            Text(number(null.get("mean"), found.unit), style="dim"),
+            Text(excess),
+            _reading(found),
+            Text(f"{row['computed']}/{row['total']}", style="" if row["computed"] == row["total"] else "yellow"),
+        )
+    console.print(table)
+    for line in sentences(checkpoint):
+        console.print(Text(line))
+
+
+def _new_table(title: str) -> Table:
+    return Table(title=Text(clean(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+
+
+def _name(found: Finding) -> Text:
+    text = Text(found.title)
+    if found.detail:
+        text.append(f" {found.detail}", style="dim")
+    return text
+
+
+def _reading(found: Finding) -> Text:
+    if found.row["mean"] is None:
+        return Text("undefined", style="yellow")
+    if found.reading is None:
+        return Text("no null", style="dim")
+    side = {"above": " ↑", "below": " ↓"}.get(found.side, "") if found.reading == "geometry" else ""
+    return Text(clean(found.reading) + side, style=_STYLE.get(found.reading, ""))
+
+
+def sentences(checkpoint: dict[str, Any]) -> list[str]:
+    """The verdict in plain words, for a terminal."""
+    if did_not_move(checkpoint):
+        return ["The weights did not move: every measured matrix is the same in both checkpoints."]
+    norm, sparsity = find(checkpoint, "relative_norm"), find(checkpoint, "update_sparsity", "bf16_eta")
+    lines = []
+    if norm and sparsity and norm.row["mean"] is not None and sparsity.row["mean"] is not None:
+        lines.append(
+            f"Size: the update has {number(norm.row['mean'], 'share')} of the weights' norm; "
+            f"{number(sparsity.row['mean'], 'share')} of the entries are unchanged in bf16."
+        )
+    groups = by_reading(checkpoint)
+    for key, text in (
+        ("geometry", "Differs from an isotropic update of that size"),
+        ("size", "Same as an isotropic update of that size"),
+        ("unclear", "Unclear"),
+    ):
+        if groups.get(key):
+            lines.append(f"{text}: {', '.join(names(groups[key]))}.")
+    if groups.get("no null"):
+        lines.append("Without null models nothing separates geometry from size.")
+    left_out: dict[tuple[int, int], list[Finding]] = {}
+    for found in incomplete(checkpoint):
+        left_out.setdefault((found.row["computed"], found.row["total"]), []).append(found)
+    for (computed, total), group in left_out.items():
+        what = "every diagnostic" if len(group) == len(checkpoint["diagnostics"]) else ", ".join(names(group))
+        lines.append(f"Computed for {computed} of {total} matrices: {what}.")
+    return lines
+
+
+def names(found: list[Finding]) -> list[str]:
+    """One name a diagnostic, its variants in brackets."""
+    grouped: dict[str, list[str]] = {}
+    for one in found:
+        grouped.setdefault(one.title, []).append(one.detail)
+    return [
+        (title if title.startswith(("Hill", "Frobenius")) else title[0].lower() + title[1:]) + (f" ({', '.join(v)})" if any(v) else "")
+        for title, v in grouped.items()
+    ]
+
+
+def _trajectory(checkpoints: list[dict[str, Any]]) -> Table:
+    """One line a checkpoint: mean of each primary diagnostic, its null in brackets."""
+    columns = [f for f in findings(checkpoints[-1]) if is_primary(f.diagnostic, f.variant)]
+    table = _new_table("Trajectory: mean over matrices (null)")
+    table.add_column("diagnostic", no_wrap=True)
+    for checkpoint in checkpoints:
+        table.add_column(Text(clean(checkpoint["checkpoint"], 24)), justify="right", no_wrap=len(checkpoints) <= 5)
+    for column in columns:
+        table.add_row(_name(column), *(_cell(find(c, column.diagnostic, column.variant)) for c in checkpoints))
+    return table
+
+
+def _cell(found: Finding | None) -> Text:
+    if found is None:
+        return Text("–")
+    text = Text(number(found.row["mean"], found.unit))
+    if found.null:
+        text.append(f" ({number(found.null.get('mean'), found.unit)})", style="dim")
+    return text
+
+
+def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """Last checkpoint of every arm side by side: mean, its null in brackets, and whether it differs."""
+    table = _new_table("Last checkpoint of every arm (first seed): mean over matrices (null); bold: reading “geometry”")
+    table.add_column("diagnostic", no_wrap=True)
+    for arm in arms:
+        table.add_column(Text(arm_label(arm)), justify="right", no_wrap=True)
+    last = {arm: checkpoints[-1] for arm, checkpoints in arms.items()}
+    for column in findings(next(iter(last.values()))):
+        cells = []
+        for checkpoint in last.values():
+            found = next((f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (column.diagnostic, column.variant)), None)
+            cell = _cell(found)
+            if found is not None and found.reading == "geometry":
+                cell.stylize("bold cyan", 0, len(number(found.row["mean"], found.unit)))
+            if found is not None and found.row["computed"] < found.row["total"]:
+                cell.append(f" {found.row['computed']}/{found.row['total']}", style="yellow")
+            cells.append(cell)
+        table.add_row(_name(column), *cells)
+    console.print(table)

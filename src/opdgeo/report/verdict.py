@@ -1,0 +1,88 @@
+"""The verdict: which diagnostics an isotropic update of the same size would show as well, and which it would not.
+
+No name of a paradigm is given to an update: its readings say how far it is from a null, not where it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from opdgeo.report.glossary import GLOSSARY, entry, label, variant_label
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnostic and variant of the summary next to its null. `side` is above, below or empty."""
+
+    diagnostic: str
+    variant: str
+    row: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        return entry(self.diagnostic).title
+
+    @property
+    def detail(self) -> str:
+        return variant_label(self.diagnostic, self.variant)
+
+    @property
+    def label(self) -> str:
+        return label(self.diagnostic, self.variant)
+
+    @property
+    def unit(self) -> str:
+        return entry(self.diagnostic).unit
+
+    @property
+    def null(self) -> dict[str, Any] | None:
+        null: dict[str, Any] | None = self.row.get("null")
+        return null
+
+    @property
+    def reading(self) -> str | None:
+        return self.null.get("reading") if self.null else None
+
+    @property
+    def side(self) -> str:
+        excess = self.null.get("excess") if self.null else None
+        return "" if not excess else "above" if excess > 0 else "below"
+
+
+def findings(checkpoint: dict[str, Any]) -> list[Finding]:
+    """Every row of a summary's checkpoint, in the order of the glossary, unknown diagnostics last."""
+    order = {name: i for i, name in enumerate(GLOSSARY)}
+    rows = [Finding(r["diagnostic"], r["variant"], r) for r in checkpoint["diagnostics"]]
+    return sorted(rows, key=lambda f: order.get(f.diagnostic, len(order)))
+
+
+def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
+    """Findings under geometry, size, unclear, by construction, `no null` and `not computed`; empty groups are left out."""
+    groups: dict[str, list[Finding]] = {}
+    for found in findings(checkpoint):
+        if found.row["mean"] is None:
+            key = "not computed"
+        else:
+            key = found.reading or "no null"
+        groups.setdefault(key, []).append(found)
+    return groups
+
+
+def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Finding | None:
+    """The row of one diagnostic; `variant` matches by its beginning."""
+    for found in findings(checkpoint):
+        if found.diagnostic == diagnostic and found.variant.startswith(variant):
+            return found
+    return None
+
+
+def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
+    """Findings whose mean leaves matrices out."""
+    return [f for f in findings(checkpoint) if f.row["computed"] < f.row["total"]]
+
+
+def did_not_move(checkpoint: dict[str, Any]) -> bool:
+    """Whether every measured matrix is the same in both checkpoints."""
+    norm = find(checkpoint, "frobenius_norm") or find(checkpoint, "relative_norm")
+    return norm is not None and norm.row["mean"] == 0

@@ -1,0 +1,224 @@
+"""One matrix through all checkpoints: diagnostics, nulls, trajectory similarity, curves. No formulas, no files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdgeo.checkpoints import Checkpoint, Matrix
+from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
+from opdgeo.numerics import nulls
+from opdgeo.numerics.spectra import Spectrum, spectrum
+
+
+@dataclass
+class Measured:
+    """The rows of one matrix for `measurements.parquet` and `curves.parquet`, and where the seconds went."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "measure": 0.0, "nulls": 0.0})
+
+
+def measure(
+    matrix: Matrix,
+    base: Checkpoint,
+    checkpoints: list[Checkpoint],
+    settings: Settings,
+    *,
+    trajectory: bool,
+    device: str = "cpu",
+    done: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Measure `matrix` at every checkpoint against `base`; calls `done` after each checkpoint.
+
+    A matrix with a non-finite entry at some checkpoint is skipped there, and its rows say so.
+    """
+    out = Measured()
+    clock = _Clock(out.seconds)
+    with clock("read"):
+        before = Base(base.read(matrix).to(device, torch.float64), settings)
+    blocked = _non_finite(before.matrix, base)
+    spectra: dict[int, Spectrum | None] = {}
+    increments: dict[int, float] = {}
+    last = before.matrix
+    for index, checkpoint in enumerate(checkpoints):
+        with clock("read"):
+            tuned = checkpoint.read(matrix).to(device, torch.float64)
+        reason = blocked or _non_finite(tuned, checkpoint)
+        if reason:
+            values = {(d, v): Value(None, status="skipped", reason=reason) for d, v in _row_names(settings)}
+            null: dict[tuple[str, str], tuple[float, float]] = {}
+        else:
+            with clock("measure"):
+                update = Update(before, tuned)
+                values = _values(update)
+                out.curves += [
+                    {
+                        "checkpoint": checkpoint.name,
+                        "step": checkpoint.step,
+                        "matrix": matrix.name,
+                        "curve": c,
+                        "values": v,
+                    }
+                    for c, v in _curves(update)
+                ]
+                if trajectory:
+                    spectra[index] = (
+                        spectrum(update.delta, _similarity_rank(matrix, settings)) if update.moved else None
+                    )
+                    increments[index] = float(torch.linalg.vector_norm(tuned - last))
+                    last = tuned
+            with clock("nulls"):
+                null = _null(update, matrix, checkpoint)
+        out.rows += [_row(checkpoint, matrix, d, v, value, null.get((d, v))) for (d, v), value in values.items()]
+        done()
+    if trajectory:
+        with clock("nulls"):
+            walks = _walks(matrix, settings, spectra, increments, device)
+        out.rows += _similarities(matrix, checkpoints, settings, spectra, walks)
+    return out
+
+
+def _row_names(settings: Settings) -> list[tuple[str, str]]:
+    return [(name, variant) for name, d in diagnostics().items() for variant in d.variants(settings)]
+
+
+def _values(update: Update) -> dict[tuple[str, str], Value]:
+    return {(name, v): value for name, d in diagnostics().items() for v, value in d.measure(update).items()}
+
+
+def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean and standard deviation of every diagnostic over null updates of the same Frobenius norm."""
+    settings = update.settings
+    if not update.moved or settings.nulls == 0:
+        return {}
+    draws: dict[tuple[str, str], list[float]] = {}
+    for draw in range(settings.nulls):
+        rng = nulls.generator(settings.null, matrix.name, checkpoint.name, draw)
+        if settings.null == "gaussian":
+            delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.delta.device)
+        else:
+            delta = nulls.shuffled(update.delta, rng)
+        for key, value in _values(Update(update.base, update.base.matrix + delta)).items():
+            if value.value is not None:
+                draws.setdefault(key, []).append(value.value)
+    return {key: _mean_std(values) for key, values in draws.items()}
+
+
+def _similarity_rank(matrix: Matrix, settings: Settings) -> int:
+    return min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2))
+
+
+def _walks(
+    matrix: Matrix, settings: Settings, spectra: dict[int, Spectrum | None], increments: dict[int, float], device: str
+) -> list[dict[int, Spectrum | None]]:
+    """Draws of the walk null: spectra of running sums of independent Gaussian increments with the observed norms."""
+    if not any(spectra.values()):
+        return []
+    k = _similarity_rank(matrix, settings)
+    walks = []
+    for draw in range(settings.nulls):
+        rng = nulls.generator("walk", matrix.name, draw)
+        position = torch.zeros(matrix.rows, matrix.cols, dtype=torch.float64)
+        walk: dict[int, Spectrum | None] = {}
+        for index, norm in increments.items():
+            position = position + nulls.gaussian(matrix.rows, matrix.cols, norm, rng)
+            walk[index] = spectrum(position.to(device), k) if spectra[index] is not None else None
+        walks.append(walk)
+    return walks
+
+
+def _similarities(
+    matrix: Matrix,
+    checkpoints: list[Checkpoint],
+    settings: Settings,
+    spectra: dict[int, Spectrum | None],
+    walks: list[dict[int, Spectrum | None]],
+) -> Iterator[dict[str, Any]]:
+    k = _similarity_rank(matrix, settings)
+    reason = None if k == settings.top_k else f"rank {settings.top_k} cut to {k}: half the smaller side"
+    names = dict(zip(("final", "previous"), subspace_similarity.variants(settings), strict=True))
+    for index, checkpoint in enumerate(checkpoints):
+        for kind, other in (("final", len(checkpoints) - 1), ("previous", index - 1)):
+            null = None
+            if other < 0:
+                value = Value(None, status="undefined", reason="there is no earlier checkpoint")
+            elif index not in spectra or other not in spectra:
+                value = Value(None, status="skipped", reason="non-finite entries in one of the two checkpoints")
+            else:
+                value = subspace_similarity.similarity(spectra[index], spectra[other], reason)
+                drawn = [subspace_similarity.similarity(w[index], w[other]).value for w in walks]
+                if value.value is not None and (known := [x for x in drawn if x is not None]):
+                    null = _mean_std(known)
+            yield _row(checkpoint, matrix, "subspace_similarity", names[kind], value, null)
+
+
+def _curves(update: Update) -> Iterator[tuple[str, list[float]]]:
+    yield "sigma_base", update.base.spectrum.sigma.tolist()
+    yield "sigma_tuned", update.tuned_spectrum.sigma.tolist()
+    if update.moved:
+        yield "sigma_update", update.delta_spectrum.sigma.tolist()
+        for side, angles in update.angles.items():
+            yield f"angle_{side}", torch.rad2deg(angles).tolist()
+
+
+def _row(
+    checkpoint: Checkpoint,
+    matrix: Matrix,
+    diagnostic: str,
+    variant: str,
+    value: Value,
+    null: tuple[float, float] | None,
+) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint.name,
+        "step": checkpoint.step,
+        "matrix": matrix.name,
+        "layer": matrix.layer,
+        "role": matrix.role,
+        "rows": matrix.rows,
+        "cols": matrix.cols,
+        "diagnostic": diagnostic,
+        "variant": variant,
+        "value": value.value,
+        "error": value.error,
+        "method": value.method,
+        "null_mean": null[0] if null else None,
+        "null_std": null[1] if null else None,
+        "status": value.status,
+        "reason": value.reason,
+    }
+
+
+def _mean_std(values: list[float]) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def _non_finite(weights: Tensor, checkpoint: Checkpoint) -> str | None:
+    bad = int((~torch.isfinite(weights)).sum())
+    return f"{bad} non-finite entries in {checkpoint.name}" if bad else None
+
+
+class _Clock:
+    """``with clock("read"): …`` adds the seconds spent to `seconds["read"]`."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def __call__(self, part: str) -> _Clock:
+        self.part = part
+        return self
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds[self.part] += time.perf_counter() - self.started

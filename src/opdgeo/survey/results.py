@@ -1,0 +1,188 @@
+"""The data files of a run: their columns, the summary over matrices, atomic writing and loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from opdgeo.errors import ConfigError
+
+MEASUREMENTS = {
+    "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
+    "rows": pl.Int64, "cols": pl.Int64, "diagnostic": pl.String, "variant": pl.String, "value": pl.Float64,
+    "error": pl.Float64, "method": pl.String, "null_mean": pl.Float64, "null_std": pl.Float64, "status": pl.String,
+    "reason": pl.String,
+}  # fmt: skip
+CURVES = {
+    "checkpoint": pl.String,
+    "step": pl.Int64,
+    "matrix": pl.String,
+    "curve": pl.String,
+    "values": pl.List(pl.Float64),
+}
+
+# Diagnostics that are shares of something: their difference from a null is read in absolute terms.
+SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity")
+SIZES = ("frobenius_norm", "relative_norm")  # the null has the same value by definition
+SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compare` and `track` return, and what the data files hold."""
+
+    measurements: pl.DataFrame
+    curves: pl.DataFrame
+    summary: dict[str, Any]
+    run: dict[str, Any]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Matrices that could not be computed at some checkpoint."""
+        return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
+
+    def save(self, out: Path) -> None:
+        """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder."""
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "measurements.parquet", lambda p: self.measurements.write_parquet(p))
+        write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
+        write_json(out / "summary.json", self.summary)
+        write_json(out / "run.json", self.run)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the data files and `report.html` into the folder `path`; returns the page's path."""
+        from opdgeo.report import write_report
+
+        self.save(Path(path))
+        return write_report(Path(path))
+
+
+def load_result(out: Path) -> Result:
+    """Read a folder written by `Result.save`.
+
+    Raises:
+        ConfigError: a file is missing or unreadable.
+    """
+    try:
+        return Result(
+            pl.read_parquet(out / "measurements.parquet"),
+            pl.read_parquet(out / "curves.parquet"),
+            json.loads((out / "summary.json").read_text()),
+            json.loads((out / "run.json").read_text()),
+        )
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise ConfigError(
+            f"{out} is not a complete results folder ({error}); expected measurements.parquet, curves.parquet, "
+            "summary.json and run.json. Run compare, track or reproduce with -o first."
+        ) from error
+
+
+def frames(rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows as typed tables."""
+    return pl.DataFrame(rows, schema=MEASUREMENTS, orient="row"), pl.DataFrame(curves, schema=CURVES, orient="row")
+
+
+def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
+    """The content of `summary.json`: each diagnostic over the matrices of each checkpoint, beside its null.
+
+    A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
+    margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
+    it lies outside, "unclear" when it does neither, "by construction" for the norms.
+    """
+    checkpoints = []
+    for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
+        entries = []
+        for (diagnostic, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
+            entry = {"diagnostic": diagnostic, "variant": variant, **_statistics(group, str(diagnostic))}
+            entry["null"] = _against_null(
+                group, str(diagnostic), "walk" if diagnostic == "subspace_similarity" else null
+            )
+            entry["roles"] = {
+                str(role): _statistics(part, str(diagnostic)) | {"null_mean": _mean(part, "null_mean", str(diagnostic))}
+                for (role,), part in group.group_by("role", maintain_order=True)
+            }
+            entries.append(entry)
+        checkpoints.append({"checkpoint": checkpoint, "step": rows["step"][0], "diagnostics": entries})
+    return {"checkpoints": checkpoints}
+
+
+def _weights(group: pl.DataFrame, diagnostic: str) -> np.ndarray:
+    return (
+        (group["rows"] * group["cols"]).to_numpy().astype(float)
+        if diagnostic == "update_sparsity"
+        else np.ones(len(group))
+    )
+
+
+def _mean(group: pl.DataFrame, column: str, diagnostic: str) -> float | None:
+    known = group.filter(pl.col(column).is_not_null())
+    return float(np.average(known[column].to_numpy(), weights=_weights(known, diagnostic))) if len(known) else None
+
+
+def _statistics(group: pl.DataFrame, diagnostic: str) -> dict[str, Any]:
+    known = group["value"].drop_nulls().to_numpy()
+    quantiles = np.quantile(known, [0.5, 0.1, 0.9]).tolist() if len(known) else [None] * 3
+    return {
+        "mean": _mean(group, "value", diagnostic),
+        **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
+        "weighting": "entries" if diagnostic == "update_sparsity" else "matrices",
+        "computed": len(known),
+        "total": len(group),
+    }
+
+
+def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, Any] | None:
+    known = group.filter(pl.col("value").is_not_null() & pl.col("null_mean").is_not_null())
+    if not len(known):
+        return None
+    weights = _weights(known, diagnostic)
+    mean = float(np.average(known["null_mean"].to_numpy(), weights=weights))
+    differences = (known["value"] - known["null_mean"]).to_numpy()
+    excess = float(np.average(differences, weights=weights))
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(known), size=(BOOTSTRAP, len(known)))
+    resampled = (differences[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    margin = SHARE_MARGIN if diagnostic in SHARES else RELATIVE_MARGIN * abs(mean)
+    if diagnostic in SIZES:
+        reading = "by construction"
+    elif -margin <= low and high <= margin:
+        reading = "size"
+    elif low > margin or high < -margin:
+        reading = "geometry"
+    else:
+        reading = "unclear"
+    return {
+        "kind": kind,
+        "mean": mean,
+        "excess": excess,
+        "low": low,
+        "high": high,
+        "margin": margin,
+        "reading": reading,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON without NaN, written atomically."""
+    write_atomically(
+        path, lambda p: p.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    )
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write(temporary)`` and move the result into place: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,170 @@
+"""`compare` and `track`: pair, loop over the matrices on a pool of threads, collect the tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
+from opdgeo.diagnostics import Settings
+from opdgeo.errors import ConfigError
+from opdgeo.survey.results import Result, frames, summarise
+
+
+def compare(
+    base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
+    workers: int | None = None, device: str = "cpu", progress: bool = False,
+) -> Result:  # fmt: skip
+    """Measure one update.
+
+    Args:
+        base, tuned: Hugging Face folders or safetensors files, before and after training.
+        roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
+        settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
+        workers: matrices measured at a time; default one per CPU core.
+        device: "cpu" or "cuda".
+        progress: show a progress bar on standard error.
+
+    Raises:
+        CheckpointError, PairingError, ConfigError: the request cannot be met.
+    """
+    return _survey(
+        open_checkpoint(base), [open_checkpoint(tuned)], roles, settings, workers, device, progress, trajectory=False
+    )
+
+
+def track(
+    base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
+    workers: int | None = None, device: str = "cpu", progress: bool = False,
+) -> Result:  # fmt: skip
+    """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
+
+    `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
+    arguments and errors are those of `compare`.
+    """
+    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    return _survey(
+        open_checkpoint(base), run_checkpoints(paths), roles, settings, workers, device, progress, trajectory=True
+    )
+
+
+def _survey(
+    base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None,
+    workers: int | None, device: str, progress: bool, *, trajectory: bool,
+) -> Result:  # fmt: skip
+    import torch
+
+    from opdgeo.survey.measure import measure
+
+    started, clock = datetime.now(UTC), time.perf_counter()
+    settings = settings or Settings()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or cores
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; expected at least 1.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
+    pairings = [pair(base, c, roles) for c in checkpoints]
+    work = _in_all(pairings)
+
+    with _Bar(progress, sum(_cost(m) for m in work) * len(checkpoints)) as bar:
+        # One BLAS thread a worker where there are enough matrices; LAPACK runs outside the interpreter lock.
+        before = torch.get_num_threads()
+        workers = min(workers, len(work))
+        torch.set_num_threads(max(1, cores // workers))
+        pool = ThreadPoolExecutor(workers)
+        try:
+            jobs = [
+                pool.submit(
+                    measure, m, base, checkpoints, settings,
+                    trajectory=trajectory, device=device, done=partial(bar.advance, _cost(m)),
+                )
+                for m in work
+            ]  # fmt: skip
+            measured = [job.result() for job in jobs]
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+    order = {c.name: i for i, c in enumerate(checkpoints)}
+    rows = sorted((r for m in measured for r in m.rows), key=lambda r: order[r["checkpoint"]])
+    curves = sorted((r for m in measured for r in m.curves), key=lambda r: order[r["checkpoint"]])
+    timings: Counter[str] = Counter()
+    for m in measured:
+        timings.update(m.seconds)
+    tables = frames(rows, curves)
+    run = {
+        "opdgeo": version("opdgeo"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - clock,
+        "peak_memory_bytes": peak_memory(),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("torch", "numpy", "polars", "safetensors")},
+        },
+        "platform": f"{platform.platform()}, {cores} cores",
+        "device": device,
+        "settings": settings.to_json() | {"roles": roles, "workers": workers},
+        "base": base.manifest(),
+        "checkpoints": [c.manifest() | {"checkpoint": c.name, "step": c.step} for c in checkpoints],
+        "pairing": pairings[0].to_json() | {"measured": len(work)},
+        "timings": dict(timings),
+    }
+    return Result(*tables, summarise(tables[0], settings.null), run)
+
+
+def _in_all(pairings: list[Pairing]) -> list[Matrix]:
+    """The matrices that every checkpoint of a trajectory has."""
+    common = set.intersection(*(set(p.matrices) for p in pairings))
+    return [m for m in pairings[0].matrices if m in common]
+
+
+def _cost(matrix: Matrix) -> float:
+    """Proportional to the flops of a factorisation."""
+    return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
+
+
+def peak_memory() -> int:
+    """Peak resident set of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Bar:
+    """A progress bar with the time left, or nothing."""
+
+    def __init__(self, shown: bool, total: float):
+        self.shown, self.total = shown, total
+
+    def __enter__(self) -> _Bar:
+        if self.shown:
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("measuring"), progress.BarColumn(), progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+            )  # fmt: skip
+            self.bar = progress.Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task("measuring", total=self.total)
+        return self
+
+    def advance(self, cost: float) -> None:
+        if self.shown:
+            self.bar.advance(self.task, cost)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.shown:
+            self.bar.stop()

@@ -1,0 +1,62 @@
+"""Tasks: prompts, demonstrations and verifiers. A name maps lazily to its module, so listing tasks loads none of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from opdgeo.errors import ConfigError
+
+NAMES = {"arithmetic": "opdgeo.tasks.arithmetic:Arithmetic", "docstrings": "opdgeo.tasks.docstrings:Docstrings"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """`prompt` is given, `completion` demonstrates, `answer` is what the verifier compares with ("" without one)."""
+
+    prompt: str
+    completion: str
+    answer: str
+
+
+class Task(Protocol):
+    """Examples of two disjoint splits and, where answers can be checked, a verifier."""
+
+    @property
+    def verifiable(self) -> bool:
+        """False for plain text: there are no prompts to answer, so only SFT can use the task."""
+
+    def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
+        """At most `count` distinct examples of one split, the same ones in the same order for the same seed."""
+
+    def verify(self, completion: str, answer: str) -> float:
+        """Reward of a decoded completion: 1.0 right, 0.0 wrong."""
+
+
+def load(name: str, options: Mapping[str, int] | None = None) -> Task:
+    """The task called `name`, with its own options (`arithmetic`: operands).
+
+    Raises:
+        ConfigError: there is no such task, or it has no such option.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of these."
+        raise ConfigError(f"there is no task {name!r}; expected one of {', '.join(NAMES)}: {hint}")
+    module, _, attribute = NAMES[name].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    try:
+        task: Task = kind(**(options or {}))
+    except TypeError as error:
+        raise ConfigError(
+            f"the task {name!r} does not take the options {dict(options or {})}; expected {_options(kind)}. ({error})"
+        ) from None
+    return task
+
+
+def _options(kind: type) -> str:
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return ", ".join(f"{field.name}={field.default}" for field in fields.values()) or "none"

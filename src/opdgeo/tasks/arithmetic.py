@@ -1,0 +1,149 @@
+"""Worked arithmetic in characters: the task of the `tiny` preset.
+
+A prompt is a chain of additions and subtractions, ``473+285-136=``; a demonstration works it out one
+operation at a time and repeats the result behind ``#``: ``473+285=758;758-136=622#622``. The verifier
+reads only what follows the last ``#``, so a policy is free to work in another way.
+
+Running totals never go below zero. A problem belongs to the held-out split by a checksum of its prompt,
+so no seed can ever put an evaluation problem in front of the trainer.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opdgeo.errors import ConfigError
+from opdgeo.tasks import Example
+
+OPERANDS = 3
+LARGEST = 999
+HELD_OUT_ONE_IN = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One chain: `operands` of length n and `signs` of length n − 1, each "+" or "-"."""
+
+    operands: tuple[int, ...]
+    signs: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """What the policy is given, ending in "="."""
+        tail = "".join(s + str(x) for s, x in zip(self.signs, self.operands[1:], strict=True))
+        return f"{self.operands[0]}{tail}="
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Running totals after each operation; the last one is the answer."""
+        totals, total = [], self.operands[0]
+        for sign, x in zip(self.signs, self.operands[1:], strict=True):
+            total = total + x if sign == "+" else total - x
+            totals.append(total)
+        return tuple(totals)
+
+    @property
+    def answer(self) -> int:
+        return self.totals[-1]
+
+    @property
+    def demonstration(self) -> str:
+        """The worked solution that SFT imitates."""
+        before = (self.operands[0], *self.totals[:-1])
+        steps = zip(before, self.signs, self.operands[1:], self.totals, strict=True)
+        return ";".join(f"{a}{s}{b}={c}" for a, s, b, c in steps) + f"#{self.answer}"
+
+    @property
+    def held_out(self) -> bool:
+        """True for the one problem in `HELD_OUT_ONE_IN` that is kept for evaluation."""
+        return zlib.crc32(self.prompt.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def draw(rng: random.Random, operands: int = OPERANDS, largest: int = LARGEST) -> Problem:
+    """A random chain from either split; operands are uniform in [1, largest]."""
+    numbers = [rng.randint(1, largest)]
+    signs: list[str] = []
+    total = numbers[0]
+    for _ in range(operands - 1):
+        x = rng.randint(1, largest)
+        sign = rng.choice("+-")
+        if sign == "-" and x > total:
+            sign = "+"
+        total = total + x if sign == "+" else total - x
+        numbers.append(x)
+        signs.append(sign)
+    return Problem(tuple(numbers), tuple(signs))
+
+
+def problems(count: int, seed: int, *, held_out: bool, operands: int = OPERANDS) -> list[Problem]:
+    """`count` distinct problems of one split, the same for the same seed."""
+    rng = random.Random(f"{seed}-{held_out}-{operands}")
+    found: dict[str, Problem] = {}
+    while len(found) < count:
+        problem = draw(rng, operands)
+        if problem.held_out == held_out:
+            found.setdefault(problem.prompt, problem)
+    return list(found.values())
+
+
+def verify(completion: str, answer: int | str) -> float:
+    """1.0 when the text behind the last "#" is the answer to the letter, else 0.0.
+
+    >>> verify("1+2=3#3", 3), verify("1+2=3#4", 3), verify("3", 3)
+    (1.0, 0.0, 0.0)
+    """
+    _, mark, claimed = completion.rpartition("#")
+    return float(bool(mark) and claimed == str(answer))
+
+
+def corpus(rng: random.Random) -> Iterator[str]:
+    """Endless pretraining text of several kinds, none of it from the held-out split.
+
+    Most of it is arithmetic in forms other than the demonstrations' (single operations, direct answers, totals
+    alone), so that the base knows the facts without preferring the worked form; a fifth is other digit work.
+    """
+    while True:
+        kind = rng.random()
+        if kind < 0.20:
+            word = rng.choice(("sort", "rev", "max"))
+            digits = [rng.choice("0123456789") for _ in range(rng.randint(3, 7))]
+            done = {"sort": sorted(digits), "rev": digits[::-1], "max": [max(digits)]}[word]
+            yield f"{word} {''.join(digits)}={''.join(done)}"
+            continue
+        single = kind < 0.60
+        problem = draw(rng, 2 if single else rng.randint(3, 4), LARGEST if rng.random() < 0.7 else 9999 if single else 99)
+        if problem.held_out:
+            continue
+        if single:
+            yield f"{problem.prompt}{problem.answer}"
+        elif kind < 0.70:
+            yield f"{problem.prompt}#{problem.answer}"
+        elif kind < 0.85:
+            yield f"{problem.prompt}{';'.join(map(str, problem.totals))}#{problem.answer}"
+        else:
+            yield f"{problem.prompt}{problem.demonstration}"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The task as trainers see it (`opdgeo.tasks.Task`): chains of `operands` numbers."""
+
+    operands: int = OPERANDS
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.operands <= 8:
+            raise ConfigError(f"a chain of {self.operands} operands was asked for; expected between 2 and 8.")
+
+    @property
+    def verifiable(self) -> bool:
+        return True
+
+    def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
+        found = problems(count, seed, held_out=held_out, operands=self.operands)
+        return [Example(p.prompt, p.demonstration, str(p.answer)) for p in found]
+
+    def verify(self, completion: str, answer: str) -> float:
+        return verify(completion, answer)

@@ -1,0 +1,99 @@
+"""Real English text that needs no download: the prose of the standard library's docstrings.
+
+Sources are parsed, never imported, so reading them has no side effects. A paragraph counts as prose when it reads like
+sentences (no doctests, tables or signatures). Whole modules belong to one split, by a checksum of the top-level
+module's name, because docstrings inside a module repeat each other. The text is that of the running Python, so
+another minor version gives a slightly different corpus.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import sys
+import sysconfig
+import textwrap
+import warnings
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from opdgeo.errors import ConfigError
+from opdgeo.tasks import Example
+
+HELD_OUT_ONE_IN = 8
+SHORTEST = 160
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "ensurepip"}
+
+
+@dataclass(frozen=True)
+class Docstrings:
+    """Plain text (`opdgeo.tasks.Task` without a verifier): every example has an empty prompt and answer."""
+
+    @property
+    def verifiable(self) -> bool:
+        return False
+
+    def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
+        texts = [text for module, text in corpus() if in_held_out(module) == held_out]
+        random.Random(f"{seed}-{held_out}").shuffle(texts)
+        return [Example("", text, "") for text in texts[:count]]
+
+    def verify(self, completion: str, answer: str) -> float:
+        raise ConfigError("docstrings are plain text without answers; expected a task with a verifier, try `arithmetic`.")
+
+
+def in_held_out(module: str) -> bool:
+    """True for the one top-level module in `HELD_OUT_ONE_IN` that is kept for evaluation."""
+    return zlib.crc32(module.encode()) % HELD_OUT_ONE_IN == 0
+
+
+@cache
+def corpus() -> tuple[tuple[str, str], ...]:
+    """(top-level module, prose) of every docstring long enough, in the order of the files' names; no text twice.
+
+    Raises:
+        ConfigError: the interpreter has no library sources (some embedded builds ship bytecode only).
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED & set(parts) or parts[0] not in sys.stdlib_module_names:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old escapes in library sources
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = prose(ast.get_docstring(node) or "")
+                if len(text) >= SHORTEST:
+                    found.setdefault(text, parts[0])
+    if not found:
+        raise ConfigError(
+            f"found no docstrings under {root}; expected the standard library's sources. "
+            "Use a Python that ships them (python.org, a distribution's package, conda or uv)."
+        )
+    return tuple((module, text) for text, module in found.items())
+
+
+def prose(docstring: str) -> str:
+    """The paragraphs that read like sentences, each on one line, joined by blank lines.
+
+    >>> prose("Return the sum of two numbers, both of which must be finite.\\n\\n>>> add(1, 2)\\n3")
+    'Return the sum of two numbers, both of which must be finite.'
+    """
+    kept = []
+    for block in docstring.split("\n\n"):
+        lines = textwrap.dedent(block).strip("\n").splitlines()
+        if not lines or any(line.startswith((" ", "\t", ">>>", "|")) for line in lines):
+            continue
+        text = " ".join(" ".join(lines).split())
+        letters = sum(c.isalpha() or c == " " for c in text)
+        if len(text) >= 40 and text[0].isupper() and text[-1] in ".!?" and letters >= 0.9 * len(text):
+            kept.append(text)
+    return "\n\n".join(kept)

@@ -1,0 +1,240 @@
+"""What a run leaves behind: log rows, checkpoints, trainer states; and the progress bar.
+
+Everything is written beside its final name and renamed, so a kill at any moment leaves nothing half-written that looks
+complete. `step-NNNNNN/` holds weights (fp32), configuration and tokenizer only; optimizer and random state live in
+`resume/` until the run ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from opdgeo.errors import NumericsError
+from opdgeo.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from opdgeo.training.evaluation import Evaluation
+
+LOG, RESUME = "log.jsonl", "resume"
+
+
+def step_folder(out: Path, step: int) -> Path:
+    return out / f"step-{step:06d}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a reader sees the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder; an existing one is replaced."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl; a last line cut by a kill is left out."""
+    path = out / LOG
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Drop what a killed run did after the state it resumes from: rows, checkpoints and partial folders."""
+    rows = [row for row in read_log(out) if row["step"] <= step]
+    write_whole(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+    for folder in (*out.glob("step-*"), *out.glob(".step-*.partial")):
+        if folder.name.startswith(".") or int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+class Resumable:
+    """Mixed into a `transformers.Trainer`: its states appear under their name only when complete, newest kept."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args: TrainingArguments = self.args  # type: ignore[attr-defined]
+        final = Path(args.output_dir)
+        partial = final / ".partial"
+        if args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            args.output_dir = str(final)
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+        if args.should_save:
+            older = states(final)
+            for written in partial.glob("checkpoint-*"):
+                written.rename(final / written.name)
+            for state in older:
+                shutil.rmtree(state)
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No README in the state folder."""
+
+
+def states(folder: Path) -> list[Path]:
+    """Complete trainer states in `folder`, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+class Recorder(TrainerCallback):
+    """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and moves the progress bar.
+
+    Order at a checkpoint step: the step's row, the weights, the evaluation's row, then the trainer state. A run killed in
+    between resumes from the state before and does these again.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        evaluate: Callable[[PreTrainedModel], Evaluation] | None,
+        progress: bool,
+    ) -> None:
+        self.config, self.out, self.tokenizer, self.evaluate = config, out, tokenizer, evaluate
+        self.saved_at = set(config.checkpoint_steps)
+        self.bar: Progress | None = _bar() if progress else None
+        self.bar_task: TaskID | None = None
+        self.started = self.seconds = 0.0
+        self.tokens_before = 0.0
+
+    def _row(self, row: dict[str, Any]) -> None:
+        with (self.out / LOG).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _measure(self, model: PreTrainedModel, step: int) -> None:
+        if self.evaluate is not None:
+            self._row({"event": "eval", "step": step, **asdict(self.evaluate(model))})
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tokens_before = float(state.num_input_tokens_seen)
+        if self.bar is not None:
+            self.bar.start()
+            self.bar_task = self.bar.add_task(
+                self.config.arm, total=self.config.steps, completed=state.global_step, note=""
+            )
+        if state.global_step == 0:
+            self._measure(kwargs["model"], 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds = time.monotonic() - self.started
+        every = self.config.resume_every
+        due = state.global_step % every == 0 if every else state.global_step in self.saved_at
+        control.should_save = due and state.global_step < self.config.steps
+        if state.global_step == 1:
+            self._row({"event": "precision", "step": 1, **precision(kwargs["model"], kwargs["optimizer"], args)})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "grad_norm" not in logs:  # the summary at the end
+            return
+        step = state.global_step
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs[name]):
+                raise NumericsError(
+                    f"{name} is {logs[name]} at step {step} of {self.out}; expected a finite number. "
+                    "Try a lower learning rate, or max_grad_norm = 1."
+                )
+        tokens = float(logs.get("num_tokens", self.tokens_before))
+        self._row(
+            {
+                "event": "step",
+                "step": step,
+                "loss": logs["loss"],
+                "reward": logs.get("reward"),
+                "completion_length": logs.get("completions/mean_length"),
+                "kl_teacher": logs.get("kl_teacher"),
+                "grad_norm": logs["grad_norm"],
+                "learning_rate": logs["learning_rate"],
+                "tokens": int(tokens - self.tokens_before),
+                "seconds": round(self.seconds, 4),
+            }
+        )
+        self.tokens_before = tokens
+        if self.bar is not None and self.bar_task is not None:
+            note = f"loss {logs['loss']:.3f}"
+            if logs.get("reward") is not None:
+                note += f"  reward {logs['reward']:.2f}"
+            self.bar.update(self.bar_task, completed=step, note=note)
+        if step in self.saved_at:
+            model = kwargs["model"]
+            if state.is_world_process_zero:
+                save_weights(model, self.tokenizer, step_folder(self.out, step))
+            self._measure(model, step)
+
+    def close(self) -> None:
+        """Leave the terminal clean, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Dtypes of parameters and of the optimizer's moments, with how many numbers each, and the autocast dtype."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        parameters[name] = parameters.get(name, 0) + parameter.numel()
+    moments: dict[str, int] = {}
+    for slots in inner.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            name = str(slots[key].dtype).removeprefix("torch.")
+            moments[name] = moments.get(name, 0) + slots[key].numel()
+    return {
+        "parameters": parameters, "optimizer": moments, "autocast": "bfloat16" if args.bf16 else None,
+        "max_grad_norm": args.max_grad_norm,
+    }  # fmt: skip
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""What one training run is: a frozen value, saved beside its results as `config.json`.
+
+An arm of the experiment is one choice on each of two axes: who writes the tokens (`rollouts`) and what credit a token
+gets (`alpha`, `token_share`, `token_choice`). Everything else is the task, the optimizer and the bookkeeping.
+Presets (`opdgeo.experiments.presets`) own the values; this module owns their meaning and their limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from opdgeo.errors import ConfigError
+
+Rollouts = Literal["demonstrations", "student", "teacher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Shares are fractions of 1; lengths are in tokens.
+
+    Raises:
+        ConfigError: a value is out of range, or two values contradict each other; the message names them.
+    """
+
+    arm: str
+    """A label for people: sft, sft-matched, opd, rlvr, …"""
+    task: str
+    task_options: Mapping[str, int] = field(default_factory=dict)
+    origin: str
+    """Where the weights start (`models.resolve`): a model's name or a checkpoint folder."""
+    teacher: str | None = None
+    """Gives the token credit when `alpha` > 0; otherwise only measured against."""
+
+    # who writes the tokens, and what credit each gets
+    rollouts: Rollouts
+    alpha: float = 1.0
+    """A = alpha·A_OPD + (1 − alpha)·A_RLVR. Not used with demonstrations, where every completion token counts 1."""
+    token_share: float = 1.0
+    """Share of each completion's tokens that keep their OPD credit."""
+    token_choice: Literal["top", "random"] = "top"
+
+    # size of the run
+    steps: int
+    sequences_per_step: int
+    generations: int = 8
+    """Completions of one prompt; sequences_per_step / generations prompts a step. Not used with demonstrations."""
+    micro_batch: int = 0
+    """Sequences in memory at once; 0 = all of a step."""
+    max_prompt_tokens: int = 64
+    """Evaluation and rollouts refuse longer prompts rather than cut them."""
+    max_tokens: int = 64
+    """Longest completion sampled; longest sequence with demonstrations (longer ones are cut)."""
+
+    # optimizer (AdamW)
+    learning_rate: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: linear warm-up over the first 10 % of steps, then down to a tenth of the peak."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; not of norms and biases."""
+    max_grad_norm: float = 0.0
+    """0 = no clipping. The norm is logged either way."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """Bounds of the probability ratio. With one update per rollout the ratio is 1 and neither binds."""
+
+    # bookkeeping
+    seed: int = 0
+    data_seed: int = 0
+    """Draws the training examples; the held-out prompts are the same for every run."""
+    checkpoints: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    """Shares of training after which weights are saved and evaluated."""
+    eval_prompts: int = 2048
+    eval_batch: int = 512
+    resume_every: int = 0
+    """Steps between trainer states to resume from; 0 = at the checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "checkpoints", tuple(self.checkpoints))
+        object.__setattr__(self, "task_options", dict(self.task_options))
+
+        def need(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
+
+        need(self.rollouts in ("demonstrations", "student", "teacher"), "rollouts", "demonstrations, student or teacher")
+        need(self.token_choice in ("top", "random"), "token_choice", "top or random")
+        need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
+        need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        need(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 (RLVR) to 1 (OPD)")
+        need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
+        for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("micro_batch", "eval_prompts", "resume_every", "weight_decay", "max_grad_norm"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        need(self.learning_rate >= 0, "learning_rate", "0 or more")
+        need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
+        need(
+            bool(self.checkpoints) and all(0 < c <= 1 for c in self.checkpoints) and max(self.checkpoints) == 1.0,
+            "checkpoints",
+            "shares of training in (0, 1], the last one 1",
+        )
+        if self.micro_batch:
+            need(self.sequences_per_step % self.micro_batch == 0, "micro_batch", "a divisor of sequences_per_step")
+        if self.rollouts != "demonstrations":
+            need(self.generations >= 2, "generations", "at least 2, because advantages are relative to a group")
+            need(self.sequences_per_step % self.generations == 0, "generations", "a divisor of sequences_per_step")
+            if self.teacher is None and (self.alpha > 0 or self.rollouts == "teacher"):
+                raise ConfigError(
+                    f"alpha is {self.alpha:g} and rollouts is {self.rollouts!r} but no teacher is given; expected a teacher "
+                    "model whenever alpha > 0 or the teacher writes the rollouts. Set `teacher`, or alpha = 0 for RLVR."
+                )
+
+    @property
+    def step_batch(self) -> int:
+        """Sequences in memory at once."""
+        return self.micro_batch or self.sequences_per_step
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """The steps after which weights are saved, increasing, without repeats; the last one is `steps`."""
+        return tuple(sorted({max(1, round(share * self.steps)) for share in self.checkpoints}))
+
+    def to_json(self) -> str:
+        """Every field, by name. Law: from_json(c.to_json()) == c."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read `to_json`'s text.
+
+        Raises:
+            ConfigError: it is not JSON, or a field is unknown or missing.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"this is not a training configuration: {error}; expected the fields of TrainConfig as JSON. "
+                "It may come from another version of opdgeo: start the run again in a new folder."
+            ) from None
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Field → (self's value, other's value) where they differ."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}

