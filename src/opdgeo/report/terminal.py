@@ -30,7 +30,7 @@ def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console 
         return
     for checkpoints in grouped.values():
         if len(checkpoints) > 1:
-            console.print(_trajectory(checkpoints))
+            console.print(_trajectory(checkpoints, console.width))
         _print_full(checkpoints[-1], console)
 
 
@@ -83,15 +83,18 @@ def _interval(mean: float | None, low: float | None, high: float | None, unit: s
 
 def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
     table = _new_table(checkpoint["checkpoint"])
-    table.add_column("diagnostic", overflow="ellipsis", no_wrap=True)
-    for name in ("mean", "null", "excess [95 %]"):
+    table.add_column("diagnostic")
+    wide = console.width >= 100
+    for name in ("mean", "null", "excess [95 %]" if wide else "excess"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reading", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
     for found in findings(checkpoint):
         row, null = found.row, found.null or {}
         unit = "points" if found.unit == "share" else found.unit
-        excess = "" if found.reading == "by construction" else _interval(null.get("excess"), null.get("low"), null.get("high"), unit, signed=True)
+        excess = "" if found.reading == "by construction" else _interval(
+            null.get("excess"), null.get("low") if wide else None, null.get("high"), unit, signed=True
+        )  # fmt: skip
         table.add_row(
             _name(found),
             number(row["mean"], found.unit),
@@ -166,31 +169,35 @@ def names(found: list[Finding]) -> list[str]:
     ]
 
 
-def _trajectory(checkpoints: list[dict[str, Any]]) -> Table:
-    """One line a checkpoint: mean of each primary diagnostic, its null in brackets."""
-    columns = [f for f in findings(checkpoints[-1]) if is_primary(f.diagnostic, f.variant)]
-    table = _new_table("Trajectory: mean over matrices (null)")
-    table.add_column("diagnostic", no_wrap=True)
+def _trajectory(checkpoints: list[dict[str, Any]], width: int) -> Table:
+    """Mean of each primary diagnostic by checkpoint, its null underneath; as many checkpoints as fit, evenly chosen, the ends included."""
+    room = max(2, (width - 30) // 13)
+    if len(checkpoints) > room:
+        checkpoints = [checkpoints[round(i * (len(checkpoints) - 1) / (room - 1))] for i in range(room)]
+    table = _new_table("Trajectory: mean over matrices, null underneath")
+    table.add_column("diagnostic")
     for checkpoint in checkpoints:
-        table.add_column(Text(clean(checkpoint["checkpoint"], 24)), justify="right", no_wrap=len(checkpoints) <= 5)
-    for column in columns:
-        table.add_row(_name(column), *(_cell(find(c, column.diagnostic, column.variant)) for c in checkpoints))
+        table.add_column(Text(clean(checkpoint["checkpoint"].rpartition("/")[2], 11)), justify="right", no_wrap=True)
+    for column in findings(checkpoints[-1]):
+        if is_primary(column.diagnostic, column.variant):
+            cells = [find(c, column.diagnostic, column.variant) for c in checkpoints]
+            table.add_row(_name(column), *(_cell(found, "\n") for found in cells))
     return table
 
 
-def _cell(found: Finding | None) -> Text:
+def _cell(found: Finding | None, between: str = " ") -> Text:
     if found is None:
         return Text("–")
     text = Text(number(found.row["mean"], found.unit))
-    if found.null:
-        text.append(f" ({number(found.null.get('mean'), found.unit)})", style="dim")
+    if found.null and found.reading != "by construction":
+        text.append(f"{between}({number(found.null.get('mean'), found.unit)})", style="dim")
     return text
 
 
 def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None:
     """Last checkpoint of every arm side by side: mean, its null in brackets, and whether it differs."""
     table = _new_table("Last checkpoint of every arm (first seed): mean over matrices (null); bold: reading “geometry”")
-    table.add_column("diagnostic", no_wrap=True)
+    table.add_column("diagnostic")
     for arm in arms:
         table.add_column(Text(arm_label(arm)), justify="right", no_wrap=True)
     last = {arm: checkpoints[-1] for arm, checkpoints in arms.items()}

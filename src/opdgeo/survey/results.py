@@ -14,13 +14,13 @@ import polars as pl
 
 from opdgeo.errors import ConfigError
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, Any] = {
     "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
     "rows": pl.Int64, "cols": pl.Int64, "diagnostic": pl.String, "variant": pl.String, "value": pl.Float64,
     "error": pl.Float64, "method": pl.String, "null_mean": pl.Float64, "null_std": pl.Float64, "status": pl.String,
     "reason": pl.String,
 }  # fmt: skip
-CURVES = {
+CURVES: dict[str, Any] = {
     "checkpoint": pl.String,
     "step": pl.Int64,
     "matrix": pl.String,

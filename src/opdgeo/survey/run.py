@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
 from opdgeo.diagnostics import Settings
@@ -68,7 +69,7 @@ def _survey(
 
     started, clock = datetime.now(UTC), time.perf_counter()
     settings = settings or Settings()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     workers = workers or cores
     if workers < 1:
         raise ConfigError(f"workers is {workers}; expected at least 1.")
@@ -103,18 +104,7 @@ def _survey(
     for m in measured:
         timings.update(m.seconds)
     tables = frames(rows, curves)
-    run = {
-        "opdgeo": version("opdgeo"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": time.perf_counter() - clock,
-        "peak_memory_bytes": peak_memory(),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("torch", "numpy", "polars", "safetensors")},
-        },
-        "platform": f"{platform.platform()}, {cores} cores",
-        "device": device,
+    run = provenance(started, time.perf_counter() - clock, device, cores) | {
         "settings": settings.to_json() | {"roles": roles, "workers": workers},
         "base": base.manifest(),
         "checkpoints": [c.manifest() | {"checkpoint": c.name, "step": c.step} for c in checkpoints],
@@ -122,6 +112,26 @@ def _survey(
         "timings": dict(timings),
     }
     return Result(*tables, summarise(tables[0], settings.null), run)
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:
+    """What `run.json` says of the program, the machine and the run as a whole."""
+    packages = ("torch", "numpy", "polars", "safetensors")
+    return {
+        "opdgeo": version("opdgeo"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "platform": f"{platform.platform()}, {cores} cores",
+        "device": device,
+    }
 
 
 def _in_all(pairings: list[Pairing]) -> list[Matrix]:

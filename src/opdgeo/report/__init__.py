@@ -1,0 +1,24 @@
+"""From the data files of a run to what a person reads: a table in the terminal, charts, and one HTML page that works offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_report(out: Path, figures: bool = False) -> Path:
+    """Rebuild `out`/report.html from the data files in `out`, whole or not at all; with `figures` also figures/*.svg and *.pdf.
+
+    Raises ConfigError when a data file is missing or damaged.
+    """
+    from opdgeo.report.charts import save, write_whole
+    from opdgeo.report.data import load
+    from opdgeo.report.page import build
+
+    out = Path(out)
+    page, charts = build(load(out))
+    if figures:
+        for chart in charts:
+            save(chart, out / "figures")
+    path = out / "report.html"
+    write_whole(path, page.encode("utf-8"))
+    return path

@@ -1,0 +1,469 @@
+"""The HTML page: which numbers and charts go where. Every number shown passes through `_shown`, which keeps the exact value beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+import jinja2
+import polars as pl
+from markupsafe import Markup, escape
+
+from opdgeo.report import charts
+from opdgeo.report.charts import Chart, Group, Series, style_of
+from opdgeo.report.data import Results
+from opdgeo.report.glossary import (
+    GLOSSARY,
+    READINGS,
+    SUFFIX,
+    Entry,
+    arm_label,
+    arm_of,
+    arm_order,
+    clean,
+    entry,
+    interval_decimals,
+    is_primary,
+    label,
+    number,
+    role_order,
+    split_seed,
+)
+from opdgeo.report.terminal import unit_of
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
+
+_MAX_LISTED = 60
+"""Skipped matrices and unmatched tensors listed by name; the data files hold all."""
+
+
+def build(results: Results) -> tuple[str, list[Chart]]:
+    """The page as HTML text and the charts in it, in the order of the page."""
+    made = _Charts()
+    runs = results.runs()
+    arms = list(dict.fromkeys(arm for arm, _ in runs))
+    subjects = [_subject(arm, checkpoints[-1]) for (arm, seed), checkpoints in runs.items() if seed == min(s for a, s in runs if a == arm)]
+    last = {s["arm"]: s["name"] for s in subjects}
+    context = {
+        "kind": results.kind,
+        "run": results.run,
+        "title": _title(results),
+        "subjects": subjects,
+        "shared": _shared(subjects),
+        "claims": _claims(results, made),
+        "left_out": (results.claims or {}).get("left_out") or [],
+        "logs": _logs(results, made),
+        "diagnostics": _diagnostics(results, last, arms, made),
+        "heatmaps": _heatmaps(results, last, made),
+        "trajectories": _trajectories(results, made),
+        "spectra": _spectra(results, last, arms, made),
+        "provenance": _provenance(results),
+        "problems": _problems(results),
+        "seeds": (results.claims or {}).get("seeds") or [],
+        "readings": READINGS,
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"num": _shown, "interval": _interval, "clean": clean, "arm": arm_label, "points": _points}
+    source = resources.files("opdgeo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(context), made.all
+
+
+class _Charts:
+    """Collects the charts of a page and turns each into markup."""
+
+    def __init__(self) -> None:
+        self.all: list[Chart] = []
+
+    def add(self, chart: Chart, note: str = "") -> dict[str, Any]:
+        self.all.append(chart)
+        return {"svg": Markup(charts.inline_svg(chart)), "caption": chart.caption, "note": note}
+
+
+def _shown(value: float | None, unit: str = "number", signed: bool = False, decimals: int | None = None, bare: bool = False) -> Markup:
+    """A number of the data files with its exact value in a <data> element; an en dash where there is none."""
+    text = number(value, unit, signed=signed, decimals=decimals, bare=bare)
+    if value is None or value != value:
+        return Markup('<span class="nil">–</span>')
+    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+
+
+def _interval(low: float | None, high: float | None, unit: str = "number", signed: bool = False) -> Markup:
+    if low is None or high is None:
+        return Markup("")
+    decimals = interval_decimals(low, high, unit)
+    ends = (_shown(v, unit, signed=signed, decimals=decimals, bare=True) for v in (low, high))
+    return Markup('<span class="interval">[{}, {}]</span>').format(*ends)
+
+
+def _points(unit: str) -> str:
+    """Unit of a difference of two values in `unit`."""
+    return "points" if unit == "share" else unit
+
+
+def _title(results: Results) -> dict[str, str]:
+    if results.kind == "reproduce":
+        preset = (results.claims or {}).get("preset")
+        return {"head": "SFT, OPD and RLVR: where the weights moved", "sub": f"opdgeo reproduce, preset {clean(preset)}" if preset else "opdgeo reproduce"}
+    base = clean(_stem((results.run.get("base") or {}).get("path", "base")), 60)
+    return {
+        "head": "Where the weights moved",
+        "sub": f"{base} → {clean(results.summary[-1]['checkpoint'], 60)}",
+    }
+
+
+def _stem(path: str) -> str:
+    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
+
+
+def _subject(arm: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the verdict says about one update."""
+    groups = by_reading(checkpoint)
+    return {
+        "arm": arm,
+        "name": checkpoint["checkpoint"],
+        "step": checkpoint.get("step"),
+        "still": did_not_move(checkpoint),
+        "norm": find(checkpoint, "relative_norm"),
+        "sparsity": find(checkpoint, "update_sparsity", "bf16_eta"),
+        "stable_rank": find(checkpoint, "stable_rank"),
+        "groups": {key: _by_diagnostic(found) for key, found in groups.items()},
+        "nulls": any(f.null for f in findings(checkpoint)),
+        "incomplete": _incomplete(checkpoint),
+        "findings": findings(checkpoint),
+    }
+
+
+def _by_diagnostic(found: Iterable[Finding]) -> list[dict[str, Any]]:
+    grouped: dict[str, list[Finding]] = {}
+    for one in found:
+        grouped.setdefault(one.diagnostic, []).append(one)
+    return [{"title": entry(d).title, "found": rows} for d, rows in grouped.items()]
+
+
+def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings whose mean leaves matrices out, grouped by how many are there; `every` where it is all diagnostics alike."""
+    grouped: dict[tuple[int, int], list[Finding]] = {}
+    for found in incomplete(checkpoint):
+        grouped.setdefault((found.row["computed"], found.row["total"]), []).append(found)
+    most = max((len(g) for g in grouped.values()), default=0)
+    return [
+        {"computed": c, "total": t, "every": len(group) == most and len(group) > len(checkpoint["diagnostics"]) / 2, "found": _by_diagnostic(group)}
+        for (c, t), group in sorted(grouped.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Across arms: which diagnostics read `geometry` in every arm, in some and in none. A reading shared by all marks no paradigm."""
+    if len(subjects) < 2:
+        return {}
+    readings: dict[str, list[bool]] = {}
+    for subject in subjects:
+        for found in subject["findings"]:
+            if found.reading in ("geometry", "size", "unclear"):
+                readings.setdefault(found.label, []).append(found.reading == "geometry")
+    out: dict[str, list[str]] = {"every": [], "some": [], "none": []}
+    for name, got in readings.items():
+        out["every" if all(got) and len(got) == len(subjects) else "some" if any(got) else "none"].append(name)
+    return out
+
+
+def _claims(results: Results, made: _Charts) -> list[dict[str, Any]]:
+    out = []
+    for claim in (results.claims or {}).get("claims", []):
+        unit = unit_of(claim.get("unit"))
+        measured, matched = claim.get("measured") or {}, claim.get("matched") or {}
+        known = arm_order(set(measured) | set(matched))
+        rows = [(arm_label(a), style_of(a, known), measured[a]) for a in known if a in measured]
+        rows += [(f"{arm_label(a)} (matched)", style_of(a, known), matched[a]) for a in known if a in matched]
+        chart = None
+        if any(got.get("mean") is not None for _, _, got in rows):
+            name = "claim-" + re.sub(r"[^A-Za-z0-9]+", "-", str(claim["id"]))
+            axis = {"share": "%", "points": "percentage points", "degrees": "degrees"}.get(unit, clean(claim.get("unit") or ""))
+            chart = made.add(charts.claim_panel(name, clean(claim["id"]), unit, axis, rows))
+        out.append({**claim, "unit": unit, "rows": rows, "chart": chart})
+    return out
+
+
+def _logs(results: Results, made: _Charts) -> list[dict[str, Any]]:
+    """Accuracy, distance to the teacher and completion length against the step, mean over seeds."""
+    wanted = (
+        ("accuracy_greedy", "Accuracy, greedy", "share", False),
+        ("accuracy_sampled", "Accuracy, sampled", "share", False),
+        ("kl_teacher", "KL to the teacher", "number", False),
+        ("completion_length", "Completion length", "number", False),
+    )
+    grouped: dict[str, list[list[dict[str, Any]]]] = {}
+    for folder, rows in results.logs.items():
+        grouped.setdefault(split_seed(folder)[0], []).append([r for r in rows if r.get("event") == "eval" and r.get("step") is not None])
+    out = []
+    for key, title, unit, log in wanted:
+        lines = []
+        for arm in arm_order(set(grouped)):
+            seeds = [{r["step"]: r[key] for r in rows if r.get(key) is not None} for rows in grouped[arm]]
+            lines.append((arm, [s for s in seeds if s]))
+        series = _series_over_seeds(lines)
+        if series:
+            unit_title = {"kl_teacher": ", nats", "completion_length": ", tokens"}.get(key, ", %")
+            chart = charts.trajectory(f"log-{key}", title + unit_title, Entry(title, unit, log, "", "", "", ""), *_against_step(series))
+            out.append(made.add(chart))
+    return out
+
+
+def _series_over_seeds(lines: list[tuple[str, list[dict[int, float]]]], nulls: dict[str, list[dict[int, float]]] | None = None) -> list[Series]:
+    known = [arm for arm, _ in lines]
+    out = []
+    for arm, seeds in lines:
+        steps = sorted(set.intersection(*(set(s) for s in seeds))) if seeds else []
+        if not steps:
+            continue
+        columns = [[s[t] for s in seeds] for t in steps]
+        spread = len(seeds) > 1
+        null = None
+        if nulls and nulls.get(arm):
+            null = [_mean([n[t] for n in nulls[arm] if t in n]) for t in steps]
+        out.append(
+            Series(
+                arm_label(arm), [float(t) for t in steps], [sum(c) / len(c) for c in columns],
+                [min(c) for c in columns] if spread else None, [max(c) for c in columns] if spread else None, null, style_of(arm, known),
+            )
+        )  # fmt: skip
+    return out
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _against_step(series: list[Series]) -> tuple[list[Series], str]:
+    """Arms of different length are drawn against the share of their training, so that one does not squeeze the others."""
+    ends = {s.x[-1] for s in series}
+    if len(ends) < 2 or min(ends) <= 0:
+        return series, "step"
+    return [Series(s.label, [x / s.x[-1] for x in s.x], s.y, s.low, s.high, s.null, s.style) for s in series], "share of the arm's training, %"
+
+
+def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
+    """One block a diagnostic: its entry in the glossary and the distribution of each variant over matrices, beside the null."""
+    many = len(last) > 1
+    table = results.measurements.filter(pl.col("checkpoint").is_in(list(last.values())))
+    present = dict.fromkeys((r["diagnostic"], r["variant"]) for r in table.select("diagnostic", "variant").unique(maintain_order=True).to_dicts())
+    order = list(GLOSSARY)
+    blocks: dict[str, dict[str, Any]] = {}
+    for diagnostic, variant in sorted(present, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
+        known = entry(diagnostic)
+        block = blocks.setdefault(diagnostic, {"name": diagnostic, "entry": known, "formula": Markup(known.formula), "charts": [], "reasons": []})
+        rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
+        block["reasons"] += [r for r in _reasons(rows) if r not in block["reasons"]]
+        rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
+        if rows.is_empty():
+            continue
+        groups = []
+        if many:
+            for arm, checkpoint in last.items():
+                groups.append(_group(arm_label(arm), rows.filter(pl.col("checkpoint") == checkpoint), style_of(arm, arms)))
+        else:
+            for role in role_order(set(rows["role"].to_list())):
+                groups.append(_group(role, rows.filter(pl.col("role") == role), 0))
+        title = label(diagnostic, variant)
+        name = f"distribution-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
+        detail = title[len(known.title) :].strip(" ()") or known.title
+        block["charts"].append(made.add(charts.distribution(name, detail[0].upper() + detail[1:], known, groups, axis=_unit_text(known))))
+    return list(blocks.values())
+
+
+def _unit_text(known: Entry) -> str:
+    return {"share": "%", "degrees": "degrees"}.get(known.unit, "")
+
+
+def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
+    nulls = rows.filter(pl.col("null_mean").is_finite())
+    return Group(name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style)
+
+
+def _reasons(rows: pl.DataFrame) -> list[str]:
+    undefined = rows.filter(pl.col("status") == "undefined")
+    return [str(r) for r in undefined["reason"].drop_nulls().unique(maintain_order=True).to_list()][:3]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:40]
+
+
+def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dict[str, Any]]:
+    """Value and excess over the null by layer and role; with several arms one map each on one scale."""
+    blocks = []
+    many = len(last) > 1
+    table = results.measurements.filter(
+        pl.col("checkpoint").is_in(list(last.values())) & (pl.col("status") == "computed") & pl.col("value").is_finite()
+    )
+    if table["matrix"].n_unique() < 2:
+        return []
+    pairs = table.select("diagnostic", "variant").unique(maintain_order=True).rows()
+    for diagnostic, variant in sorted(pairs, key=lambda p: list(GLOSSARY).index(p[0]) if p[0] in GLOSSARY else 99):
+        if not is_primary(diagnostic, variant):
+            continue
+        known = entry(diagnostic)
+        rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
+        if diagnostic == "subspace_similarity" and not many and rows["value"].min() == rows["value"].max():
+            continue  # the last checkpoint is compared with itself
+        roles = role_order(set(rows["role"].to_list()))
+        layers = sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x)
+        limits = (rows["value"].min(), rows["value"].max())
+        block: dict[str, Any] = {"title": label(diagnostic, variant), "charts": []}
+        for arm, checkpoint in last.items():
+            part = rows.filter(pl.col("checkpoint") == checkpoint)
+            tag = f"-{_slug(arm)}" if many else ""
+            name = f"heatmap-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-") + tag
+            caption = (arm_label(arm) if many else "Value") + {"share": ", %", "degrees": ", degrees"}.get(known.unit, "")
+            block["charts"].append(made.add(charts.heatmap(name, caption, known, _cells(part, known, False), roles, layers, limits)))
+            with_null = part.filter(pl.col("null_mean").is_finite())
+            if not many and not with_null.is_empty() and diagnostic not in ("relative_norm", "frobenius_norm"):
+                caption = "Value − null" + {"share": ", percentage points", "degrees": ", degrees"}.get(known.unit, "")
+                cells = _cells(with_null, known, True)
+                spread = [v for v, _ in cells.values()]
+                chart = charts.heatmap(name + "-excess", caption, known, cells, roles, layers, (min(spread), max(spread)), excess=True)
+                block["charts"].append(made.add(chart))
+        blocks.append(block)
+    return blocks
+
+
+def _cells(rows: pl.DataFrame, known: Entry, excess: bool) -> dict[tuple[int | None, str], tuple[float, str]]:
+    """(layer, role) → value and tooltip. Where several matrices share a place, their mean gives the colour and the tooltip says so."""
+    gathered: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
+    for row in rows.select("layer", "role", "matrix", "value", "null_mean").to_dicts():
+        gathered.setdefault((row["layer"], row["role"]), []).append(row)
+    cells = {}
+    for place, found in gathered.items():
+        colour = sum(r["value"] - (r["null_mean"] if excess else 0) for r in found) / len(found)
+        tip = f"{clean(found[0]['matrix'])}: {number(found[0]['value'], known.unit)}"
+        if found[0]["null_mean"] is not None:
+            tip += f", null {number(found[0]['null_mean'], known.unit)}"
+        cells[place] = (colour, tip if len(found) == 1 else f"{clean(place[1])}: several matrices, colour is their mean")
+    return cells
+
+
+def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
+    """Each primary diagnostic against the step, with its null; a band is the range over seeds, or the middle 80 % of the matrices."""
+    runs = results.runs()
+    if max(len(c) for c in runs.values()) < 2:
+        return []
+    out = []
+    wanted = dict.fromkeys((f.diagnostic, f.variant) for c in runs.values() for f in findings(c[-1]) if is_primary(f.diagnostic, f.variant))
+    order = list(GLOSSARY)
+    for diagnostic, variant in sorted(wanted, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
+        known = entry(diagnostic)
+        title = label(diagnostic, variant) + {"share": ", %", "degrees": ", degrees"}.get(known.unit, "")
+        x_label = "step"
+        if results.kind == "reproduce":
+            lines: dict[str, list[dict[int, float]]] = {}
+            nulls: dict[str, list[dict[int, float]]] = {}
+            for (arm, _), checkpoints in runs.items():
+                got = [(c.get("step", i), f) for i, c in enumerate(checkpoints) if (f := _row(c, diagnostic, variant)) is not None]
+                lines.setdefault(arm, []).append({s: f.row["mean"] for s, f in got if f.row["mean"] is not None})
+                nulls.setdefault(arm, []).append({s: f.null["mean"] for s, f in got if f.null and f.null.get("mean") is not None})
+            series = _series_over_seeds([(a, [s for s in seeds if s]) for a, seeds in lines.items()], nulls)
+            if series:
+                series, x_label = _against_step(series)
+        else:
+            series, x_label = _single_run(next(iter(runs.values())), diagnostic, variant)
+        if not series:
+            continue
+        name = f"trajectory-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
+        out.append(made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic == "subspace_similarity")))
+    return out
+
+
+def _row(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> Finding | None:
+    return next((f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (diagnostic, variant)), None)
+
+
+def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str) -> tuple[list[Series], str]:
+    stepped = all(c.get("step") is not None for c in checkpoints)
+    got = [(c["step"] if stepped else i + 1, f) for i, c in enumerate(checkpoints) if (f := _row(c, diagnostic, variant)) is not None]
+    got = [(x, f) for x, f in got if f.row["mean"] is not None]
+    if not got:
+        return [], "step"
+    band = all(f.row.get("p10") is not None and f.row.get("p90") is not None for _, f in got)
+    known_null = diagnostic not in ("relative_norm", "frobenius_norm")
+    one = Series(
+        "mean", [float(x) for x, _ in got], [f.row["mean"] for _, f in got],
+        [f.row["p10"] for _, f in got] if band else None, [f.row["p90"] for _, f in got] if band else None,
+        [f.null.get("mean") if f.null else None for _, f in got] if known_null else None,
+    )  # fmt: skip
+    return [one], "step" if stepped else "checkpoint"
+
+
+def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
+    """Spectra of the updates against a Gaussian one, and the shift of one matrix: the one of median spectral shift in the first run."""
+    curves = results.curves.filter(pl.col("checkpoint").is_in(list(last.values())))
+    shapes = {(r["checkpoint"], r["matrix"]): (r["rows"], r["cols"]) for r in results.measurements.select("checkpoint", "matrix", "rows", "cols").unique().to_dicts()}
+    groups = []
+    for arm, checkpoint in last.items():
+        part = curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("curve") == "sigma_update")).to_dicts()
+        part = [r for r in part if r["values"] and max(r["values"]) > 0 and (checkpoint, r["matrix"]) in shapes]
+        if len(part) > 40:  # enough to see the spread; the file stays small
+            part = part[:: -(-len(part) // 40)]
+        if part:
+            groups.append((arm_label(arm) if arm else "median matrix", style_of(arm, arms), [r["values"] for r in part], [shapes[checkpoint, r["matrix"]] for r in part]))
+    if not groups:
+        return []
+    out = [made.add(charts.update_spectra("spectra-updates", "Singular values of ΔW, σᵢ / ‖ΔW‖F", groups))]
+    for arm, checkpoint in list(last.items()):
+        rows = results.measurements.filter(
+            (pl.col("checkpoint") == checkpoint) & (pl.col("diagnostic") == "spectral_shift") & pl.col("value").is_finite()
+        ).sort("value", "matrix")
+        if rows.is_empty():
+            continue
+        matrix = rows["matrix"][len(rows) // 2]
+        found = {r["curve"]: r["values"] for r in curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("matrix") == matrix)).to_dicts()}
+        if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
+            continue
+        part = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
+        who = f"{arm_label(arm)}: " if arm else ""
+        tag = f"-{_slug(arm)}" if arm else ""
+        if not arm:
+            out.append(made.add(charts.spectra("spectra-matrix", f"Singular values of {clean(matrix, 40)}", *part)))
+        out.append(made.add(charts.spectrum_shift(f"spectra-shift{tag}", f"{who}shift of {clean(matrix, 40)}", *part)))
+    return out
+
+
+def _problems(results: Results) -> list[dict[str, Any]]:
+    """Matrices skipped as a whole, with the reason, first those of the newest checkpoint."""
+    rows = results.measurements.filter(pl.col("status") == "skipped").select("checkpoint", "matrix", "reason").unique(maintain_order=True)
+    return [dict(r) for r in rows.to_dicts()]
+
+
+def _provenance(results: Results) -> dict[str, Any]:
+    run = results.run
+    parts = run.get("arms") or {"": {key: run.get(key) for key in ("base", "checkpoints", "pairing")}}
+    manifests: list[dict[str, Any]] = []
+    seen = set()
+    for part in parts.values():
+        for role, one in [("base", part.get("base") or {}), *(("checkpoint", c) for c in part.get("checkpoints") or [])]:
+            key = (one.get("path"), one.get("checkpoint"))
+            if one and key not in seen:
+                seen.add(key)
+                manifests.append({**one, "role": role})
+    pairings = [{"arm": arm, **(part.get("pairing") or {})} for arm, part in parts.items() if part.get("pairing")]
+    alike = all({k: v for k, v in p.items() if k != "arm"} == {k: v for k, v in pairings[0].items() if k != "arm"} for p in pairings) if pairings else False
+    return {
+        "settings": list(_flat(run.get("settings") or {})),
+        "versions": list((run.get("versions") or {}).items()),
+        "timings": list(_flat(run.get("timings") or {})),
+        "manifests": manifests,
+        "pairings": [{**pairings[0], "arm": ""}] if alike else pairings,
+        "limit": _MAX_LISTED,
+        "checkpoint_arms": bool(results.claims) and any(arm_of(c["checkpoint"])[0] for c in results.summary),
+    }
+
+
+def _flat(data: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value if not isinstance(value, list) else ", ".join(map(str, value))
+
+
+__all__ = ["SUFFIX", "build", "escape"]
