@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from reference import Matrix, bf16_bits, bf16_values
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -63,13 +64,15 @@ def rotated_pair(
 def weights(rng: np.random.Generator, rows: int, cols: int, scale: float = 0.02) -> Matrix:
     """Weights as a trained network has them: Gaussian, with singular values that fall like a power of their index."""
     n = min(rows, cols)
-    noise = rng.standard_normal((rows, cols))
-    return scale * (noise + with_spectrum(rng, rows, cols, 4 * math.sqrt(max(rows, cols)) / np.arange(1, n + 1) ** 0.7))
+    noise: Matrix = rng.standard_normal((rows, cols))
+    spectrum = [4 * math.sqrt(max(rows, cols)) / i**0.7 for i in range(1, n + 1)]
+    return np.asarray(scale * (noise + with_spectrum(rng, rows, cols, spectrum)))
 
 
 def low_rank_update(rng: np.random.Generator, base: Matrix, rank: int, relative: float) -> Matrix:
     """An update of this rank, singular values 1, 1/2, 1/3, …, scaled to `relative` of the base's Frobenius norm."""
-    update = with_spectrum(rng, *base.shape, [1 / (i + 1) for i in range(min(rank, *base.shape))])
+    rows, cols = base.shape
+    update = with_spectrum(rng, rows, cols, [1 / i for i in range(1, min(rank, rows, cols) + 1)])
     return np.asarray(update * (relative * np.linalg.norm(base) / np.linalg.norm(update)))
 
 
@@ -116,8 +119,28 @@ def write_safetensors(path: Path, tensors: Tensors, dtype: str) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
 
 
+def read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Matrix]:
+    """The float64 values of the tensors whose names are wanted."""
+    dtypes = {tag: dtype for dtype, tag in _TAGS.items()}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__" and wanted(name):
+                start, end = entry["data_offsets"]
+                file.seek(8 + length + start)
+                found[name] = decode(file.read(end - start), dtypes[entry["dtype"]], tuple(entry["shape"]))
+        return found
+
+
 def write_checkpoint(
-    folder: Path, tensors: Tensors, dtype: str = "bfloat16", *, shards: int = 1, config: Mapping[str, object] | None = None
+    folder: Path,
+    tensors: Tensors,
+    dtype: str = "bfloat16",
+    *,
+    shards: int = 1,
+    config: Mapping[str, object] | None = None,
 ) -> Path:
     """A Hugging Face folder: config.json and model.safetensors, or `shards` files and their index."""
     folder.mkdir(parents=True, exist_ok=True)

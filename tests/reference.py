@@ -192,7 +192,9 @@ def measure(
 
     u, v = before.u[:, :r], before.v[:, :r]
     energy = frobenius**2
-    values["principal_energy", f"left.{mask_rank}"] = float(((u.T @ delta) ** 2).sum()) / energy if moved and left else None
+    values["principal_energy", f"left.{mask_rank}"] = (
+        float(((u.T @ delta) ** 2).sum()) / energy if moved and left else None
+    )
     values["principal_energy", f"right.{mask_rank}"] = (
         float(((delta @ v) ** 2).sum()) / energy if moved and right else None
     )

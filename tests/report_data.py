@@ -1,6 +1,6 @@
 """Write output folders by the schema of the data files, with made-up numbers, for the tests of the report.
 
-    python tests/report_data.py KIND OUT     (KIND: compare, track, reproduce, still, single, large, bare, hostile)
+python tests/report_data.py KIND OUT     (KIND: compare, track, reproduce, still, single, large, bare, hostile)
 """
 
 from __future__ import annotations
@@ -55,9 +55,18 @@ def summarise(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str,
     """One row of summary.json from the rows of one checkpoint, diagnostic and variant."""
     name = rows[0]["diagnostic"]
     good = [r for r in rows if r["status"] == "computed"]
-    out: dict[str, Any] = {"diagnostic": name, "variant": rows[0]["variant"], "weighting": "entries" if name == "update_sparsity" else "matrices"}
+    out: dict[str, Any] = {
+        "diagnostic": name,
+        "variant": rows[0]["variant"],
+        "weighting": "entries" if name == "update_sparsity" else "matrices",
+    }
     values = np.array([r["value"] for r in good], dtype=float)
-    for key, of in (("mean", np.mean), ("median", np.median), ("p10", lambda v: np.quantile(v, 0.1)), ("p90", lambda v: np.quantile(v, 0.9))):
+    for key, of in (
+        ("mean", np.mean),
+        ("median", np.median),
+        ("p10", lambda v: np.quantile(v, 0.1)),
+        ("p90", lambda v: np.quantile(v, 0.9)),
+    ):
         out[key] = float(of(values)) if len(values) else None
     out |= {"computed": len(good), "total": len(rows), "null": None}
     nulls = [r["null_mean"] for r in good]
@@ -66,7 +75,9 @@ def summarise(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str,
         means = rng.choice(excess, (200, len(excess))).mean(axis=1)
         low, high = float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
         margin = 0.02 if name in SHARES else 0.1 * abs(float(np.mean(nulls)))
-        reading = "size" if -margin < low and high < margin else "geometry" if low > margin or high < -margin else "unclear"
+        reading = (
+            "size" if -margin < low and high < margin else "geometry" if low > margin or high < -margin else "unclear"
+        )
         if name in ("frobenius_norm", "relative_norm"):
             reading = "by construction"
         out["null"] = {
@@ -131,7 +142,13 @@ def write(
                         if got is None:
                             status, reason = "undefined", "the matrix did not move"
                     elif name == "bound_ratio" and variant == "wedin" and layer == 0:
-                        status, reason, got = "undefined", "the gap between the spectra at rank 96 is not positive", None
+                        status, reason, got = (
+                            "undefined",
+                            "the gap between the spectra at rank 96 is not positive",
+                            None,
+                        )
+                    if name == "subspace_similarity" and variant.startswith("final") and share == 1 and got is not None:
+                        got = null = 1.0
                     with_null = nulls and got is not None and (moved or name in ("frobenius_norm", "relative_norm"))
                     rows.append({
                         "checkpoint": checkpoint, "step": step, "matrix": matrix, "layer": layer, "role": role, "rows": shape[0], "cols": shape[1],
@@ -140,12 +157,22 @@ def write(
                         "status": status, "reason": reason,
                     })  # fmt: skip
                 base_sigma = 8 * np.exp(-np.arange(192) / 60)
-                update = size * (0.2 * np.exp(-np.arange(192) / 6) + 0.02 * (1 - np.arange(192) / 192)) * (1 if moved else 0)
+                update = (
+                    size * (0.2 * np.exp(-np.arange(192) / 6) + 0.02 * (1 - np.arange(192) / 192)) * (1 if moved else 0)
+                )
                 for curve, values in (
                     ("sigma_base", base_sigma), ("sigma_tuned", base_sigma + update * 0.1 * rng.normal(size=192)), ("sigma_update", update),
                     ("angle_left", np.linspace(0.01, 14, 96)), ("angle_right", np.linspace(0.01, 12, 96)),
                 ):  # fmt: skip
-                    curves.append({"checkpoint": checkpoint, "step": step, "matrix": matrix, "curve": curve, "values": values.tolist()})
+                    curves.append(
+                        {
+                            "checkpoint": checkpoint,
+                            "step": step,
+                            "matrix": matrix,
+                            "curve": curve,
+                            "values": values.tolist(),
+                        }
+                    )
     out.mkdir(parents=True, exist_ok=True)
     schema = {"step": pl.Int64, "layer": pl.Int32, "rows": pl.Int64, "cols": pl.Int64, "value": pl.Float64, "error": pl.Float64,
               "null_mean": pl.Float64, "null_std": pl.Float64, "reason": pl.String}  # fmt: skip
@@ -157,12 +184,25 @@ def write(
         for row in rows:
             if row["checkpoint"] == checkpoint:
                 groups.setdefault((row["diagnostic"], row["variant"]), []).append(row)
-        summary.append({"checkpoint": checkpoint, "step": step, "diagnostics": [summarise(g, rng) for g in groups.values()]})
+        summary.append(
+            {"checkpoint": checkpoint, "step": step, "diagnostics": [summarise(g, rng) for g in groups.values()]}
+        )
     write_json(out / "summary.json", {"checkpoints": summary})
 
     def manifest(path: str) -> dict[str, Any]:
-        files = [{"name": "model.safetensors", "bytes": 7123456, "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}]
-        return {"path": path, "format": "hugging face folder", "dtypes": {"bfloat16": layers * len(roles)}, "files": files}
+        files = [
+            {
+                "name": "model.safetensors",
+                "bytes": 7123456,
+                "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            }
+        ]
+        return {
+            "path": path,
+            "format": "hugging face folder",
+            "dtypes": {"bfloat16": layers * len(roles)},
+            "files": files,
+        }
 
     pairing = {"measured": layers * len(roles), "base_only": [f"{prefix}.extra.weight"], "tuned_only": [],
                "not_selected": {"embedding": 1, "norm": 2 * layers + 1}, "tied": ["lm_head.weight"]}  # fmt: skip
@@ -180,7 +220,11 @@ def write(
                 "pairing": pairing} for a in arms
         }  # fmt: skip
     else:
-        run |= {"base": manifest(base), "pairing": pairing, "checkpoints": [manifest(f"run/{c}") | {"checkpoint": c, "step": s} for c, s in checkpoints]}
+        run |= {
+            "base": manifest(base),
+            "pairing": pairing,
+            "checkpoints": [manifest(f"run/{c}") | {"checkpoint": c, "step": s} for c, s in checkpoints],
+        }
     write_json(out / "run.json", run)
     return out
 
@@ -189,7 +233,11 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
     """`reproduce`: four arms, several seeds, logs and claims."""
     rng = np.random.default_rng(1)
     names = ["sft", *(a if s == 0 else f"{a}-seed{s}" for a in ("sft-matched", "opd", "rlvr") for s in range(seeds))]
-    write(out, [(f"{n}/step-{s:06d}", s) for n in names for s in ((60, 120, 240) if n == "sft" else (20, 60, 100))], base="assets/base")
+    write(
+        out,
+        [(f"{n}/step-{s:06d}", s) for n in names for s in ((60, 120, 240) if n == "sft" else (20, 60, 100))],
+        base="assets/base",
+    )
     ends = {"sft": 0.58, "sft-matched": 0.84, "opd": 0.74, "rlvr": 0.69}
     for name in names:
         arm, steps = name.split("-seed")[0], 240 if name == "sft" else 100
@@ -214,10 +262,40 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
             got[arm] = {"mean": mean, "low": mean - spread, "high": mean + spread, "seeds": values, "null": null[arm]}
         return got
 
-    def claim(id: str, text: str, verdict: str, unit: str, values: dict[str, float], spread: float, null: dict[str, float | None], paper: str) -> dict[str, Any]:
-        return {"id": id, "claim": text, "rule": "the order of the arms holds in every seed and the intervals of neighbouring arms do not overlap",
-                "verdict": verdict, "explanation": "The order follows the size of the update; the null has the same order.", "unit": unit, "paper": paper,
-                "measured": arm_values(values, spread, null)}  # fmt: skip
+    def claim(
+        id: str,
+        text: str,
+        verdict: str,
+        unit: str,
+        values: dict[str, float],
+        spread: float,
+        null: dict[str, float | None],
+        paper: str,
+    ) -> dict[str, Any]:
+        judged = "OPD minus SFT above 0.02: 0.116 [0.0843, 0.155], met"
+        controls = [
+            (
+                "matched SFT: OPD's start, learning rate, steps and sequences",
+                {k: v for k, v in values.items() if k != "sft"},
+                1,
+            ),
+            (
+                f"beyond size: {'difference from' if unit == 'share' else 'ratio to'} the null in place of the value",
+                values,
+                0.1,
+            ),
+        ]
+        return {
+            "id": id, "claim": text, "rule": "Holds if all of these are met by their whole 95 % interval: OPD minus SFT above 0.02.",
+            "verdict": verdict, "explanation": judged, "unit": unit, "paper": paper, "diagnostic": "stable_rank", "variants": [""],
+            "at": "last checkpoint", "measured": arm_values(values, spread, null),
+            "controls": [
+                {"control": name, "verdict": outcome, "explanation": judged,
+                 "measured": {a: {k: v for k, v in got.items() if k != "null"} for a, got in
+                              arm_values({a: m * scale for a, m in part.items()}, spread, null).items()}}
+                for (name, part, scale), outcome in zip(controls, ("fails", "inconclusive"), strict=True)
+            ],
+        }  # fmt: skip
 
     arms = ("sft", "sft-matched", "opd", "rlvr")
     claims = [
@@ -229,8 +307,13 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         claim("L1", "OPD's cumulative update stays in a narrow stable-rank band; SFT expands and RLVR contracts", "fails", "number",
               dict(zip(arms, (1.6, 1.1, 1.0, 0.9), strict=True)), 0.1, dict.fromkeys(arms, None), "stable rank against the step"),
     ]  # fmt: skip
-    write_json(out / "claims.json", {"claims": claims, "seeds": list(range(seeds)), "preset": "tiny",
-                                     "left_out": ["R2: one teacher only", "S1: projected training is a later step"]})  # fmt: skip
+    moved = {"start": {"mean": 0.58, "seeds": [0.58]}, "end": {"mean": 0.7412, "seeds": [0.7412]}}
+    keys = ("accuracy_greedy", "accuracy_sampled", "kl_teacher", "completion_length")
+    write_json(out / "claims.json", {
+        "claims": claims, "seeds": list(range(seeds)), "preset": "tiny",
+        "outcomes": {arm: {"prompts": 2048, **dict.fromkeys(keys, moved)} for arm in arms},
+        "left_out": ["R2 (one teacher only)", "S1 (training held in the channel)"],
+    })  # fmt: skip
     return out
 
 
@@ -253,7 +336,14 @@ def build(kind: str, out: Path) -> Path:
         case "bare":
             return write(out, run, nulls=False)
         case "hostile":
-            return write(out, [(HOSTILE + "1", None), (HOSTILE + "2", None)], layers=2, roles=("q_proj", HOSTILE), prefix=HOSTILE, base=HOSTILE)
+            return write(
+                out,
+                [(HOSTILE + "1", None), (HOSTILE + "2", None)],
+                layers=2,
+                roles=("q_proj", HOSTILE),
+                prefix=HOSTILE,
+                base=HOSTILE,
+            )
     raise ValueError(f"unknown kind {kind!r}")
 
 

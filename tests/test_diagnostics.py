@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import mpmath
 import numpy as np
-import planted
 import pytest
 import torch
-from reference import Matrix, disagreement, measure
 
+import planted
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics
+from reference import Matrix, disagreement, measure
 
 Found = dict[tuple[str, str], Value]
 
@@ -47,7 +47,9 @@ def check(base: Matrix, tuned: Matrix, settings: Settings | None = None) -> Foun
         assert value.value is not None or value.reason, f"{key} is undefined without a reason"
         if value.value is not None and value.error is not None and not key[1].startswith("principal."):
             assert math.isfinite(value.value), key
-            assert value.error <= max(1e-3 * abs(value.value), 1e-5 * max(1.0, abs(value.value))), f"{key}: a vacuous error"
+            assert value.error <= max(1e-3 * abs(value.value), 1e-5 * max(1.0, abs(value.value))), (
+                f"{key}: a vacuous error"
+            )
     return found
 
 
@@ -77,11 +79,16 @@ CASES: dict[str, Callable[[], tuple[Matrix, Matrix]]] = {
         planted.with_spectrum(rng(), 30, 24, list(np.logspace(0, -6, 24))), relative=1e-4
     ),
     "base of rank 12, cut at 12": lambda: nudged(planted.with_spectrum(rng(), 30, 24, [1.0] * 12)),
-    "base repeats away from the cut": lambda: nudged(planted.with_spectrum(rng(), 30, 24, [2.0] * 12 + [1.0] * 12), 1e-3),
+    "base repeats away from the cut": lambda: nudged(
+        planted.with_spectrum(rng(), 30, 24, [2.0] * 12 + [1.0] * 12), 1e-3
+    ),
     "update of rank 1": lambda: (lambda w: (w, w + planted.low_rank_update(rng(1), w, 1, 0.1)))(
         planted.weights(rng(), 30, 24)
     ),
-    "one entry": lambda: (np.eye(6) * 6 + np.tri(6), np.eye(6) * 6 + np.tri(6) + 0.5 * np.outer(np.eye(6)[1], np.eye(6)[4])),
+    "one entry": lambda: (
+        np.eye(6) * 6 + np.tri(6),
+        np.eye(6) * 6 + np.tri(6) + 0.5 * np.outer(np.eye(6)[1], np.eye(6)[4]),
+    ),
     "negative of the base": lambda: (lambda w: (w, -w))(planted.weights(rng(), 12, 10)),
     "to zero": lambda: (lambda w: (w, 0 * w))(planted.weights(rng(), 12, 10)),
     "from zero": lambda: (lambda w: (0 * w, w))(planted.weights(rng(), 12, 10)),
@@ -117,10 +124,14 @@ def test_agrees_on_stored_weights_with_tight_bounds(name: str, dtype: str) -> No
         if variant.startswith("principal."):  # a float64 threshold decides at most one entry or two
             assert value.error <= 2 / visible + 1e-12
         else:
-            assert value.error <= max(1e-6 * abs(value.value), 1e-6 if diagnostic == "principal_angles" else 1e-9), diagnostic
+            assert value.error <= max(1e-6 * abs(value.value), 1e-6 if diagnostic == "principal_angles" else 1e-9), (
+                diagnostic
+            )
 
 
-@pytest.mark.parametrize("asked", [{"rank": 3}, {"top_k": 4}, {"mask_rank": 5, "mask_share": (0.25, 0.9)}, {"eta": 0.05}])
+@pytest.mark.parametrize(
+    "asked", [{"rank": 3}, {"top_k": 4}, {"mask_rank": 5, "mask_share": (0.25, 0.9)}, {"eta": 0.05}]
+)
 def test_agrees_under_other_settings(asked: dict[str, object]) -> None:
     base, tuned = nudged(planted.weights(rng(), 30, 24), relative=0.05)
     found = check(base, tuned, Settings(**asked))  # type: ignore[arg-type]
@@ -217,9 +228,7 @@ def test_ties_do_not_depend_on_where_the_entries_stand(share: float) -> None:
     settings = Settings(mask_share=(share,))
     key = ("mask_overlap", f"low_magnitude.{share:g}")
     plain = computed(base, tuned, settings)[key].value
-    moved = computed(
-        base.ravel()[order].reshape(30, 24), tuned.ravel()[order].reshape(30, 24), settings
-    )[key].value
+    moved = computed(base.ravel()[order].reshape(30, 24), tuned.ravel()[order].reshape(30, 24), settings)[key].value
     assert plain == pytest.approx(moved, rel=1e-12)
     assert plain == pytest.approx(measure(base, tuned).values[key], rel=1e-12)
 

@@ -290,20 +290,14 @@ def _values(table: pl.DataFrame, q: Quantity, column: str) -> dict[str, np.ndarr
 
 
 def _verdict(claim: Claim, values: dict[str, np.ndarray], norms: dict[str, np.ndarray]) -> tuple[str, str]:
-    rng = np.random.default_rng(0)
-    seeds, matrices = values[OPD].shape[:2]
-    samples = np.empty((BOOTSTRAP, len(claim.comparisons)))
-    for i in range(BOOTSTRAP):
-        s, m = rng.integers(seeds, size=seeds), rng.integers(matrices, size=matrices)
-        means = Means(
-            {arm: np.nanmean(v[s][:, m], axis=(0, 1)) for arm, v in values.items()},
-            {arm: np.nanmean(v[s][:, m], axis=(0, 1)) for arm, v in norms.items()},
-        )
-        samples[i] = [c.value(means) for c in claim.comparisons]
-    whole = Means(
-        {arm: np.nanmean(v, axis=(0, 1)) for arm, v in values.items()},
-        {arm: np.nanmean(v, axis=(0, 1)) for arm, v in norms.items()},
-    )
+    arms = {arm: _resampled(v) for arm, v in values.items()}
+    sizes = {arm: _resampled(v) for arm, v in norms.items()}
+
+    def means(i: int) -> Means:  # row 0 is the sample itself
+        return Means({arm: v[i] for arm, v in arms.items()}, {arm: v[i] for arm, v in sizes.items()})
+
+    samples = np.array([[c.value(means(i)) for c in claim.comparisons] for i in range(1, BOOTSTRAP + 1)])
+    whole = means(0)
     outcomes, parts = [], []
     for comparison, column in zip(claim.comparisons, samples.T, strict=True):
         low, high = np.quantile(column, [0.025, 0.975])
@@ -318,22 +312,38 @@ def _verdict(claim: Claim, values: dict[str, np.ndarray], norms: dict[str, np.nd
     return verdict, "; ".join(parts)
 
 
+def _resampled(values: np.ndarray) -> np.ndarray:
+    """Means over seeds and matrices, (1 + BOOTSTRAP, checkpoints): of `values` itself, then of each bootstrap resample.
+
+    Seeds and matrices are resampled independently of each other, with the same draws for every arm (the comparison is paired).
+    """
+    rng = np.random.default_rng(0)
+    seeds, matrices, _ = values.shape
+    by_seed = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=BOOTSTRAP)])
+    by_matrix = np.vstack(
+        [np.ones(matrices), rng.multinomial(matrices, np.full(matrices, 1 / matrices), size=BOOTSTRAP)]
+    )
+    known = ~np.isnan(values)
+    total = np.einsum("bs,bm,smc->bc", by_seed, by_matrix, np.where(known, values, 0.0), optimize=True)
+    return total / np.einsum("bs,bm,smc->bc", by_seed, by_matrix, known.astype(float), optimize=True)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
 def _measured(values: np.ndarray, null: np.ndarray | None = None, *, first: bool = False) -> dict[str, Any]:
     """Mean, 95 % bootstrap interval over seeds and matrices, and each seed's mean, at one checkpoint."""
     at = values[:, :, 0 if first else -1]
-    rng = np.random.default_rng(0)
-    seeds, matrices = at.shape
-    draws = [
-        np.nanmean(at[rng.integers(seeds, size=seeds)][:, rng.integers(matrices, size=matrices)])
-        for _ in range(BOOTSTRAP)
-    ]
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.quantile(_resampled(values)[1:, 0 if first else -1], [0.025, 0.975])
+    with np.errstate(invalid="ignore"):
+        mean, by_seed = np.nanmean(at), np.nanmean(at, axis=1)
     out: dict[str, Any] = {
-        "mean": float(np.nanmean(at)),
-        "low": float(low),
-        "high": float(high),
-        "seeds": [float(x) for x in np.nanmean(at, axis=1)],
+        "mean": _known(mean),
+        "low": _known(low),
+        "high": _known(high),
+        "seeds": [_known(x) for x in by_seed],
     }
     if null is not None:
-        out["null"] = float(np.nanmean(null[:, :, 0 if first else -1]))
+        out["null"] = _known(np.nanmean(null[:, :, 0 if first else -1]))
     return out

@@ -20,7 +20,7 @@ from opdgeo.training.config import TrainConfig
 
 TINY_TASK: dict[str, Any] = {
     "task": "arithmetic",
-    "task_options": {"operands": 3},
+    "task_options": {"operands": 3, "largest": 9999},
     "teacher": "tiny/teacher",
     "max_prompt_tokens": 32,
     "max_tokens": 48,
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             **TINY_TASK,
             "origin": "tiny/base",
             "rollouts": "demonstrations",
-            "steps": 100,
+            "steps": 60,
             "sequences_per_step": 64,
             "learning_rate": 3e-4,
             "schedule": "cosine",

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from opdgeo.report.glossary import Entry, clean, number
+from opdgeo.report.glossary import Entry, clean
 
 INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
@@ -112,8 +112,10 @@ def style_of(arm: str, others: Sequence[str] = ()) -> int:
     return free[unknown.index(arm) % len(free)] if arm in unknown else 0
 
 
-def distribution(name: str, title: str, entry: Entry, groups: Sequence[Group], axis: str = "") -> Chart:
-    """One dot a matrix, its null in grey beneath (with two standard deviations), the mean as a tick."""
+def distribution(
+    name: str, title: str, entry: Entry, groups: Sequence[Group], axis: str = "", caption: str = ""
+) -> Chart:
+    """One dot a matrix, the mean as a black tick; beneath in grey the null of each matrix and their span with two standard deviations."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
         everything = [v for g in groups for v in (*g.values, *g.null_means)]
@@ -121,9 +123,17 @@ def distribution(name: str, title: str, entry: Entry, groups: Sequence[Group], a
         for row, group in enumerate(groups):
             if len(group.null_means):
                 means, stds = np.asarray(group.null_means, float), np.asarray(group.null_stds, float)
-                low = np.maximum(means - 2 * stds, means * 1e-3) if log else means - 2 * stds
-                axes.hlines(np.full(len(means), row + 0.2), low, means + 2 * stds, color=NULL, linewidth=3.2, alpha=0.35)
-                axes.plot(means, np.full(len(means), row + 0.2), linestyle="", marker="|", markersize=6, color=NULL, markeredgewidth=1)
+                low = np.maximum(means - 2 * stds, means * 0.1) if log else means - 2 * stds
+                axes.hlines(row + 0.2, low.min(), (means + 2 * stds).max(), color=NULL, linewidth=4, alpha=0.4)
+                axes.plot(
+                    means,
+                    np.full(len(means), row + 0.2),
+                    linestyle="",
+                    marker="|",
+                    markersize=6,
+                    color=NULL,
+                    markeredgewidth=1,
+                )
             values = np.asarray(group.values, float)
             axes.plot(
                 values, np.full(len(values), row - 0.14), linestyle="", marker="o", markersize=4.2, alpha=0.6, markeredgewidth=0,
@@ -137,15 +147,19 @@ def distribution(name: str, title: str, entry: Entry, groups: Sequence[Group], a
         if log:
             axes.set_xscale("log")
         _value_axis(axes, "x", entry, log)
-        axes.set_xlabel(axis or _axis_label(title, entry), loc="left")
-    return Chart(name, title, f"{title} of every matrix, its null in grey", figure)
+        axes.set_xlabel(axis, loc="left")
+    return Chart(name, caption or title, f"{title} of every matrix, its null in grey", figure)
 
 
-def trajectory(name: str, title: str, entry: Entry, series: Sequence[Series], x_label: str = "step", walk: bool = False) -> Chart:
+def trajectory(
+    name: str, title: str, entry: Entry, series: Sequence[Series], x_label: str = "step", walk: bool = False
+) -> Chart:
     """A diagnostic against the step; bands are the spread named in the caption, grey lines the null of the same size."""
     with matplotlib.rc_context(_RC):
         many = len(series) > 1
-        figure, axes = _frame(2.35 + (0.2 * ((len(series) + 2) // 3) if many else 0.2), [], top=0.2 * ((len(series) + 3) // 3) + 0.08)
+        figure, axes = _frame(
+            2.35 + (0.2 * ((len(series) + 2) // 3) if many else 0.2), [], top=0.2 * ((len(series) + 3) // 3) + 0.08
+        )
         finite = [v for s in series for v in (*s.y, *(n for n in (s.null or ()) if n is not None)) if v is not None]
         log = entry.log and bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)
         for one in series:
@@ -153,18 +167,35 @@ def trajectory(name: str, title: str, entry: Entry, series: Sequence[Series], x_
             if one.null is not None and any(n is not None for n in one.null):
                 grey = [np.nan if n is None else n for n in one.null]
                 axes.plot(one.x, grey, color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
-                axes.plot(one.x[-1:], grey[-1:], color=NULL, marker=marker, markersize=4.5, markerfacecolor=PAPER, zorder=2.2)
+                axes.plot(
+                    one.x[-1:], grey[-1:], color=NULL, marker=marker, markersize=4.5, markerfacecolor=PAPER, zorder=2.2
+                )
             if one.low is not None and one.high is not None:
                 axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.16, linewidth=0, zorder=1)
-            axes.plot(one.x, one.y, color=colour, marker=marker, markersize=3.4 if len(one.x) <= 20 else 0, zorder=3, label=clean(one.label, 24))
+            axes.plot(
+                one.x,
+                one.y,
+                color=colour,
+                marker=marker,
+                markersize=3.4 if len(one.x) <= 20 else 0,
+                zorder=3,
+                label=clean(one.label, 24),
+            )
         if any(s.null is not None and any(n is not None for n in s.null) for s in series):
-            axes.plot([], [], color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), label="null: walk" if walk else "null: same size")
+            axes.plot(
+                [],
+                [],
+                color=NULL,
+                linewidth=1.2,
+                linestyle=(0, (4, 2)),
+                label="null: walk" if walk else "null: same size",
+            )
         if log:
             axes.set_yscale("log")
         _value_axis(axes, "y", entry, log)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label in ("step", "checkpoint")))
         if x_label.startswith("share"):
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(round(v, 9), "share", bare=True)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         axes.set_xlabel(x_label, loc="right")
         axes.margins(y=0.12)
         _legend(figure, axes)
@@ -188,11 +219,14 @@ def heatmap(
     with matplotlib.rc_context(_RC):
         row = 0.1 if len(layers) > 12 else 0.2
         names = [_role_label(r) for r in roles]
-        height = 0.95 + row * len(layers) + 0.045 * max(map(len, names), default=0)
+        slanted = max(map(len, names), default=0) * len(names) > 44
+        height = 0.78 + row * len(layers) + (0.05 * max(map(len, names)) if slanted else 0)
         figure = Figure(figsize=(_WIDTH, height))
         bottom = 0.52
         left, right = 0.42, 0.16
-        axes = figure.add_axes((left / _WIDTH, bottom / height, (_WIDTH - left - right) / _WIDTH, row * len(layers) / height))
+        axes = figure.add_axes(
+            (left / _WIDTH, bottom / height, (_WIDTH - left - right) / _WIDTH, row * len(layers) / height)
+        )
         values = [v for v, _ in cells.values()]
         low, high = limits or ((min(values), max(values)) if values else (0.0, 1.0))
         if excess:
@@ -203,7 +237,13 @@ def heatmap(
         colours, norm = (_DIVERGING if excess else _SEQUENTIAL), Normalize(low, high)
         tips = {}
         for index, ((layer, role), (value, tip)) in enumerate(cells.items()):
-            patch = Rectangle((roles.index(role) - 0.5, layers.index(layer) - 0.5), 1, 1, facecolor=colours(norm(value)), edgecolor=PAPER)
+            patch = Rectangle(
+                (roles.index(role) - 0.5, layers.index(layer) - 0.5),
+                1,
+                1,
+                facecolor=colours(norm(value)),
+                edgecolor=PAPER,
+            )
             patch.set_linewidth(0.8 if len(layers) <= 12 else 0.4)
             patch.set_gid(f"cell{index}")
             patch.set_clip_on(False)
@@ -215,7 +255,6 @@ def heatmap(
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.xaxis.tick_top()
-        slanted = max(map(len, names), default=0) * len(names) > 44
         axes.set_xticks(range(len(roles)), names, rotation=40 if slanted else 0, ha="left" if slanted else "center")
         every = 1 if len(layers) <= 12 else 5
         shown = [i for i, layer in enumerate(layers) if layer is None or layer % every == 0]
@@ -262,7 +301,9 @@ def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float]
     return Chart(name, title, title, figure)
 
 
-def spectrum_shift(name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]) -> Chart:
+def spectrum_shift(
+    name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]
+) -> Chart:
     """σᵢ(W₊) − σᵢ(W₀) by index, with the band ±‖ΔW‖₂ that Weyl's inequality allows."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(2.55, [], top=0.28)
@@ -280,7 +321,9 @@ def spectrum_shift(name: str, title: str, base: Sequence[float], tuned: Sequence
     return Chart(name, title, title, figure)
 
 
-def update_spectra(name: str, title: str, groups: Sequence[tuple[str, int, Sequence[Sequence[float]], Sequence[tuple[int, int]]]]) -> Chart:
+def update_spectra(
+    name: str, title: str, groups: Sequence[tuple[str, int, Sequence[Sequence[float]], Sequence[tuple[int, int]]]]
+) -> Chart:
     """σᵢ(ΔW)/‖ΔW‖_F of every matrix (thin), the median of each group (thick) and a Gaussian update of the same shape and norm (grey).
 
     `groups` holds label, style, the spectra and the shapes (rows, cols). The grey line is the Marchenko–Pastur law, exact for large matrices.
@@ -296,14 +339,29 @@ def update_spectra(name: str, title: str, groups: Sequence[tuple[str, int, Seque
                 if norm <= 0:
                     continue
                 position = (np.arange(len(sigma)) + 0.5) / len(sigma)
-                axes.plot(position, np.where(sigma > 0, sigma / norm, np.nan), color=SERIES[style], linewidth=0.4, alpha=0.25)
+                axes.plot(
+                    position, np.where(sigma > 0, sigma / norm, np.nan), color=SERIES[style], linewidth=0.4, alpha=0.25
+                )
                 kept.append(np.interp(np.linspace(0.002, 0.998, 120), position, sigma / norm))
                 if shape not in drawn:
                     drawn.add(shape)
                     gauss = _marchenko_pastur(*shape)
-                    axes.plot((np.arange(len(gauss)) + 0.5) / len(gauss), gauss, color=NULL, linestyle=(0, (4, 2)), linewidth=1.4, zorder=3)
+                    axes.plot(
+                        (np.arange(len(gauss)) + 0.5) / len(gauss),
+                        gauss,
+                        color=NULL,
+                        linestyle=(0, (4, 2)),
+                        linewidth=1.4,
+                        zorder=3,
+                    )
             if kept:
-                axes.plot(np.linspace(0.002, 0.998, 120), np.median(kept, axis=0), color=SERIES[style], label=clean(text, 24), zorder=4)
+                axes.plot(
+                    np.linspace(0.002, 0.998, 120),
+                    np.median(kept, axis=0),
+                    color=SERIES[style],
+                    label=clean(text, 24),
+                    zorder=4,
+                )
         if drawn:
             axes.plot([], [], color=NULL, linestyle=(0, (4, 2)), linewidth=1.4, label="Gaussian update")
             axes.set_yscale("log")
@@ -311,7 +369,7 @@ def update_spectra(name: str, title: str, groups: Sequence[tuple[str, int, Seque
             axes.set_ylim(max(low, high * 1e-5), high)
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
             axes.yaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(round(v, 9), "share", bare=True)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         axes.set_xlabel("index, % of the singular values", loc="right")
         _legend(figure, axes)
     return Chart(name, title, title, figure)
@@ -324,10 +382,26 @@ def claim_panel(name: str, title: str, unit: str, axis: str, arms: Sequence[tupl
         for row, (_, style, got) in enumerate(arms):
             colour = SERIES[style]
             if got.get("null") is not None:
-                axes.plot([got["null"]], [row + 0.16], marker="|", markersize=13, markeredgewidth=2.6, color=NULL, linestyle="")
+                axes.plot(
+                    [got["null"]],
+                    [row + 0.16],
+                    marker="|",
+                    markersize=13,
+                    markeredgewidth=2.6,
+                    color=NULL,
+                    linestyle="",
+                )
             seeds = [s for s in got.get("seeds") or [] if s is not None]
             if len(seeds) > 1:
-                axes.plot(seeds, [row + 0.16] * len(seeds), linestyle="", marker="o", markersize=3.6, markerfacecolor="none", markeredgecolor=colour)
+                axes.plot(
+                    seeds,
+                    [row + 0.16] * len(seeds),
+                    linestyle="",
+                    marker="o",
+                    markersize=3.6,
+                    markerfacecolor="none",
+                    markeredgecolor=colour,
+                )
             if got.get("low") is not None and got.get("high") is not None:
                 axes.hlines(row - 0.1, got["low"], got["high"], color=colour, linewidth=3.4, alpha=0.4)
             if got.get("mean") is not None:
@@ -356,17 +430,25 @@ def inline_svg(chart: Chart) -> str:
         text = text.replace(f'<g id="{gid}">', f"<g><title>{_escaped(tip)}</title>", 1)
     kept = {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)}
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in kept else "", text)
-    text = re.sub(r'( (?:d|x|y|transform|points|width|height)=")([^"]*)"', lambda m: m[1] + re.sub(r"(\.\d\d)\d+", r"\1", m[2]) + '"', text)
+    text = re.sub(r'( (?:d|x|y|transform|points|width|height)=")([^"]*)"', lambda m: m[1] + _short(m[2]) + '"', text)
     text = re.sub(r' style="([^"]*)"', lambda m: f' style="{_page_style(m[1])}"', text)
     text = text.replace(' xlink:href="', ' href="')
     text = re.sub(r"<g>((?:\s*<use [^>]*/>)+)\s*</g>", _share_style, text)
     return re.sub(r">\s+<", "><", text)
 
 
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", NULL: "--null", PAPER: "--paper"} | {c: f"--s{i}" for i, c in enumerate(SERIES)}
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", NULL: "--null", PAPER: "--paper"} | {
+    c: f"--s{i}" for i, c in enumerate(SERIES)
+}
+
+
+def _short(numbers: str) -> str:
+    """Coordinates to a hundredth of a point, in one line."""
+    return " ".join(re.sub(r"(\.\d\d)\d+", r"\1", numbers).split())
 
 
 def _page_style(style: str) -> str:
+    style = re.sub(r"font-family: [^;]*", "font-family: var(--sans)", style)
     style = re.sub(r"font: ([\d.]+)px [^;]*", r"font: \1px var(--sans)", style).replace("stroke-linejoin: miter", "")
     return re.sub("|".join(_VARIABLES), lambda m: f"var({_VARIABLES[m[0]]})", style).strip("; ")
 
@@ -382,7 +464,10 @@ def save(chart: Chart, folder: Path) -> list[Path]:
     with matplotlib.rc_context(_RC):
         chart.figure.savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
     written = []
-    for path, content in ((folder / f"{chart.name}.svg", _svg(chart, "path").encode()), (folder / f"{chart.name}.pdf", pdf.getvalue())):
+    for path, content in (
+        (folder / f"{chart.name}.svg", _svg(chart, "path").encode()),
+        (folder / f"{chart.name}.pdf", pdf.getvalue()),
+    ):
         write_whole(path, content)
         written.append(path)
     return written
@@ -394,7 +479,7 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)
+        Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -423,7 +508,9 @@ def _frame(height: float, labels: Sequence[str], top: float = 0.06) -> tuple[Fig
     bottom = 0.46
     height = max(height, bottom + top + 0.4)
     figure = Figure(figsize=(_WIDTH, height))
-    axes = figure.add_axes((left / _WIDTH, bottom / height, (_WIDTH - left - 0.2) / _WIDTH, (height - bottom - top) / height))
+    axes = figure.add_axes(
+        (left / _WIDTH, bottom / height, (_WIDTH - left - 0.2) / _WIDTH, (height - bottom - top) / height)
+    )
     return figure, axes
 
 
@@ -459,10 +546,6 @@ def _value_axis(axes: Axes, which: str, entry: Entry, log: bool) -> None:
     else:
         axis.set_major_locator(MaxNLocator(5))
     _numbers(axes, which, entry.unit)
-
-
-def _axis_label(title: str, entry: Entry) -> str:
-    return title + {"share": ", %", "degrees": ", degrees"}.get(entry.unit, "")
 
 
 def _role_label(role: str) -> str:

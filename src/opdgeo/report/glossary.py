@@ -134,8 +134,8 @@ GLOSSARY: dict[str, Entry] = {
         _PAPER + "§2, subspace similarity",
     ),
     "bound_ratio": Entry(
-        "Bound ratio", "share", False, "measured / bound: Mirsky (σ shift ≤ ‖ΔW‖<sub>F</sub>), Weyl and Wedin (≤ ‖ΔW‖₂)",
-        "How much of what perturbation theory allows was used. Never above 100 % beyond rounding.",
+        "Bound ratio", "number", False, "measured / bound: Mirsky (σ shift ≤ ‖ΔW‖<sub>F</sub>), Weyl and Wedin (≤ ‖ΔW‖₂)",
+        "How much of what perturbation theory allows was used. Never above 1 beyond rounding.",
         "Close to the bound: the update is aligned with the singular vectors of the matrix. Wedin is undefined where the gap between the "
         "two spectra at the cut is not positive.",
         _PAPER + "§3, gate II",
@@ -164,7 +164,9 @@ def entry(diagnostic: str) -> Entry:
     known = GLOSSARY.get(diagnostic)
     if known is not None:
         return known
-    return Entry(clean(diagnostic).replace("_", " "), *(getattr(_UNKNOWN, f) for f in list(Entry.__dataclass_fields__)[1:]))
+    return Entry(
+        clean(diagnostic).replace("_", " "), *(getattr(_UNKNOWN, f) for f in list(Entry.__dataclass_fields__)[1:])
+    )
 
 
 def variant_label(diagnostic: str, variant: str) -> str:
@@ -230,7 +232,9 @@ def arm_label(arm: str) -> str:
 SUFFIX = {"share": " %", "points": " pp", "degrees": "°", "seconds": " s"}
 
 
-def number(value: float | None, unit: str = "number", *, signed: bool = False, bare: bool = False, decimals: int | None = None) -> str:
+def number(
+    value: float | None, unit: str = "number", *, signed: bool = False, bare: bool = False, decimals: int | None = None
+) -> str:
     """Three significant digits in the field's notation: `91.9 %`, `0.520°`, `1.30e-04`; an en dash where there is no number.
 
     `unit` is share (shown in per cent), points (a difference of shares), degrees, number, integer, seconds or bytes. `bare` leaves the

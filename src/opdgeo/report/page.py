@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Group, Series, style_of
@@ -17,7 +17,6 @@ from opdgeo.report.data import Results
 from opdgeo.report.glossary import (
     GLOSSARY,
     READINGS,
-    SUFFIX,
     Entry,
     arm_label,
     arm_of,
@@ -30,8 +29,9 @@ from opdgeo.report.glossary import (
     number,
     role_order,
     split_seed,
+    variant_label,
 )
-from opdgeo.report.terminal import unit_of
+from opdgeo.report.terminal import OUTCOMES, control_name, unit_of
 from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
 
 _MAX_LISTED = 60
@@ -43,7 +43,11 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     made = _Charts()
     runs = results.runs()
     arms = list(dict.fromkeys(arm for arm, _ in runs))
-    subjects = [_subject(arm, checkpoints[-1]) for (arm, seed), checkpoints in runs.items() if seed == min(s for a, s in runs if a == arm)]
+    subjects = [
+        _subject(arm, checkpoints[-1])
+        for (arm, seed), checkpoints in runs.items()
+        if seed == min(s for a, s in runs if a == arm)
+    ]
     last = {s["arm"]: s["name"] for s in subjects}
     context = {
         "kind": results.kind,
@@ -51,9 +55,12 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "title": _title(results),
         "subjects": subjects,
         "shared": _shared(subjects),
+        "missing": _missing(subjects),
         "claims": _claims(results, made),
         "left_out": (results.claims or {}).get("left_out") or [],
         "logs": _logs(results, made),
+        "outcomes": (results.claims or {}).get("outcomes") or {},
+        "outcome_columns": OUTCOMES,
         "diagnostics": _diagnostics(results, last, arms, made),
         "heatmaps": _heatmaps(results, last, made),
         "trajectories": _trajectories(results, made),
@@ -63,8 +70,20 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "seeds": (results.claims or {}).get("seeds") or [],
         "readings": READINGS,
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"num": _shown, "interval": _interval, "clean": clean, "arm": arm_label, "points": _points}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "num": _shown,
+        "interval": _interval,
+        "clean": clean,
+        "arm": arm_label,
+        "points": _points,
+        "excess": _excess,
+        "mean": _arm_mean,
+        "title_of": lambda name: entry(name).title,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    }
     source = resources.files("opdgeo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(context), made.all
 
@@ -80,7 +99,9 @@ class _Charts:
         return {"svg": Markup(charts.inline_svg(chart)), "caption": chart.caption, "note": note}
 
 
-def _shown(value: float | None, unit: str = "number", signed: bool = False, decimals: int | None = None, bare: bool = False) -> Markup:
+def _shown(
+    value: float | None, unit: str = "number", signed: bool = False, decimals: int | None = None, bare: bool = False
+) -> Markup:
     """A number of the data files with its exact value in a <data> element; an en dash where there is none."""
     text = number(value, unit, signed=signed, decimals=decimals, bare=bare)
     if value is None or value != value:
@@ -96,6 +117,18 @@ def _interval(low: float | None, high: float | None, unit: str = "number", signe
     return Markup('<span class="interval">[{}, {}]</span>').format(*ends)
 
 
+def _excess(null: dict[str, Any], unit: str) -> Markup:
+    """The mean excess with the digits of its interval."""
+    return _shown(
+        null.get("excess"), unit, signed=True, decimals=interval_decimals(null.get("low"), null.get("high"), unit)
+    )
+
+
+def _arm_mean(got: dict[str, Any], unit: str) -> Markup:
+    """The mean of an arm with the digits of its interval."""
+    return _shown(got.get("mean"), unit, decimals=interval_decimals(got.get("low"), got.get("high"), unit))
+
+
 def _points(unit: str) -> str:
     """Unit of a difference of two values in `unit`."""
     return "points" if unit == "share" else unit
@@ -104,7 +137,10 @@ def _points(unit: str) -> str:
 def _title(results: Results) -> dict[str, str]:
     if results.kind == "reproduce":
         preset = (results.claims or {}).get("preset")
-        return {"head": "SFT, OPD and RLVR: where the weights moved", "sub": f"opdgeo reproduce, preset {clean(preset)}" if preset else "opdgeo reproduce"}
+        return {
+            "head": "SFT, OPD and RLVR: where the weights moved",
+            "sub": f"opdgeo reproduce, preset {clean(preset)}" if preset else "opdgeo reproduce",
+        }
     base = clean(_stem((results.run.get("base") or {}).get("path", "base")), 60)
     return {
         "head": "Where the weights moved",
@@ -148,41 +184,84 @@ def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
         grouped.setdefault((found.row["computed"], found.row["total"]), []).append(found)
     most = max((len(g) for g in grouped.values()), default=0)
     return [
-        {"computed": c, "total": t, "every": len(group) == most and len(group) > len(checkpoint["diagnostics"]) / 2, "found": _by_diagnostic(group)}
+        {
+            "computed": c,
+            "total": t,
+            "every": len(group) == most and len(group) > len(checkpoint["diagnostics"]) / 2,
+            "found": _by_diagnostic(group),
+        }
         for (c, t), group in sorted(grouped.items(), key=lambda item: -len(item[1]))
     ]
 
 
-def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Across arms: which diagnostics read `geometry` in every arm, in some and in none. A reading shared by all marks no paradigm."""
-    if len(subjects) < 2:
-        return {}
-    readings: dict[str, list[bool]] = {}
+def _missing(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is incomplete, arms with the same gap in one entry."""
+    merged: dict[Any, dict[str, Any]] = {}
     for subject in subjects:
+        for part in subject["incomplete"]:
+            key = (
+                part["computed"],
+                part["total"],
+                tuple((f.diagnostic, f.variant) for g in part["found"] for f in g["found"]),
+            )
+            merged.setdefault(key, {**part, "arms": []})["arms"].append(subject["arm"])
+    return [{**part, "arms": [a for a in part["arms"] if a]} for part in merged.values()]
+
+
+def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Across arms: which diagnostics read `geometry` in every arm, in some and in none. A reading shared by all marks no paradigm."""
+    readings: dict[tuple[str, str], list[bool]] = {}
+    for subject in subjects if len(subjects) > 1 else []:
         for found in subject["findings"]:
             if found.reading in ("geometry", "size", "unclear"):
-                readings.setdefault(found.label, []).append(found.reading == "geometry")
-    out: dict[str, list[str]] = {"every": [], "some": [], "none": []}
-    for name, got in readings.items():
-        out["every" if all(got) and len(got) == len(subjects) else "some" if any(got) else "none"].append(name)
-    return out
+                readings.setdefault((found.diagnostic, found.variant), []).append(found.reading == "geometry")
+    out: dict[str, dict[str, list[str]]] = {"every": {}, "some": {}, "none": {}}
+    for (diagnostic, variant), got in readings.items():
+        key = "every" if all(got) and len(got) == len(subjects) else "some" if any(got) else "none"
+        out[key].setdefault(entry(diagnostic).title, []).append(variant_label(diagnostic, variant))
+    return {
+        key: [{"title": t, "details": [d for d in details if d]} for t, details in group.items()]
+        for key, group in out.items()
+    }
 
 
 def _claims(results: Results, made: _Charts) -> list[dict[str, Any]]:
+    """Every claim with its chart and its controls: the same rule on other comparisons."""
     out = []
     for claim in (results.claims or {}).get("claims", []):
         unit = unit_of(claim.get("unit"))
-        measured, matched = claim.get("measured") or {}, claim.get("matched") or {}
-        known = arm_order(set(measured) | set(matched))
-        rows = [(arm_label(a), style_of(a, known), measured[a]) for a in known if a in measured]
-        rows += [(f"{arm_label(a)} (matched)", style_of(a, known), matched[a]) for a in known if a in matched]
+        rows = _arm_rows(claim.get("measured") or {})
         chart = None
         if any(got.get("mean") is not None for _, _, got in rows):
-            name = "claim-" + re.sub(r"[^A-Za-z0-9]+", "-", str(claim["id"]))
-            axis = {"share": "%", "points": "percentage points", "degrees": "degrees"}.get(unit, clean(claim.get("unit") or ""))
-            chart = made.add(charts.claim_panel(name, clean(claim["id"]), unit, axis, rows))
-        out.append({**claim, "unit": unit, "rows": rows, "chart": chart})
+            axis = {"share": "%", "points": "percentage points", "degrees": "degrees"}.get(unit, "")
+            panel = charts.claim_panel(f"claim-{_slug(str(claim['id']))}", clean(claim["id"]), unit, axis, rows)
+            chart = made.add(panel)
+        controls = [
+            {
+                "name": control_name(control),
+                "full": control.get("control", ""),
+                "verdict": control["verdict"],
+                "explanation": control.get("explanation") or "",
+                "rows": _arm_rows(control.get("measured") or {}),
+                "unit": _control_unit(control, unit),
+            }
+            for control in claim.get("controls") or []
+        ]
+        out.append({**claim, "unit": unit, "rows": rows, "chart": chart, "controls": controls})
     return out
+
+
+def _arm_rows(measured: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    known = arm_order(set(measured))
+    return [(arm_label(arm), style_of(arm, known), measured[arm]) for arm in known]
+
+
+def _control_unit(control: dict[str, Any], unit: str) -> str:
+    """Unit of a control's values: those of the claim, unless it holds ratios to the null or differences from it."""
+    name = str(control.get("control", ""))
+    if "ratio to the null" in name:
+        return "number"
+    return _points(unit) if "difference from the null" in name else unit
 
 
 def _logs(results: Results, made: _Charts) -> list[dict[str, Any]]:
@@ -195,7 +274,9 @@ def _logs(results: Results, made: _Charts) -> list[dict[str, Any]]:
     )
     grouped: dict[str, list[list[dict[str, Any]]]] = {}
     for folder, rows in results.logs.items():
-        grouped.setdefault(split_seed(folder)[0], []).append([r for r in rows if r.get("event") == "eval" and r.get("step") is not None])
+        grouped.setdefault(split_seed(folder)[0], []).append(
+            [r for r in rows if r.get("event") == "eval" and r.get("step") is not None]
+        )
     out = []
     for key, title, unit, log in wanted:
         lines = []
@@ -205,12 +286,16 @@ def _logs(results: Results, made: _Charts) -> list[dict[str, Any]]:
         series = _series_over_seeds(lines)
         if series:
             unit_title = {"kl_teacher": ", nats", "completion_length": ", tokens"}.get(key, ", %")
-            chart = charts.trajectory(f"log-{key}", title + unit_title, Entry(title, unit, log, "", "", "", ""), *_against_step(series))
+            chart = charts.trajectory(
+                f"log-{key}", title + unit_title, Entry(title, unit, log, "", "", "", ""), *_against_step(series)
+            )
             out.append(made.add(chart))
     return out
 
 
-def _series_over_seeds(lines: list[tuple[str, list[dict[int, float]]]], nulls: dict[str, list[dict[int, float]]] | None = None) -> list[Series]:
+def _series_over_seeds(
+    lines: list[tuple[str, list[dict[int, float]]]], nulls: dict[str, list[dict[int, float]]] | None = None
+) -> list[Series]:
     known = [arm for arm, _ in lines]
     out = []
     for arm, seeds in lines:
@@ -240,36 +325,52 @@ def _against_step(series: list[Series]) -> tuple[list[Series], str]:
     ends = {s.x[-1] for s in series}
     if len(ends) < 2 or min(ends) <= 0:
         return series, "step"
-    return [Series(s.label, [x / s.x[-1] for x in s.x], s.y, s.low, s.high, s.null, s.style) for s in series], "share of the arm's training, %"
+    return [
+        Series(s.label, [x / s.x[-1] for x in s.x], s.y, s.low, s.high, s.null, s.style) for s in series
+    ], "share of the arm's training, %"
 
 
 def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
     """One block a diagnostic: its entry in the glossary and the distribution of each variant over matrices, beside the null."""
     many = len(last) > 1
     table = results.measurements.filter(pl.col("checkpoint").is_in(list(last.values())))
-    present = dict.fromkeys((r["diagnostic"], r["variant"]) for r in table.select("diagnostic", "variant").unique(maintain_order=True).to_dicts())
+    present = dict.fromkeys(
+        (r["diagnostic"], r["variant"])
+        for r in table.select("diagnostic", "variant").unique(maintain_order=True).to_dicts()
+    )
     order = list(GLOSSARY)
     blocks: dict[str, dict[str, Any]] = {}
     for diagnostic, variant in sorted(present, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
         known = entry(diagnostic)
-        block = blocks.setdefault(diagnostic, {"name": diagnostic, "entry": known, "formula": Markup(known.formula), "charts": [], "reasons": []})
+        block = blocks.setdefault(
+            diagnostic,
+            {"name": diagnostic, "entry": known, "formula": Markup(known.formula), "charts": [], "reasons": []},
+        )
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         block["reasons"] += [r for r in _reasons(rows) if r not in block["reasons"]]
         rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
-        if rows.is_empty():
+        if rows.is_empty() or _is_self_comparison(diagnostic, rows):
             continue
         groups = []
         if many:
             for arm, checkpoint in last.items():
-                groups.append(_group(arm_label(arm), rows.filter(pl.col("checkpoint") == checkpoint), style_of(arm, arms)))
+                groups.append(
+                    _group(arm_label(arm), rows.filter(pl.col("checkpoint") == checkpoint), style_of(arm, arms))
+                )
         else:
-            for role in role_order(set(rows["role"].to_list())):
-                groups.append(_group(role, rows.filter(pl.col("role") == role), 0))
+            groups += [
+                _group(role, rows.filter(pl.col("role") == role), 0) for role in role_order(set(rows["role"].to_list()))
+            ]
         title = label(diagnostic, variant)
         name = f"distribution-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
-        detail = title[len(known.title) :].strip(" ()") or known.title
-        block["charts"].append(made.add(charts.distribution(name, detail[0].upper() + detail[1:], known, groups, axis=_unit_text(known))))
+        caption = variant_label(diagnostic, variant) or known.title
+        block["charts"].append(made.add(charts.distribution(name, title, known, groups, _unit_text(known), caption)))
     return list(blocks.values())
+
+
+def _is_self_comparison(diagnostic: str, rows: pl.DataFrame) -> bool:
+    """The last checkpoint's similarity to the last checkpoint: 1 everywhere, nothing to draw."""
+    return diagnostic == "subspace_similarity" and bool(((rows["value"] - 1).abs() < 1e-9).all())
 
 
 def _unit_text(known: Entry) -> str:
@@ -278,7 +379,9 @@ def _unit_text(known: Entry) -> str:
 
 def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
     nulls = rows.filter(pl.col("null_mean").is_finite())
-    return Group(name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style)
+    return Group(
+        name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style
+    )
 
 
 def _reasons(rows: pl.DataFrame) -> list[str]:
@@ -305,24 +408,31 @@ def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dic
             continue
         known = entry(diagnostic)
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
-        if diagnostic == "subspace_similarity" and not many and rows["value"].min() == rows["value"].max():
-            continue  # the last checkpoint is compared with itself
+        if _is_self_comparison(diagnostic, rows):
+            continue
         roles = role_order(set(rows["role"].to_list()))
         layers = sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x)
-        limits = (rows["value"].min(), rows["value"].max())
+        shown = rows["value"].to_list()
+        limits = (min(shown), max(shown))
         block: dict[str, Any] = {"title": label(diagnostic, variant), "charts": []}
         for arm, checkpoint in last.items():
             part = rows.filter(pl.col("checkpoint") == checkpoint)
             tag = f"-{_slug(arm)}" if many else ""
             name = f"heatmap-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-") + tag
-            caption = (arm_label(arm) if many else "Value") + {"share": ", %", "degrees": ", degrees"}.get(known.unit, "")
-            block["charts"].append(made.add(charts.heatmap(name, caption, known, _cells(part, known, False), roles, layers, limits)))
+            caption = (arm_label(arm) if many else "Value") + {"share": ", %", "degrees": ", degrees"}.get(
+                known.unit, ""
+            )
+            block["charts"].append(
+                made.add(charts.heatmap(name, caption, known, _cells(part, known, False), roles, layers, limits))
+            )
             with_null = part.filter(pl.col("null_mean").is_finite())
             if not many and not with_null.is_empty() and diagnostic not in ("relative_norm", "frobenius_norm"):
                 caption = "Value − null" + {"share": ", percentage points", "degrees": ", degrees"}.get(known.unit, "")
                 cells = _cells(with_null, known, True)
                 spread = [v for v, _ in cells.values()]
-                chart = charts.heatmap(name + "-excess", caption, known, cells, roles, layers, (min(spread), max(spread)), excess=True)
+                chart = charts.heatmap(
+                    name + "-excess", caption, known, cells, roles, layers, (min(spread), max(spread)), excess=True
+                )
                 block["charts"].append(made.add(chart))
         blocks.append(block)
     return blocks
@@ -339,7 +449,10 @@ def _cells(rows: pl.DataFrame, known: Entry, excess: bool) -> dict[tuple[int | N
         tip = f"{clean(found[0]['matrix'])}: {number(found[0]['value'], known.unit)}"
         if found[0]["null_mean"] is not None:
             tip += f", null {number(found[0]['null_mean'], known.unit)}"
-        cells[place] = (colour, tip if len(found) == 1 else f"{clean(place[1])}: several matrices, colour is their mean")
+        cells[place] = (
+            colour,
+            tip if len(found) == 1 else f"{clean(place[1])}: several matrices, colour is their mean",
+        )
     return cells
 
 
@@ -349,7 +462,9 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
     if max(len(c) for c in runs.values()) < 2:
         return []
     out = []
-    wanted = dict.fromkeys((f.diagnostic, f.variant) for c in runs.values() for f in findings(c[-1]) if is_primary(f.diagnostic, f.variant))
+    wanted = dict.fromkeys(
+        (f.diagnostic, f.variant) for c in runs.values() for f in findings(c[-1]) if is_primary(f.diagnostic, f.variant)
+    )
     order = list(GLOSSARY)
     for diagnostic, variant in sorted(wanted, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
         known = entry(diagnostic)
@@ -359,9 +474,15 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
             lines: dict[str, list[dict[int, float]]] = {}
             nulls: dict[str, list[dict[int, float]]] = {}
             for (arm, _), checkpoints in runs.items():
-                got = [(c.get("step", i), f) for i, c in enumerate(checkpoints) if (f := _row(c, diagnostic, variant)) is not None]
+                got = [
+                    (c.get("step", i), f)
+                    for i, c in enumerate(checkpoints)
+                    if (f := _row(c, diagnostic, variant)) is not None
+                ]
                 lines.setdefault(arm, []).append({s: f.row["mean"] for s, f in got if f.row["mean"] is not None})
-                nulls.setdefault(arm, []).append({s: f.null["mean"] for s, f in got if f.null and f.null.get("mean") is not None})
+                nulls.setdefault(arm, []).append(
+                    {s: f.null["mean"] for s, f in got if f.null and f.null.get("mean") is not None}
+                )
             series = _series_over_seeds([(a, [s for s in seeds if s]) for a, seeds in lines.items()], nulls)
             if series:
                 series, x_label = _against_step(series)
@@ -370,7 +491,9 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
         if not series:
             continue
         name = f"trajectory-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
-        out.append(made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic == "subspace_similarity")))
+        out.append(
+            made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic == "subspace_similarity"))
+        )
     return out
 
 
@@ -380,7 +503,11 @@ def _row(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> Finding |
 
 def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str) -> tuple[list[Series], str]:
     stepped = all(c.get("step") is not None for c in checkpoints)
-    got = [(c["step"] if stepped else i + 1, f) for i, c in enumerate(checkpoints) if (f := _row(c, diagnostic, variant)) is not None]
+    got = [
+        (c["step"] if stepped else i + 1, f)
+        for i, c in enumerate(checkpoints)
+        if (f := _row(c, diagnostic, variant)) is not None
+    ]
     got = [(x, f) for x, f in got if f.row["mean"] is not None]
     if not got:
         return [], "step"
@@ -397,7 +524,10 @@ def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str
 def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
     """Spectra of the updates against a Gaussian one, and the shift of one matrix: the one of median spectral shift in the first run."""
     curves = results.curves.filter(pl.col("checkpoint").is_in(list(last.values())))
-    shapes = {(r["checkpoint"], r["matrix"]): (r["rows"], r["cols"]) for r in results.measurements.select("checkpoint", "matrix", "rows", "cols").unique().to_dicts()}
+    shapes = {
+        (r["checkpoint"], r["matrix"]): (r["rows"], r["cols"])
+        for r in results.measurements.select("checkpoint", "matrix", "rows", "cols").unique().to_dicts()
+    }
     groups = []
     for arm, checkpoint in last.items():
         part = curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("curve") == "sigma_update")).to_dicts()
@@ -405,32 +535,48 @@ def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Cha
         if len(part) > 40:  # enough to see the spread; the file stays small
             part = part[:: -(-len(part) // 40)]
         if part:
-            groups.append((arm_label(arm) if arm else "median matrix", style_of(arm, arms), [r["values"] for r in part], [shapes[checkpoint, r["matrix"]] for r in part]))
+            groups.append(
+                (
+                    arm_label(arm) if arm else "median matrix",
+                    style_of(arm, arms),
+                    [r["values"] for r in part],
+                    [shapes[checkpoint, r["matrix"]] for r in part],
+                )
+            )
     if not groups:
         return []
     out = [made.add(charts.update_spectra("spectra-updates", "Singular values of ΔW, σᵢ / ‖ΔW‖F", groups))]
     for arm, checkpoint in list(last.items()):
         rows = results.measurements.filter(
-            (pl.col("checkpoint") == checkpoint) & (pl.col("diagnostic") == "spectral_shift") & pl.col("value").is_finite()
+            (pl.col("checkpoint") == checkpoint)
+            & (pl.col("diagnostic") == "spectral_shift")
+            & pl.col("value").is_finite()
         ).sort("value", "matrix")
         if rows.is_empty():
             continue
         matrix = rows["matrix"][len(rows) // 2]
-        found = {r["curve"]: r["values"] for r in curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("matrix") == matrix)).to_dicts()}
+        found = {
+            r["curve"]: r["values"]
+            for r in curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("matrix") == matrix)).to_dicts()
+        }
         if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
             continue
-        part = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
+        three = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
         who = f"{arm_label(arm)}: " if arm else ""
         tag = f"-{_slug(arm)}" if arm else ""
         if not arm:
-            out.append(made.add(charts.spectra("spectra-matrix", f"Singular values of {clean(matrix, 40)}", *part)))
-        out.append(made.add(charts.spectrum_shift(f"spectra-shift{tag}", f"{who}shift of {clean(matrix, 40)}", *part)))
+            out.append(made.add(charts.spectra("spectra-matrix", f"Singular values of {clean(matrix, 40)}", *three)))
+        out.append(made.add(charts.spectrum_shift(f"spectra-shift{tag}", f"{who}shift of {clean(matrix, 40)}", *three)))
     return out
 
 
 def _problems(results: Results) -> list[dict[str, Any]]:
     """Matrices skipped as a whole, with the reason, first those of the newest checkpoint."""
-    rows = results.measurements.filter(pl.col("status") == "skipped").select("checkpoint", "matrix", "reason").unique(maintain_order=True)
+    rows = (
+        results.measurements.filter(pl.col("status") == "skipped")
+        .select("checkpoint", "matrix", "reason")
+        .unique(maintain_order=True)
+    )
     return [dict(r) for r in rows.to_dicts()]
 
 
@@ -440,13 +586,23 @@ def _provenance(results: Results) -> dict[str, Any]:
     manifests: list[dict[str, Any]] = []
     seen = set()
     for part in parts.values():
-        for role, one in [("base", part.get("base") or {}), *(("checkpoint", c) for c in part.get("checkpoints") or [])]:
+        for role, one in [
+            ("base", part.get("base") or {}),
+            *(("checkpoint", c) for c in part.get("checkpoints") or []),
+        ]:
             key = (one.get("path"), one.get("checkpoint"))
             if one and key not in seen:
                 seen.add(key)
                 manifests.append({**one, "role": role})
     pairings = [{"arm": arm, **(part.get("pairing") or {})} for arm, part in parts.items() if part.get("pairing")]
-    alike = all({k: v for k, v in p.items() if k != "arm"} == {k: v for k, v in pairings[0].items() if k != "arm"} for p in pairings) if pairings else False
+    alike = (
+        all(
+            {k: v for k, v in p.items() if k != "arm"} == {k: v for k, v in pairings[0].items() if k != "arm"}
+            for p in pairings
+        )
+        if pairings
+        else False
+    )
     return {
         "settings": list(_flat(run.get("settings") or {})),
         "versions": list((run.get("versions") or {}).items()),
@@ -464,6 +620,3 @@ def _flat(data: dict[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value if not isinstance(value, list) else ", ".join(map(str, value))
-
-
-__all__ = ["SUFFIX", "build", "escape"]

@@ -41,36 +41,70 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
     """
     console = console or Console()
     claims = load_claims(claims)
-    table = Table(title=Text("Claims of the paper", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
+    table = Table(
+        title=Text("Claims of the paper", style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_lines=True,
+    )
     table.add_column("", style="bold", no_wrap=True)
-    table.add_column("claim", min_width=24)
+    table.add_column("claim")
     table.add_column("verdict", no_wrap=True)
     table.add_column("arm", no_wrap=True)
-    table.add_column("mean [interval]", justify="right", no_wrap=True)
-    table.add_column("null", justify="right", no_wrap=True, style="dim")
+    wide = console.width >= 100
+    table.add_column("mean [95 %]" if wide else "mean (null)", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("null", justify="right", no_wrap=True, style="dim")
     for claim in claims["claims"]:
         unit = unit_of(claim.get("unit"))
         rows = list((claim.get("measured") or {}).items())
-        rows += [(f"{arm_label(arm)}, matched", got) for arm, got in (claim.get("matched") or {}).items()]
-        what = Text(clean(claim["claim"]))
-        if claim.get("explanation"):
-            what.append("\n" + clean(claim["explanation"]), style="dim")
-        table.add_row(
-            Text(clean(claim["id"])),
-            what,
-            Text(clean(claim["verdict"]), style=_VERDICT.get(claim["verdict"], "")),
-            Text("\n".join(arm_label(arm) for arm, _ in rows)),
-            Text("\n".join(_interval(got.get("mean"), got.get("low"), got.get("high"), unit) for _, got in rows)),
-            Text("\n".join(number(got.get("null"), unit) for _, got in rows)),
-        )
+        verdicts = Text(clean(claim["verdict"]), style=_VERDICT.get(claim["verdict"], ""))
+        for control in claim.get("controls") or []:
+            verdicts.append(f"\n{control_name(control)}: ", style="dim not bold")
+            verdicts.append(clean(control["verdict"]), style=_VERDICT.get(control["verdict"], ""))
+        nulls = [number(got.get("null"), unit) for _, got in rows]
+        if wide:
+            values = [_interval(got.get("mean"), got.get("low"), got.get("high"), unit) for _, got in rows]
+            columns = ["\n".join(values), "\n".join(nulls)]
+        else:
+            columns = [
+                "\n".join(
+                    f"{number(got.get('mean'), unit)} ({null})" for (_, got), null in zip(rows, nulls, strict=True)
+                )
+            ]
+        arms = "\n".join(arm_label(arm) for arm, _ in rows)
+        table.add_row(Text(clean(claim["id"])), Text(clean(claim["claim"])), verdicts, Text(arms), *map(Text, columns))
     console.print(table)
+    for arm, reached in (claims.get("outcomes") or {}).items():
+        parts = []
+        for key, name, unit in OUTCOMES:
+            if ends := reached.get(key):
+                start, end = (number((ends.get(at) or {}).get("mean"), unit) for at in ("start", "end"))
+                parts.append(f"{name} {start} → {end}")
+        console.print(Text(f"{arm_label(arm)}: " + ", ".join(parts)))
     for line in claims.get("left_out") or []:
         console.print(Text("not tested: " + clean(line), style="dim"))
 
 
+OUTCOMES = (
+    ("accuracy_greedy", "greedy accuracy", "share"),
+    ("accuracy_sampled", "sampled accuracy", "share"),
+    ("kl_teacher", "KL to the teacher", "number"),
+    ("completion_length", "completion length", "number"),
+)
+
+
+def control_name(control: dict[str, Any]) -> str:
+    """The short name of a control: what stands before its colon."""
+    return clean(str(control.get("control", "")).partition(":")[0])
+
+
 def unit_of(name: str | None) -> str:
     """The unit of a claim as `glossary.number` knows it."""
-    return {"share": "share", "points": "points", "degrees": "degrees", "degree": "degrees", "seconds": "seconds"}.get(name or "", "number")
+    return {"share": "share", "points": "points", "degrees": "degrees", "degree": "degrees", "seconds": "seconds"}.get(
+        name or "", "number"
+    )
 
 
 def _interval(mean: float | None, low: float | None, high: float | None, unit: str, signed: bool = False) -> str:
@@ -109,7 +143,13 @@ def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
 
 
 def _new_table(title: str) -> Table:
-    return Table(title=Text(clean(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    return Table(
+        title=Text(clean(title), style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def _name(found: Finding) -> Text:
@@ -164,7 +204,8 @@ def names(found: list[Finding]) -> list[str]:
     for one in found:
         grouped.setdefault(one.title, []).append(one.detail)
     return [
-        (title if title.startswith(("Hill", "Frobenius")) else title[0].lower() + title[1:]) + (f" ({', '.join(v)})" if any(v) else "")
+        (title if title.startswith(("Hill", "Frobenius")) else title[0].lower() + title[1:])
+        + (f" ({', '.join(v)})" if any(v) else "")
         for title, v in grouped.items()
     ]
 
@@ -200,16 +241,20 @@ def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None
     table.add_column("diagnostic")
     for arm in arms:
         table.add_column(Text(arm_label(arm)), justify="right", no_wrap=True)
+    between = " " if console.width >= 120 else "\n"
     last = {arm: checkpoints[-1] for arm, checkpoints in arms.items()}
     for column in findings(next(iter(last.values()))):
         cells = []
         for checkpoint in last.values():
-            found = next((f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (column.diagnostic, column.variant)), None)
-            cell = _cell(found)
+            found = next(
+                (f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (column.diagnostic, column.variant)),
+                None,
+            )
+            cell = _cell(found, between)
             if found is not None and found.reading == "geometry":
                 cell.stylize("bold cyan", 0, len(number(found.row["mean"], found.unit)))
             if found is not None and found.row["computed"] < found.row["total"]:
-                cell.append(f" {found.row['computed']}/{found.row['total']}", style="yellow")
+                cell.append(f"{between}{found.row['computed']}/{found.row['total']}", style="yellow")
             cells.append(cell)
         table.add_row(_name(column), *cells)
     console.print(table)

@@ -42,7 +42,16 @@ class Finding:
 
     @property
     def reading(self) -> str | None:
-        return self.null.get("reading") if self.null else None
+        if not self.null:
+            return None
+        if (
+            self.diagnostic == "subspace_similarity"
+            and self.variant.startswith("final")
+            and abs((self.row["mean"] or 0) - 1) < 1e-9
+        ):
+            return "by construction"  # the last checkpoint compared with itself
+        reading: str | None = self.null.get("reading")
+        return reading
 
     @property
     def side(self) -> str:
@@ -61,10 +70,7 @@ def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
     """Findings under geometry, size, unclear, by construction, `no null` and `not computed`; empty groups are left out."""
     groups: dict[str, list[Finding]] = {}
     for found in findings(checkpoint):
-        if found.row["mean"] is None:
-            key = "not computed"
-        else:
-            key = found.reading or "no null"
+        key = "not computed" if found.row["mean"] is None else found.reading or "no null"
         groups.setdefault(key, []).append(found)
     return groups
 

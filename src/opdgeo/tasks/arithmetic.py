@@ -1,7 +1,7 @@
 """Worked arithmetic in characters: the task of the `tiny` preset.
 
-A prompt is a chain of additions and subtractions, ``473+285-136=``; a demonstration works it out one
-operation at a time and repeats the result behind ``#``: ``473+285=758;758-136=622#622``. The verifier
+A prompt is a chain of additions and subtractions, ``4735+2851-1362=``; a demonstration works it out one
+operation at a time and repeats the result behind ``#``: ``4735+2851=7586;7586-1362=6224#6224``. The verifier
 reads only what follows the last ``#``, so a policy is free to work in another way.
 
 Running totals never go below zero. A problem belongs to the held-out split by a checksum of its prompt,
@@ -19,7 +19,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.tasks import Example
 
 OPERANDS = 3
-LARGEST = 999
+LARGEST = 9999
 HELD_OUT_ONE_IN = 8
 
 
@@ -78,12 +78,14 @@ def draw(rng: random.Random, operands: int = OPERANDS, largest: int = LARGEST) -
     return Problem(tuple(numbers), tuple(signs))
 
 
-def problems(count: int, seed: int, *, held_out: bool, operands: int = OPERANDS) -> list[Problem]:
+def problems(
+    count: int, seed: int, *, held_out: bool, operands: int = OPERANDS, largest: int = LARGEST
+) -> list[Problem]:
     """`count` distinct problems of one split, the same for the same seed."""
-    rng = random.Random(f"{seed}-{held_out}-{operands}")
+    rng = random.Random(f"{seed}-{held_out}-{operands}-{largest}")
     found: dict[str, Problem] = {}
     while len(found) < count:
-        problem = draw(rng, operands)
+        problem = draw(rng, operands, largest)
         if problem.held_out == held_out:
             found.setdefault(problem.prompt, problem)
     return list(found.values())
@@ -114,7 +116,7 @@ def corpus(rng: random.Random) -> Iterator[str]:
             yield f"{word} {''.join(digits)}={''.join(done)}"
             continue
         single = kind < 0.60
-        problem = draw(rng, 2 if single else rng.randint(3, 4), LARGEST if rng.random() < 0.7 else 9999 if single else 99)
+        problem = draw(rng, 2 if single else rng.randint(3, 4), 999 if rng.random() < 0.7 else 9999 if single else 99)
         if problem.held_out:
             continue
         if single:
@@ -129,20 +131,25 @@ def corpus(rng: random.Random) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The task as trainers see it (`opdgeo.tasks.Task`): chains of `operands` numbers."""
+    """The task as trainers see it (`opdgeo.tasks.Task`): chains of `operands` numbers up to `largest`."""
 
     operands: int = OPERANDS
+    largest: int = LARGEST
 
     def __post_init__(self) -> None:
         if not 2 <= self.operands <= 8:
             raise ConfigError(f"a chain of {self.operands} operands was asked for; expected between 2 and 8.")
+        if self.largest < 99:
+            raise ConfigError(
+                f"operands up to {self.largest} were asked for; expected a largest operand of at least 99."
+            )
 
     @property
     def verifiable(self) -> bool:
         return True
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
-        found = problems(count, seed, held_out=held_out, operands=self.operands)
+        found = problems(count, seed, held_out=held_out, operands=self.operands, largest=self.largest)
         return [Example(p.prompt, p.demonstration, str(p.answer)) for p in found]
 
     def verify(self, completion: str, answer: str) -> float:

