@@ -246,7 +246,8 @@ def test_verdict_separates_size_from_geometry(reports: dict[str, tuple[Path, Pag
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_page_stays_small(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+def test_page_is_small_and_labels_are_plain(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    assert "mathdefault" not in (reports[kind][0] / "report.html").read_text(encoding="utf-8")
     assert (reports[kind][0] / "report.html").stat().st_size < 3_000_000
 
 

@@ -29,7 +29,18 @@ def test_a_demonstration_is_right_and_totals_never_go_below_zero(seed: int, oper
 
 @pytest.mark.parametrize(
     ("completion", "reward"),
-    [("1+2=3#3", 1), ("#3", 1), ("#4#3", 1), ("3", 0), ("", 0), ("#", 0), ("#3 ", 0), ("#03", 0), ("#3#", 0), ("#33", 0)],
+    [
+        ("1+2=3#3", 1),
+        ("#3", 1),
+        ("#4#3", 1),
+        ("3", 0),
+        ("", 0),
+        ("#", 0),
+        ("#3 ", 0),
+        ("#03", 0),
+        ("#3#", 0),
+        ("#33", 0),
+    ],
 )
 def test_the_verifier_reads_the_last_claim_to_the_letter(completion: str, reward: int) -> None:
     assert arithmetic.verify(completion, 3) == reward == arithmetic.verify(completion, "3")

@@ -7,6 +7,7 @@ import inspect
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def config(origin: Path, teacher: Path) -> Callable[..., TrainConfig]:
         values: dict[str, Any] = dict(
             arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
             sequences_per_step=8, generations=4, max_prompt_tokens=12, max_tokens=6, learning_rate=1e-3,
-            checkpoints=(0.4, 1.0), eval_prompts=8, eval_batch=8, device="cpu",
+            checkpoints=(0.4, 1.0), eval_prompts=8, eval_prompts_between=4, eval_batch=8, device="cpu",
         )  # fmt: skip
         return TrainConfig(**{**values, **KIND[kind], **changes})
 
@@ -88,7 +89,18 @@ def assert_bit_equal(left: Path, right: Path) -> None:
     assert not differing, differing
 
 
-STEP = {"event", "step", "loss", "reward", "completion_length", "kl_teacher", "grad_norm", "learning_rate", "tokens", "seconds"}
+STEP = {
+    "event",
+    "step",
+    "loss",
+    "reward",
+    "completion_length",
+    "kl_teacher",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "seconds",
+}
 EVAL = {"event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "completion_length", "prompts", "loss"}
 
 
@@ -115,8 +127,11 @@ def test_a_run_leaves_whole_checkpoints_and_complete_rows(
     evals = [row for row in rows if row["event"] == "eval"]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and [row["step"] for row in evals] == [0, 2, 5]
     assert all(row.keys() == STEP for row in steps) and all(row.keys() == EVAL for row in evals)
-    assert all(math.isfinite(row[k]) for row in steps for k in ("loss", "grad_norm", "learning_rate", "tokens", "seconds"))
-    assert all(math.isfinite(row[k]) for row in evals for k in EVAL - {"event"})
+    assert all(
+        math.isfinite(row[k]) for row in steps for k in ("loss", "grad_norm", "learning_rate", "tokens", "seconds")
+    )
+    assert all(math.isfinite(row[k]) for row in evals for k in EVAL - {"event", "loss"})
+    assert [row["prompts"] for row in evals] == [8, 4, 8]
     assert all(row["tokens"] > 0 and row["seconds"] > 0 for row in steps)
     assert {row["reward"] is None for row in steps} == {kind == "sft"}
     assert {row["kl_teacher"] is None for row in steps} == {kind in ("sft", "rlvr")}
@@ -126,7 +141,11 @@ def test_a_run_leaves_whole_checkpoints_and_complete_rows(
 
 
 def test_opd_comes_nearer_to_the_teacher(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    train(config("opd", steps=12, sequences_per_step=32, learning_rate=1e-2, eval_prompts=64), tmp_path / "r", progress=False)
+    train(
+        config("opd", steps=12, sequences_per_step=32, learning_rate=1e-2, eval_prompts=64),
+        tmp_path / "r",
+        progress=False,
+    )
     kl = [row["kl_teacher"] for row in callbacks.read_log(tmp_path / "r") if row["event"] == "eval"]
     assert kl[0] > 0.3 and kl[-1] < 0.8 * kl[0], kl
 
@@ -157,9 +176,23 @@ def test_without_a_signal_nothing_moves(
 def test_measuring_and_saving_more_often_does_not_change_training(
     config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    often = train(config("mixture", checkpoints=(0.2, 0.4, 0.6, 0.8, 1.0), resume_every=1), tmp_path / "a", progress=False)
+    often = train(
+        config("mixture", checkpoints=(0.2, 0.4, 0.6, 0.8, 1.0), resume_every=1), tmp_path / "a", progress=False
+    )
     never = train(config("mixture", checkpoints=(1.0,), eval_prompts=0), tmp_path / "b", progress=False)
     assert_bit_equal(often, never)
+
+
+def test_an_arm_takes_over_what_its_origins_run_measured(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    anchor = train(config("sft", steps=1), tmp_path / "anchor", progress=False)
+    alone = shutil.copytree(anchor, tmp_path / "alone")  # no run folder around it: measured afresh
+    rows = []
+    for name, changes in {"shared": {}, "alone": {"origin": str(alone)}, "other": {"max_tokens": 4}}.items():
+        train(config("opd", steps=1, **{"origin": str(anchor), **changes}), tmp_path / name, progress=False)
+        rows.append(callbacks.read_log(tmp_path / name)[0])
+    taken, measured, other = rows
+    assert taken == measured == {**callbacks.read_log(tmp_path / "anchor")[-1], "step": 0}
+    assert other["completion_length"] <= 4 < taken["completion_length"]
 
 
 def _killed(asked: TrainConfig, out: Path, where: str) -> None:
@@ -225,7 +258,9 @@ def test_resuming_a_finished_run_returns_at_once_and_other_settings_are_refused(
     before = (tmp_path / "run" / "log.jsonl").read_text()
     assert train(asked, tmp_path / "run", resume=True, progress=False) == last
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
-    with pytest.raises(ConfigError, match=r"learning_rate: recorded 0\.001, asked for 0\.5; seed: recorded 0, asked for 7"):
+    with pytest.raises(
+        ConfigError, match=r"learning_rate: recorded 0\.001, asked for 0\.5; seed: recorded 0, asked for 7"
+    ):
         train(dataclasses.replace(asked, learning_rate=0.5, seed=7), tmp_path / "run", resume=True)
 
 
@@ -266,7 +301,9 @@ def test_missing_models_and_tasks_that_do_not_fit_are_named(config: Callable[...
         train(config("sft"), tmp_path / "full", resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config: Callable[..., TrainConfig], origin: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(
+    config: Callable[..., TrainConfig], origin: Path, tmp_path: Path
+) -> None:
     broken = random_model(tmp_path / "broken", 0)
     model = AutoModelForCausalLM.from_pretrained(broken)
     torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, math.nan)
@@ -275,7 +312,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: Callable[..., TrainConf
         train(config("sft", origin=str(broken), eval_prompts=0), tmp_path / "run", progress=False)
 
 
-def test_plain_text_trains_on_every_token_and_reports_its_loss(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_plain_text_trains_on_every_token_and_reports_its_loss(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     asked = config("sft", task="docstrings", task_options={}, teacher=None, max_tokens=24, steps=2)
     train(asked, tmp_path / "run", progress=False)
     evals = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "eval"]
@@ -302,7 +341,9 @@ def test_only_the_completion_is_learned_and_it_ends() -> None:
         ({"rollouts": "nobody"}, "expected demonstrations, student or teacher"),
     ],
 )
-def test_settings_out_of_range_are_named(changes: dict[str, Any], message: str, config: Callable[..., TrainConfig]) -> None:
+def test_settings_out_of_range_are_named(
+    changes: dict[str, Any], message: str, config: Callable[..., TrainConfig]
+) -> None:
     with pytest.raises(ConfigError, match=message):
         config("opd", **changes)
 
@@ -363,5 +404,3 @@ def test_the_trl_methods_that_are_overridden_or_called_are_the_ones_that_were_re
         assert "create_model_card" in dir(trainer)
     assert "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)  # (B, T) is accepted
     assert PolicyTrainer.__mro__[1] is callbacks.Resumable
-
-

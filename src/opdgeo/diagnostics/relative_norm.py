@@ -10,6 +10,8 @@ def variants(settings: Settings) -> list[str]:
 
 
 def measure(update: Update) -> dict[str, Value]:
+    if not update.moved:
+        return {"": Value(0.0, 0.0, "count")}
     if update.base.norm == 0:
         return {"": undefined("the base matrix is zero")}
     ratio = update.norm / update.base.norm

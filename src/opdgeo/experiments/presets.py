@@ -67,6 +67,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "betas": (0.9, 0.95),
             "checkpoints": (0.5, 1.0),
             "eval_prompts": 32,
+            "eval_prompts_between": 32,
             "eval_batch": 4,
         },
     },

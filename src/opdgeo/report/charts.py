@@ -291,10 +291,7 @@ def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float]
             axes.plot(np.arange(1, len(y) + 1), np.where(y > 0, y, np.nan), color=colour, linestyle=style, label=text)
         positive = [v for values in (base, tuned, update) for v in values if v > 0]
         if positive:
-            axes.set_yscale("log")
-            axes.set_ylim(max(min(positive), max(positive) * 1e-8) * 0.7, max(positive) * 1.5)
-            axes.yaxis.set_major_locator(LogLocator(numticks=6))
-            axes.yaxis.set_minor_locator(NullLocator())
+            _log_axis(axes, max(min(positive), max(positive) * 1e-8) * 0.7, max(positive) * 1.5)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("index i", loc="right")
         _legend(figure, axes)
@@ -304,18 +301,22 @@ def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float]
 def spectrum_shift(
     name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]
 ) -> Chart:
-    """σᵢ(W₊) − σᵢ(W₀) by index, with the band ±‖ΔW‖₂ that Weyl's inequality allows."""
+    """|σᵢ(W₊) − σᵢ(W₀)| by index on a logarithmic axis, below the ‖ΔW‖₂ that Weyl's inequality allows."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(2.55, [], top=0.28)
-        shift = np.asarray(tuned, float) - np.asarray(base, float)
-        index = np.arange(1, len(shift) + 1)
+        shift = np.abs(np.asarray(tuned, float) - np.asarray(base, float))
         bound = float(max(update, default=0.0))
-        axes.axhspan(-bound, bound, color=NULL, alpha=0.22, linewidth=0, label="allowed: ±‖ΔW‖₂")
-        axes.axhline(0, color=MUTED, linewidth=0.6)
-        axes.plot(index, shift, color=SERIES[0], linewidth=1.2, label="σ(W₊) − σ(W₀)")
+        axes.plot(
+            np.arange(1, len(shift) + 1),
+            np.where(shift > 0, shift, np.nan),
+            color=SERIES[0],
+            linewidth=1.2,
+            label="|σ(W₊) − σ(W₀)|",
+        )
+        if bound > 0:
+            axes.axhline(bound, color=NULL, linewidth=1.6, label="bound ‖ΔW‖₂")
+            _log_axis(axes, max(shift[shift > 0].min(initial=bound), bound * 1e-6) * 0.7, bound * 1.6)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        _numbers(axes, "y", "number")
         axes.set_xlabel("index i", loc="right")
         _legend(figure, axes)
     return Chart(name, title, title, figure)
@@ -366,9 +367,7 @@ def update_spectra(
             axes.plot([], [], color=NULL, linestyle=(0, (4, 2)), linewidth=1.4, label="Gaussian update")
             axes.set_yscale("log")
             low, high = axes.get_ylim()
-            axes.set_ylim(max(low, high * 1e-5), high)
-            axes.yaxis.set_major_locator(LogLocator(numticks=6))
-            axes.yaxis.set_minor_locator(NullLocator())
+            _log_axis(axes, max(low, high * 1e-5), high)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         axes.set_xlabel("index, % of the singular values", loc="right")
         _legend(figure, axes)
@@ -532,6 +531,15 @@ def _numbers(axes: Axes, which: str, unit: str) -> None:
         return f"{scaled:.4g}".replace("-", "−", 1 if scaled < 0 else 0)
 
     axis.set_major_formatter(FuncFormatter(text))
+
+
+def _log_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis from `low` to `high` with a few labels in plain numbers."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    _numbers(axes, "y", "number")
 
 
 def _value_axis(axes: Axes, which: str, entry: Entry, log: bool) -> None:

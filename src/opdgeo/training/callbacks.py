@@ -117,7 +117,7 @@ class Recorder(TrainerCallback):
         config: TrainConfig,
         out: Path,
         tokenizer: PreTrainedTokenizerBase,
-        evaluate: Callable[[PreTrainedModel], Evaluation] | None,
+        evaluate: Callable[[PreTrainedModel, int], Evaluation | None],
         progress: bool,
     ) -> None:
         self.config, self.out, self.tokenizer, self.evaluate = config, out, tokenizer, evaluate
@@ -134,8 +134,9 @@ class Recorder(TrainerCallback):
             os.fsync(stream.fileno())
 
     def _measure(self, model: PreTrainedModel, step: int) -> None:
-        if self.evaluate is not None:
-            self._row({"event": "eval", "step": step, **asdict(self.evaluate(model))})
+        measured = self.evaluate(model, step)
+        if measured is not None:
+            self._row({"event": "eval", "step": step, **asdict(measured)})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -76,7 +76,10 @@ class TrainConfig:
     checkpoints: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     """Shares of training after which weights are saved and evaluated."""
     eval_prompts: int = 2048
-    eval_batch: int = 512
+    """Held-out examples measured before the first step and after the last; 0 = never measure."""
+    eval_prompts_between: int = 512
+    """The first so many of them, measured at the other checkpoints."""
+    eval_batch: int = 1024
     resume_every: int = 0
     """Steps between trainer states to resume from; 0 = at the checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,7 +93,9 @@ class TrainConfig:
             if not condition:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
-        need(self.rollouts in ("demonstrations", "student", "teacher"), "rollouts", "demonstrations, student or teacher")
+        need(
+            self.rollouts in ("demonstrations", "student", "teacher"), "rollouts", "demonstrations, student or teacher"
+        )
         need(self.token_choice in ("top", "random"), "token_choice", "top or random")
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
@@ -98,7 +103,14 @@ class TrainConfig:
         need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
         for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("micro_batch", "eval_prompts", "resume_every", "weight_decay", "max_grad_norm"):
+        for name in (
+            "micro_batch",
+            "eval_prompts",
+            "eval_prompts_between",
+            "resume_every",
+            "weight_decay",
+            "max_grad_norm",
+        ):
             need(getattr(self, name) >= 0, name, "0 or more")
         need(self.learning_rate >= 0, "learning_rate", "0 or more")
         need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")

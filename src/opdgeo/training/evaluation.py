@@ -6,7 +6,7 @@
 * kl_teacher: the exact reverse KL(student ‖ teacher) over the whole vocabulary at every token of the sampled completions,
   averaged over tokens. It is a mean over the states that the student visits and so follows the student as it changes.
   (The `kl_teacher` of a training step in log.jsonl is the one-sample estimate log p_student − log p_teacher instead.)
-* loss: mean cross-entropy of the demonstrations' completion tokens; of the whole text for a task without prompts.
+* loss: mean cross-entropy of the tokens of a plain text; None for a task with prompts.
 
 The random state is seeded inside and put back, so evaluating more or less often does not change training.
 """
@@ -49,6 +49,8 @@ class Completions:
     ids_BL: Tensor
     attention_BL: Tensor
     start: int
+    logits_BTV: Tensor | None = None
+    """What the completions were sampled from, when it was asked for."""
 
     @property
     def mask_BT(self) -> Tensor:
@@ -62,7 +64,13 @@ class Completions:
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_tokens: int, *, sample: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_tokens: int,
+    *,
+    sample: bool,
+    keep_logits: bool = False,
 ) -> Completions:
     """Complete every prompt, greedily or at temperature 1; stops when all have ended. Uses the global random state."""
     tokenizer.padding_side = "left"
@@ -73,13 +81,17 @@ def complete(
     )  # fmt: skip
     if not sample:
         settings.temperature = settings.top_k = settings.top_p = None  # unused; given, transformers complains
-    ids_BL = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
-    )
+    output = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings,
+        return_dict_in_generate=True, output_logits=keep_logits,
+    )  # fmt: skip
     start = inputs["input_ids"].shape[1]
-    ended_BT = ids_BL[:, start:] == tokenizer.eos_token_id
+    ended_BT = output.sequences[:, start:] == tokenizer.eos_token_id
     alive_BT = (ended_BT.cumsum(1) - ended_BT.long()) == 0  # the first end token still counts
-    return Completions(ids_BL, torch.cat([inputs["attention_mask"], alive_BT.long()], dim=1), start)
+    attention_BL = torch.cat([inputs["attention_mask"], alive_BT.long()], dim=1)
+    return Completions(
+        output.sequences, attention_BL, start, torch.stack(output.logits, dim=1) if keep_logits else None
+    )
 
 
 def evaluate(
@@ -99,24 +111,27 @@ def evaluate(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(SEED)
-            loss = _demonstration_loss(model, tokenizer, examples, max_tokens, batch)
             if not task.verifiable:
+                loss = _text_loss(model, tokenizer, examples, max_tokens, batch)
                 return Evaluation(None, None, None, None, len(examples), loss)
-            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch, loss)
+            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch)
     finally:
         model.train(training)
 
 
 def _accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example],
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int, loss: float | None,
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int,
 ) -> Evaluation:  # fmt: skip
     right = {True: 0.0, False: 0.0}
     tokens, divergence = 0, 0.0
+    # The student's distribution at every sampled token is computed by sampling already; it is kept where it fits.
+    fits = min(batch, len(examples)) * max_tokens * model.config.vocab_size <= LOGITS_AT_ONCE
     for part in _batches(examples, batch):
         prompts = [example.prompt for example in part]
         for sample in (False, True):
-            done = complete(model, tokenizer, prompts, max_tokens, sample=sample)
+            keep = fits and sample and teacher is not None
+            done = complete(model, tokenizer, prompts, max_tokens, sample=sample, keep_logits=keep)
             pairs = zip(done.texts(tokenizer), part, strict=True)
             right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
         tokens += int(done.mask_BT.sum())
@@ -125,7 +140,7 @@ def _accuracies(
     return Evaluation(
         accuracy_greedy=right[False] / len(examples), accuracy_sampled=right[True] / len(examples),
         kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
-        prompts=len(examples), loss=loss,
+        prompts=len(examples), loss=None,
     )  # fmt: skip
 
 
@@ -133,22 +148,27 @@ def _accuracies(
 def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Completions) -> Tensor:
     """KL(student ‖ teacher) (B, T) at every completion token, over the whole vocabulary; 0 on padding."""
     parts = []
-    length = done.ids_BL.shape[1]
-    rows = max(1, LOGITS_AT_ONCE // (length * student.config.vocab_size))
-    for ids_BL, attention_BL in zip(done.ids_BL.split(rows), done.attention_BL.split(rows), strict=True):
-        inputs: dict[str, Any] = {"input_ids": ids_BL, "attention_mask": attention_BL, "use_cache": False}
+    rows = max(1, LOGITS_AT_ONCE // (done.ids_BL.shape[1] * student.config.vocab_size))
+    for start in range(0, len(done.ids_BL), rows):
+        part = slice(start, start + rows)
+        inputs: dict[str, Any] = {
+            "input_ids": done.ids_BL[part], "attention_mask": done.attention_BL[part], "use_cache": False,
+        }  # fmt: skip
         # logits at position i predict token i + 1
-        student_BTV = student(**inputs).logits[:, done.start - 1 : -1].float().log_softmax(-1)
         teacher_BTV = teacher(**inputs).logits[:, done.start - 1 : -1].float().log_softmax(-1)
-        kl_BT = (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1)
-        parts.append(kl_BT * attention_BL[:, done.start :])
+        if done.logits_BTV is None:
+            logits_BTV = student(**inputs).logits[:, done.start - 1 : -1]
+        else:
+            logits_BTV = done.logits_BTV[part]
+        student_BTV = logits_BTV.float().log_softmax(-1)
+        parts.append((student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1) * done.mask_BT[part])
     return torch.cat(parts)
 
 
-def _demonstration_loss(
+def _text_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_tokens: int, batch: int
 ) -> float | None:
-    rows = [tokenized(example, tokenizer, 4 * max_tokens if example.prompt else max_tokens) for example in examples]
+    rows = [tokenized(example, tokenizer, max_tokens) for example in examples]
     longest = max(len(row["input_ids"]) for row in rows)
     batch = max(1, min(batch, LOGITS_AT_ONCE // (longest * model.config.vocab_size)))
     total, count = 0.0, 0

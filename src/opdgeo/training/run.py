@@ -1,9 +1,9 @@
 """Train one arm: check the request, build the TRL trainer, run it, leave a run folder.
 
-    OUT/config.json          the TrainConfig
-    OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
-    OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training
-    OUT/resume/              trainer state, only while the run is unfinished
+OUT/config.json          the TrainConfig
+OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training
+OUT/resume/              trainer state, only while the run is unfinished
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from opdgeo.training import evaluation
     from opdgeo.training.callbacks import Recorder
 
 
@@ -131,13 +132,20 @@ def _build(
     if task.verifiable:
         evaluation.require_short_prompts([*examples, *held_out], tokenizer, config.max_prompt_tokens)
 
-    def measure(model: Any) -> evaluation.Evaluation:
+    known = _known_evaluation(config, origin)
+
+    def measure(model: Any, step: int) -> evaluation.Evaluation | None:
+        if step == 0 and known is not None:
+            return known
+        count = config.eval_prompts if step in (0, config.steps) else config.eval_prompts_between
+        if not held_out[:count]:
+            return None
         return evaluation.evaluate(
-            trainer.accelerator.unwrap_model(model), tokenizer, task, held_out, batch=config.eval_batch,
+            trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
             teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens,
         )  # fmt: skip
 
-    recorder = callbacks.Recorder(config, out, tokenizer, measure if held_out else None, progress)
+    recorder = callbacks.Recorder(config, out, tokenizer, measure, progress)
     cosine = config.schedule == "cosine"
     common: dict[str, Any] = dict(
         output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
@@ -175,6 +183,26 @@ def _build(
         )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
+
+
+def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluation | None:
+    """What the run that wrote `origin` measured there, when it measured in the same way; so arms share one evaluation."""
+    from opdgeo.training import callbacks, evaluation
+
+    recorded = origin.parent / "config.json"
+    step = origin.name.removeprefix("step-")
+    if not (recorded.is_file() and step.isdigit()):
+        return None
+    try:
+        differing = TrainConfig.from_json(recorded.read_text()).differences(config)
+    except ConfigError:
+        return None  # not the folder of a run
+    if differing.keys() & {"task", "task_options", "teacher", "max_tokens", "eval_prompts", "eval_batch", "device"}:
+        return None
+    for row in callbacks.read_log(origin.parent):
+        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] == config.eval_prompts:
+            return evaluation.Evaluation(**{name: row[name] for name in evaluation.Evaluation.__dataclass_fields__})
+    return None
 
 
 @contextlib.contextmanager
