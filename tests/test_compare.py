@@ -45,7 +45,7 @@ def program(*arguments: object, **environment: str) -> subprocess.CompletedProce
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,  # a hung program, not a slow machine
     )
 
 

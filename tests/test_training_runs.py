@@ -185,7 +185,7 @@ def test_measuring_and_saving_more_often_does_not_change_training(
 
 def test_an_arm_takes_over_what_its_origins_run_measured(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     anchor = train(config("sft", steps=1), tmp_path / "anchor", progress=False)
-    alone = shutil.copytree(anchor, tmp_path / "alone")  # no run folder around it: measured afresh
+    alone = shutil.copytree(anchor, tmp_path / "copy")  # no run folder around it: measured afresh
     rows = []
     for name, changes in {"shared": {}, "alone": {"origin": str(alone)}, "other": {"max_tokens": 4}}.items():
         train(config("opd", steps=1, **{"origin": str(anchor), **changes}), tmp_path / name, progress=False)

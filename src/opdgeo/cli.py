@@ -203,6 +203,7 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
 def _train(args: argparse.Namespace) -> int:
     from opdgeo.experiments.presets import train_config
+    from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
     names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts")
@@ -211,7 +212,7 @@ def _train(args: argparse.Namespace) -> int:
     out = args.out or Path(f"opdgeo-{args.paradigm}")
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
     print(f"last checkpoint: {last}")
-    print(f"measure it:      opdgeo track {config.origin} {out}")
+    print(f"measure it:      opdgeo track {resolve(config.origin)} {out}")
     return DONE
 
 

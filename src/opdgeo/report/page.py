@@ -538,7 +538,7 @@ def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Cha
             groups.append(
                 (
                     arm_label(arm) if arm else "median matrix",
-                    style_of(arm, arms),
+                    style_of(arm, arms) if arm else 0,
                     [r["values"] for r in part],
                     [shapes[checkpoint, r["matrix"]] for r in part],
                 )
@@ -562,11 +562,11 @@ def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Cha
         if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
             continue
         three = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
-        who = f"{arm_label(arm)}: " if arm else ""
+        who = f"{arm_label(arm)}. " if arm else ""
         tag = f"-{_slug(arm)}" if arm else ""
         if not arm:
             out.append(made.add(charts.spectra("spectra-matrix", f"Singular values of {clean(matrix, 40)}", *three)))
-        out.append(made.add(charts.spectrum_shift(f"spectra-shift{tag}", f"{who}shift of {clean(matrix, 40)}", *three)))
+        out.append(made.add(charts.spectrum_shift(f"spectra-shift{tag}", f"{who}Shift of {clean(matrix, 40)}", *three)))
     return out
 
 

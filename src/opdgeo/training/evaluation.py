@@ -75,16 +75,14 @@ def complete(
     """Complete every prompt, greedily or at temperature 1; stops when all have ended. Uses the global random state."""
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
     settings = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=sample, temperature=1.0, top_k=0, top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, disable_compile=True,
+        max_new_tokens=max_tokens, do_sample=sample, **sampling, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, disable_compile=True, return_dict_in_generate=True, output_logits=keep_logits,
     )  # fmt: skip
-    if not sample:
-        settings.temperature = settings.top_k = settings.top_p = None  # unused; given, transformers complains
     output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings,
-        return_dict_in_generate=True, output_logits=keep_logits,
-    )  # fmt: skip
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+    )
     start = inputs["input_ids"].shape[1]
     ended_BT = output.sequences[:, start:] == tokenizer.eos_token_id
     alive_BT = (ended_BT.cumsum(1) - ended_BT.long()) == 0  # the first end token still counts
