@@ -41,41 +41,30 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
     """
     console = console or Console()
     claims = load_claims(claims)
-    table = Table(
-        title=Text("Claims of the paper", style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_lines=True,
-    )
-    table.add_column("", style="bold", no_wrap=True)
-    table.add_column("claim")
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("arm", no_wrap=True)
-    wide = console.width >= 100
-    table.add_column("mean [95 %]" if wide else "mean (null)", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("null", justify="right", no_wrap=True, style="dim")
+    verdicts, values = _new_table("Claims of the paper"), _new_table("Values, with the null in brackets")
+    controls = [control_name(c) for c in (claims["claims"] or [{}])[0].get("controls") or []]
+    verdicts.add_column("", style="bold", no_wrap=True)
+    verdicts.add_column("claim")
+    for name in ("as the paper compares", *controls):
+        verdicts.add_column(name, width=13)
+    arms = list(dict.fromkeys(arm for claim in claims["claims"] for arm in claim.get("measured") or {}))
+    values.add_column("", style="bold", no_wrap=True)
+    for arm in arms:
+        values.add_column(arm_label(arm), justify="right")
     for claim in claims["claims"]:
-        unit = unit_of(claim.get("unit"))
-        rows = list((claim.get("measured") or {}).items())
-        verdicts = Text(clean(claim["verdict"]), style=_VERDICT.get(claim["verdict"], ""))
-        for control in claim.get("controls") or []:
-            verdicts.append(f"\n{control_name(control)}: ", style="dim not bold")
-            verdicts.append(clean(control["verdict"]), style=_VERDICT.get(control["verdict"], ""))
-        nulls = [number(got.get("null"), unit) for _, got in rows]
-        if wide:
-            values = [_interval(got.get("mean"), got.get("low"), got.get("high"), unit) for _, got in rows]
-            columns = ["\n".join(values), "\n".join(nulls)]
-        else:
-            columns = [
-                "\n".join(
-                    f"{number(got.get('mean'), unit)} ({null})" for (_, got), null in zip(rows, nulls, strict=True)
-                )
-            ]
-        arms = "\n".join(arm_label(arm) for arm, _ in rows)
-        table.add_row(Text(clean(claim["id"])), Text(clean(claim["claim"])), verdicts, Text(arms), *map(Text, columns))
-    console.print(table)
+        outcomes = [claim["verdict"], *(c["verdict"] for c in claim.get("controls") or [])]
+        judged = (Text(clean(v), style=_VERDICT.get(v, "")) for v in outcomes)
+        verdicts.add_row(Text(clean(claim["id"])), Text(clean(claim["claim"])), *judged)
+        unit, cells = unit_of(claim.get("unit")), []
+        for got in ((claim.get("measured") or {}).get(arm) or {} for arm in arms):
+            cell = Text(number(got.get("mean"), unit))
+            cell.append(f" ({number(got.get('null'), unit, bare=True)})", style="dim")
+            cells.append(cell)
+        values.add_row(Text(clean(claim["id"])), *cells)
+    console.print(verdicts)
+    console.print()
+    console.print(values)
+    console.print()
     for arm, reached in (claims.get("outcomes") or {}).items():
         parts = []
         for key, name, unit in OUTCOMES:

@@ -124,7 +124,7 @@ def provenance(started: datetime, seconds: float, device: str, cores: int) -> di
     packages = ("torch", "numpy", "polars", "safetensors")
     return {
         "opdgeo": version("opdgeo"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["opdgeo" if sys.argv[0].endswith("__main__.py") else Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": started.isoformat(timespec="seconds"),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
