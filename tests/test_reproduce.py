@@ -31,7 +31,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def test_data_files_have_the_contracts_columns(study: tuple[Path, dict]) -> None:
     out, _ = study
     table = pl.read_parquet(out / "measurements.parquet")
-    assert dict(table.schema) == {name: dtype() if isinstance(dtype, type) else dtype for name, dtype in MEASUREMENTS.items()}
+    assert dict(table.schema) == {
+        name: dtype() if isinstance(dtype, type) else dtype for name, dtype in MEASUREMENTS.items()
+    }
     assert list(pl.read_parquet(out / "curves.parquet").columns) == list(CURVES)
     steps = {f"{arm}/step-00000{step}" for arm in ARMS for step in (2, 3)}
     assert set(table["checkpoint"]) == steps

@@ -74,7 +74,7 @@ def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_
                 tmp_path / str(shards) / kind, tensors, dtype, shards=shards, config=config
             )
     out = tmp_path / "out"
-    compared(folders[1, "base"], folders[1, "tuned"], out, "--nulls", 0, "--workers", 1)
+    compared(folders[1, "base"], folders[1, "tuned"], out, "--nulls", 0)
     rows = rows_of(out)
     assert {key[0] for key in rows} == set(base)
     for name in base:
@@ -89,9 +89,7 @@ def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_
 
     # In shards the same numbers come back; the small matrices stand for the rest.
     single = pl.read_parquet(out / "measurements.parquet").filter(pl.col("role").is_in(["k_proj", "v_proj"]))
-    sharded = opdgeo.compare(
-        folders[3, "base"], folders[3, "tuned"], roles="k_proj,v_proj", settings=Settings(nulls=0), workers=1
-    )
+    sharded = opdgeo.compare(folders[3, "base"], folders[3, "tuned"], roles="k_proj,v_proj", settings=Settings(nulls=0))
     numbers = ("value", "error")
     assert sharded.measurements.drop(numbers).equals(single.drop(numbers))
     for column in numbers:

@@ -163,17 +163,13 @@ def _track(args: argparse.Namespace) -> int:
 
 
 def _survey_arguments(args: argparse.Namespace) -> dict:
-    arguments = dict(
+    return dict(
         roles=args.roles,
         settings=_settings(args),
         workers=args.workers,
         device=args.device,
         progress=sys.stderr.isatty(),
     )
-    # An older result must not pass for this run's if this one is interrupted.
-    for name in ("run.json", "summary.json", "measurements.parquet", "curves.parquet", "report.html"):
-        (args.out / name).unlink(missing_ok=True)
-    return arguments
 
 
 def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped-def]

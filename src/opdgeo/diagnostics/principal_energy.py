@@ -29,7 +29,8 @@ def measure(update: Update) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for side, part in energies.items():
         share = min(1.0, float(torch.linalg.vector_norm(part)) ** 2)
-        error = 2 * lost[side] + 4 * norm_error(1.0, update.delta.numel())
+        # ‖P′x‖² − ‖Px‖² ≤ ‖(P′ − P)x‖ (‖P′x‖ + ‖Px‖) for a unit x
+        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.delta.numel())
         name = f"{side}.{update.settings.mask_rank}"
         values[name] = (
             undefined(undetermined(k))

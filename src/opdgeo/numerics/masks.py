@@ -31,9 +31,13 @@ def top_threshold(score: Tensor, share: float) -> Threshold:
 
 
 def overlap(score: Tensor, threshold: Threshold, visible: Tensor, slack: float = 0.0) -> tuple[float, float]:
-    """Share of the visible entries inside the mask, and how much of it hangs on scores within `slack` of the threshold."""
+    """Share of the visible entries inside the mask, and how much of it hangs on scores within `slack` of the threshold.
+
+    A lone entry within the slack is the threshold itself: its order among the others is certain.
+    """
     count = int(visible.sum())
     chosen = score[visible]
     inside = float((chosen > threshold.value).sum()) + threshold.tied_weight * float((chosen == threshold.value).sum())
-    loose = float(((chosen - threshold.value).abs() <= 2 * slack).sum()) if slack > 0 else 0.0
+    near = (score - threshold.value).abs() <= 2 * slack
+    loose = float((near & visible).sum()) if slack > 0 and int(near.sum()) > 1 else 0.0
     return inside / count, loose / count

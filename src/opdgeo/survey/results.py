@@ -50,8 +50,13 @@ class Result:
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
 
     def save(self, out: Path) -> None:
-        """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder."""
+        """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
+
+        A page that was made from other data goes first.
+        """
         out.mkdir(parents=True, exist_ok=True)
+        for stale in ("run.json", "report.html"):
+            (out / stale).unlink(missing_ok=True)
         write_atomically(out / "measurements.parquet", lambda p: self.measurements.write_parquet(p))
         write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
         write_json(out / "summary.json", self.summary)

@@ -79,10 +79,11 @@ def _survey(
     work = _in_all(pairings)
 
     with _Bar(progress, sum(_cost(m) for m in work) * len(checkpoints)) as bar:
-        # One BLAS thread a worker where there are enough matrices; LAPACK runs outside the interpreter lock.
+        # One BLAS thread a worker: LAPACK runs outside the interpreter lock, threads that wait for a busy core cost more
+        # than they bring, and the result does not depend on the number of workers.
         before = torch.get_num_threads()
         workers = min(workers, len(work))
-        torch.set_num_threads(max(1, cores // workers))
+        torch.set_num_threads(1)
         pool = ThreadPoolExecutor(workers)
         try:
             jobs = [
@@ -108,7 +109,7 @@ def _survey(
         "settings": settings.to_json() | {"roles": roles, "workers": workers},
         "base": base.manifest(),
         "checkpoints": [c.manifest() | {"checkpoint": c.name, "step": c.step} for c in checkpoints],
-        "pairing": pairings[0].to_json() | {"measured": len(work)},
+        "pairing": _account(pairings) | {"measured": len(work)},
         "timings": dict(timings),
     }
     return Result(*tables, summarise(tables[0], settings.null), run)
@@ -138,6 +139,13 @@ def _in_all(pairings: list[Pairing]) -> list[Matrix]:
     """The matrices that every checkpoint of a trajectory has."""
     common = set.intersection(*(set(p.matrices) for p in pairings))
     return [m for m in pairings[0].matrices if m in common]
+
+
+def _account(pairings: list[Pairing]) -> dict[str, Any]:
+    """What was not measured, over all checkpoints of a trajectory."""
+    accounts = [p.to_json() for p in pairings]
+    lists = ("base_only", "tuned_only", "tied", "unrecognised")
+    return accounts[0] | {key: sorted({name for a in accounts for name in a[key]}) for key in lists}
 
 
 def _cost(matrix: Matrix) -> float:
