@@ -31,6 +31,14 @@ def _function(name: str, arguments: int) -> Any:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
 
 
+def threads(count: int) -> Any:
+    """Let SciPy's BLAS use `count` threads a call, as `torch.set_num_threads` does for torch's; undo by `restore_original_limits()`."""
+    import scipy.linalg  # noqa: F401  (loads the library whose limit is set)
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(count, user_api="blas")
+
+
 def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
     """Call a LAPACK routine whose last argument is `info`, which is added here; raises where it is not 0."""
     info = ctypes.c_int(0)

@@ -7,6 +7,15 @@ import hashlib
 import torch
 from torch import Tensor
 
+# Draws of a large matrix whose W₀ + ΔW is factored: at this size draws differ little, and each costs a spectrum.
+FACTORED = 2
+LARGE = 1024  # smaller sides from here on
+
+
+def factored_draws(rows: int, cols: int, draws: int) -> int:
+    """How many of `draws` null updates serve the diagnostics that need the spectrum of W₀ + ΔW; the others use them all."""
+    return draws if min(rows, cols) < LARGE else min(draws, FACTORED)
+
 
 def generator(*key: object) -> torch.Generator:
     """A CPU generator whose seed is a digest of `key`: the same on every device, worker and run."""

@@ -63,10 +63,10 @@ class Spectrum:
 
     def noise(self, k: int) -> float:
         """The size of a perturbation of the matrix that explains what rounding did to the top-k vectors."""
-        smallest = float(self.sigma[k - 1])
         if self.gram == 0:
             return self.residual
-        return self.residual + self.gram * float(self.sigma[0]) * (float(self.sigma[0]) / smallest) if smallest > 0 else math.inf
+        largest, smallest = float(self.sigma[0]), float(self.sigma[k - 1])
+        return self.residual + self.gram * largest * (largest / smallest) if smallest > 0 else math.inf
 
     def subspace_error(self, k: int, side: str) -> float:
         """A bound on sin Θ between the computed and the exact leading subspace of rank k; 1 when it is not determined."""
@@ -120,32 +120,28 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     relative = gram_error(rows, cols)
     largest = float(squares[0])
     sigma, method = squares.clamp(min=0).sqrt(), "gram"
-    outer, norms = tall.new_empty(tall.shape[0], 0), sigma[:0]
+    outer, lost = tall.new_empty(tall.shape[0], 0), 0.0
     if rank:
-        # A kth value in the noise leaves W V without a direction of its own.
-        if float(squares[rank - 1]) < 1e8 * relative**2 * largest:
+        if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
             return None
         images = tall @ inner
-        # The residual of the eigenpairs, on four random combinations of them: what a failed eigensolver would leave.
+        # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them, and their inner products.
         mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
         missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
-        loss = float(torch.linalg.vector_norm(missed)) / 2 / math.sqrt(rank)
-        skew = float(torch.linalg.matrix_norm(inner.T @ inner - torch.eye(rank, dtype=torch.float64, device=matrix.device)))
-        if not loss <= relative * largest or not skew <= relative * math.sqrt(rank):
+        lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
+        skew = float(torch.linalg.matrix_norm(inner.T @ inner - torch.eye(rank).to(inner)))
+        if not lost + skew <= 4 * relative * math.sqrt(rank):  # the eigensolver went astray
             return None
         outer, triangle = torch.linalg.qr(images)
-        signs = torch.sign(triangle.diagonal())
-        outer, norms = outer * signs, triangle.diagonal() * signs
+        outer = outer * torch.sign(triangle.diagonal())
     if float(squares[-1]) * CONDITION**2 < largest:
         sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
         errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
-        if rank and float(squares[rank - 1]) * CONDITION**2 < largest:
-            return None
     else:
         noise = relative * largest
         errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
     left, right = (outer, inner) if rows >= cols else (inner, outer)
-    return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative)
+    return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
 
 
 def gram(tall: Tensor) -> Tensor:
@@ -200,7 +196,8 @@ def _krylov(matrix: Tensor, k: int, limit: int, tolerance: float, angle: float) 
         image = image - known @ inside
         image = image - known @ (known.T @ image)
         block, beyond = torch.linalg.qr(image)
-        block = block - known @ (known.T @ block)  # where the space is exhausted, `qr` returns directions of its own choice
+        # Where the space is exhausted, `qr` returns directions of its own choice.
+        block = block - known @ (known.T @ block)
         block, again = torch.linalg.qr(block)
         if used < check and used + width <= limit:
             continue
@@ -257,7 +254,14 @@ def _measured(tall: Tensor, directions: Tensor, rest: float, k: int) -> Spectrum
     noise = float(torch.linalg.vector_norm(residual[:, :k])) + rounding
     following = float(sigma[k]) + float(torch.linalg.vector_norm(residual[:, k]))
     return Spectrum(
-        sigma[:k], left[:, :k].contiguous(), right[:, :k].contiguous(), float(errors.max()), "krylov", errors, noise, rest=following
+        sigma[:k],
+        left[:, :k].contiguous(),
+        right[:, :k].contiguous(),
+        float(errors.max()),
+        "krylov",
+        errors,
+        noise,
+        rest=following,
     )
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum, spectrum
+from opdgeo.numerics.spectra import Spectrum, leading
+
+FACTORING = ("principal_angles", "spectral_shift", "bound_ratio")  # the diagnostics that need the spectrum of W₊
 
 
 @dataclass
@@ -57,7 +59,7 @@ def measure(
             null: dict[tuple[str, str], tuple[float, float]] = {}
         else:
             with clock("measure"):
-                update = Update(before, tuned)
+                update = Update(before, tuned, directions=trajectory)
                 values = _values(update)
                 out.curves += [
                     {
@@ -70,9 +72,7 @@ def measure(
                     for c, v in _curves(update)
                 ]
                 if trajectory:
-                    spectra[index] = (
-                        spectrum(update.delta, _similarity_rank(matrix, settings)) if update.moved else None
-                    )
+                    spectra[index] = update.delta_spectrum if update.moved else None
                     increments[index] = float(torch.linalg.vector_norm(tuned - last))
                     last = tuned
             with clock("nulls"):
@@ -90,8 +90,9 @@ def _row_names(settings: Settings) -> list[tuple[str, str]]:
     return [(name, variant) for name, d in diagnostics().items() for variant in d.variants(settings)]
 
 
-def _values(update: Update) -> dict[tuple[str, str], Value]:
-    return {(name, v): value for name, d in diagnostics().items() for v, value in d.measure(update).items()}
+def _values(update: Update, without: tuple[str, ...] = ()) -> dict[tuple[str, str], Value]:
+    asked = {name: d for name, d in diagnostics().items() if name not in without}
+    return {(name, v): value for name, d in asked.items() for v, value in d.measure(update).items()}
 
 
 def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[float, float]]:
@@ -106,7 +107,9 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> dict[tuple[
             delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.delta.device)
         else:
             delta = nulls.shuffled(update.delta, rng)
-        for key, value in _values(Update(update.base, update.base.matrix + delta)).items():
+        null = Update(update.base, update.base.matrix + delta, sampled=True)
+        without = () if draw < nulls.factored_draws(matrix.rows, matrix.cols, settings.nulls) else FACTORING
+        for key, value in _values(null, without).items():
             if value.value is not None:
                 draws.setdefault(key, []).append(value.value)
     return {key: _mean_std(values) for key, values in draws.items()}
@@ -130,7 +133,7 @@ def _walks(
         walk: dict[int, Spectrum | None] = {}
         for index, norm in increments.items():
             position = position + nulls.gaussian(matrix.rows, matrix.cols, norm, rng)
-            walk[index] = spectrum(position.to(device), k) if spectra[index] is not None else None
+            walk[index] = leading(position.to(device), k, tolerance=1e-4, angle=1e-3) if spectra[index] else None
         walks.append(walk)
     return walks
 

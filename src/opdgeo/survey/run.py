@@ -65,6 +65,7 @@ def _survey(
 ) -> Result:  # fmt: skip
     import torch
 
+    from opdgeo.numerics import lapack
     from opdgeo.survey.measure import measure
 
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -82,8 +83,10 @@ def _survey(
         # One BLAS thread a worker where there are enough matrices; LAPACK runs outside the interpreter lock.
         before = torch.get_num_threads()
         workers = min(workers, len(work))
-        torch.set_num_threads(max(1, cores // workers))
+        threads = max(1, cores // workers)
+        torch.set_num_threads(threads)
         pool = ThreadPoolExecutor(workers)
+        limits = lapack.threads(threads)
         try:
             jobs = [
                 pool.submit(
@@ -96,6 +99,7 @@ def _survey(
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
+            limits.restore_original_limits()
 
     order = {c.name: i for i, c in enumerate(checkpoints)}
     rows = sorted((r for m in measured for r in m.rows), key=lambda r: order[r["checkpoint"]])
