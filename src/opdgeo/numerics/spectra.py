@@ -80,7 +80,7 @@ class Spectrum:
 
 def svd_error(rows: int, cols: int, sigma_max: float) -> float:
     """ε of a float64 LAPACK factorisation: a small multiple of the unit roundoff times the largest dimension and σ₁."""
-    return EPS * (8 + max(rows, cols)) * sigma_max
+    return EPS * (32 + max(rows, cols)) * sigma_max
 
 
 def gram_error(rows: int, cols: int) -> float:
