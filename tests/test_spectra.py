@@ -103,6 +103,8 @@ def holds(found: Spectrum, truth: Planted, k: int) -> None:
     assert float(found.errors.max()) <= found.error
     if count == len(truth.sigma) and float(truth.sigma[-1]) >= 1e-6 * largest:
         assert float(difference.max()) <= 1e-9 * largest
+    if k == 0:
+        return
     for side, vectors, exact in (("left", found.left, truth.left), ("right", found.right, truth.right)):
         error = found.subspace_error(k, side)
         assert error == 1 or spans(vectors[:, :k], exact[:, :k]) <= error + SLACK * k, (found.method, side, k, error)
@@ -176,6 +178,7 @@ def test_angles_between_two_spectra_are_within_their_error(road: str, data: st.D
 def test_the_leading_triplets_are_within_their_error(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spectra, "SMALL", 1)
+        patch.setattr(spectra, "KRYLOV", 1)
         rows, cols = data.draw(st.sampled_from([7, 8, 9])), data.draw(st.sampled_from([8, 9]))
         truth = plant(
             rows,
@@ -187,8 +190,9 @@ def test_the_leading_triplets_are_within_their_error(data: st.DataObject) -> Non
             data.draw(st.integers(0, 99)),
         )
         k = data.draw(st.integers(1, 2))
-        found = leading(truth.matrix, k, angle=data.draw(st.sampled_from([1e-7, math.inf])))
-        holds(found, truth, k)
+        angle = data.draw(st.sampled_from([1e-7, 1e-5, math.inf]))
+        found = leading(truth.matrix, k, angle=angle)
+        holds(found, truth, k if found.right.shape[1] else 0)
         assert found.below(k) >= float(truth.sigma[k]) * (1 - 1e-9) - found.error
 
 
@@ -196,17 +200,19 @@ def test_the_leading_triplets_are_within_their_error(data: st.DataObject) -> Non
 def test_the_krylov_road_is_taken_where_the_top_stands_out(rows: int, cols: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spectra, "SMALL", 1)
+        patch.setattr(spectra, "KRYLOV", 1)
         truth = plant(rows, cols, [2**20 // (i + 1) for i in range(40)])
         found = leading(truth.matrix, 2)
         assert found.method == "krylov"
-        assert found.subspace_error(2, "right") < 1e-7
+        assert found.subspace_error(2, "right") < 1e-5
         holds(found, truth, 2)
 
 
 def test_a_flat_top_sends_the_krylov_road_to_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "SMALL", 1)
+    monkeypatch.setattr(spectra, "KRYLOV", 1)
     truth = plant(8, 8, [2**20 - i for i in range(256)])
-    found = leading(truth.matrix, 2)
+    found = leading(truth.matrix, 2, angle=1e-5)
     assert found.method == "gram (krylov did not converge)"
     holds(found, truth, 2)
 

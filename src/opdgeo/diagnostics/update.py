@@ -149,7 +149,7 @@ class Update:
         k = min(self.settings.top_k, max(1, min(self.delta.shape) // 2))
         if self.sampled:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
-        return leading(self.delta, k, angle=1e-7 if self.directions else math.inf)
+        return leading(self.delta, k, angle=1e-5 if self.directions else math.inf)
 
     @cached_property
     def angles(self) -> dict[str, Tensor]:

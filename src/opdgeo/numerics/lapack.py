@@ -82,22 +82,38 @@ def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
     diagonal, beside, tau = (symmetric.new_empty(n) for _ in range(3))
     work = symmetric.new_empty(64 * n)
     _call("dsytrd", b"L", n, symmetric, n, diagonal, beside, tau, work, work.numel())
-    values, scratch = diagonal.clone(), beside.clone()
-    _call("dsterf", n, values, scratch)
     if not k:
-        return values.flip(0), symmetric.new_empty(n, 0)
+        _call("dsterf", n, diagonal, beside)
+        return diagonal.flip(0), symmetric.new_empty(n, 0)
+    values, vectors = _divided(diagonal, beside, k) if 6 * k > n else _separate(diagonal, beside, k)
+    work = symmetric.new_empty(max(64 * k, 65 * 64 + 64 * max(n, k)))
+    _call("dormtr", b"L", b"L", b"N", n, k, symmetric, n, tau, vectors, n, work, work.numel())
+    return values.flip(0), vectors.flip(0).T.contiguous()
 
-    vectors = symmetric.new_zeros(k, n)  # one vector a row: LAPACK's column-major (n, k)
-    found, top = torch.zeros(1, dtype=torch.int32), symmetric.new_empty(n)
+
+def _divided(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ascending values and the top k vectors, one a row, of a tridiagonal matrix: all of them by divide and conquer."""
+    n = len(diagonal)
+    vectors = diagonal.new_empty(n, n)
+    work, whole = diagonal.new_empty(1 + 4 * n + n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
+    _call("dstedc", b"I", n, diagonal, beside, vectors, n, work, work.numel(), whole, whole.numel())
+    return diagonal, vectors[n - k :]
+
+
+def _separate(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same where k is a small part of n: values first, then each vector by relatively robust representations."""
+    n = len(diagonal)
+    values = diagonal.clone()
+    _call("dsterf", n, values, beside.clone())
+    vectors = diagonal.new_zeros(k, n)
+    found, top = torch.zeros(1, dtype=torch.int32), diagonal.new_empty(n)
     support, whole = torch.empty(2 * k, dtype=torch.int32), torch.empty(10 * n, dtype=torch.int32)
     relative = torch.ones(1, dtype=torch.int32)
-    work = symmetric.new_empty(18 * n)
+    work = diagonal.new_empty(18 * n)
     _call(
         "dstemr", b"V", b"I", n, diagonal, beside, 0.0, 0.0, n - k + 1, n, found, top, vectors, n, k, support, relative,
         work, work.numel(), whole, whole.numel(),
     )  # fmt: skip
     if int(found) != k:
         raise EigenError(f"dstemr found {int(found)} of {k} vectors.")
-    work = symmetric.new_empty(max(64 * k, 65 * 64 + 64 * max(n, k)))
-    _call("dormtr", b"L", b"L", b"N", n, k, symmetric, n, tau, vectors, n, work, work.numel())
-    return values.flip(0), vectors.flip(0).T.contiguous()
+    return values, vectors

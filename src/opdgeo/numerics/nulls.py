@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Draws of a large matrix whose W₀ + ΔW is factored: at this size draws differ little, and each costs a spectrum.
 FACTORED = 2
-LARGE = 1024  # smaller sides from here on
+LARGE = 200  # smaller sides from here on
 
 
 def factored_draws(rows: int, cols: int, draws: int) -> int:

@@ -27,7 +27,8 @@ from torch import Tensor
 from opdgeo.numerics.lapack import EigenError, eigen
 
 EPS = torch.finfo(torch.float64).eps
-SMALL = 200  # below this smaller side an SVD costs little
+SMALL = 150  # below this smaller side an SVD costs little
+KRYLOV = 1000  # below this one, all of a spectrum costs as little as its top
 CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
 
 
@@ -124,16 +125,18 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     if rank:
         if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
             return None
+        # LAPACK's vectors of close values are orthogonal to some 1e-12; one Newton step makes it 1e-16.
+        overlap = inner.T @ inner
+        astray = float(torch.linalg.matrix_norm(overlap - torch.eye(rank).to(inner))) > 1e-8
+        inner = torch.addmm(inner, inner, overlap, beta=1.5, alpha=-0.5)
         images = tall @ inner
-        # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them, and their inner products.
+        # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them.
         mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
         missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
         lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
-        skew = float(torch.linalg.matrix_norm(inner.T @ inner - torch.eye(rank).to(inner)))
-        if not lost + skew <= 4 * relative * math.sqrt(rank):  # the eigensolver went astray
+        if astray or not lost <= 4 * relative * math.sqrt(rank):
             return None
-        outer, triangle = torch.linalg.qr(images)
-        outer = outer * torch.sign(triangle.diagonal())
+        outer = _orthonormal(images / squares[:rank].sqrt())
     if float(squares[-1]) * CONDITION**2 < largest:
         sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
         errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
@@ -142,6 +145,15 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
         errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
     left, right = (outer, inner) if rows >= cols else (inner, outer)
     return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
+
+
+def _orthonormal(nearly: Tensor) -> Tensor:
+    """An orthonormal basis of the span of nearly orthonormal columns, each close to its own."""
+    overlap = nearly.T @ nearly
+    if float(torch.linalg.matrix_norm(overlap - torch.eye(len(overlap)).to(overlap))) > 1e-8:
+        basis, triangle = torch.linalg.qr(nearly)
+        return basis * torch.sign(triangle.diagonal())
+    return torch.addmm(nearly, nearly, overlap, beta=1.5, alpha=-0.5)  # a Newton step towards the nearest one
 
 
 def gram(tall: Tensor) -> Tensor:
@@ -154,7 +166,7 @@ def gram(tall: Tensor) -> Tensor:
     return product
 
 
-def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-11, angle: float = 1e-7) -> Spectrum:
+def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 1e-5) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
     Blocks of k + 8 random vectors, so that values repeated up to k + 8 times are all found; every new block is
@@ -163,17 +175,18 @@ def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-11, angle: float = 
     there within a basis that costs as much as the dense method, that one answers, and `method` says so.
 
     Args:
-        angle: as far as the caller needs the vectors; `math.inf`: not at all.
+        angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
     """
     size = min(matrix.shape)
     limit = min(size // 3, 64 * (k + 8))
-    if size < SMALL or limit < 4 * (k + 8):
-        return spectrum(matrix, min(k, size))
+    vectors = min(k, size) if angle < math.inf else 0
+    if size < KRYLOV or limit < 4 * (k + 8):
+        return spectrum(matrix, vectors)
     scaled, exponent = _scaled(matrix)
     found = _krylov(scaled, k, limit, tolerance, angle) if float(scaled.abs().max()) > 0 else None
     if found is not None:
         return _unscaled(found, exponent)
-    dense = spectrum(matrix, k)
+    dense = spectrum(matrix, vectors)
     return replace(dense, method=f"{dense.method} (krylov did not converge)")
 
 
@@ -301,11 +314,13 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     1.0
     """
     inner = first.T @ second
-    cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
     apart = second - first @ inner
-    if apart.shape[0] > 2 * apart.shape[1]:
+    if apart.shape[0] > apart.shape[1]:
         apart = torch.linalg.qr(apart, mode="r").R
     sines = torch.linalg.svdvals(apart).clamp(max=1.0).flip(0)
+    if float(sines[-1]) ** 2 <= 0.5:  # all small
+        return torch.asin(sines)
+    cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
 
 
