@@ -23,22 +23,28 @@ def measure(update: Update) -> dict[str, Value]:
         return {name: undefined(UNMOVED) for name in variants(update.settings)}
     before, after, largest = update.base.spectrum, update.tuned_spectrum, float(update.delta_spectrum.sigma[0])
     drift = after.sigma - before.sigma
-    error = before.error + after.error
-    count = len(drift)
+    errors = before.errors + after.errors
     mirsky = float(torch.linalg.vector_norm(drift)) / update.norm
     weyl = float(drift.abs().max()) / largest
+    apart = float((drift.abs() + errors).max()) / largest - weyl
     return {
-        "mirsky": Value(mirsky, 1.1 * error * math.sqrt(count) / update.norm, after.method),
-        "weyl": Value(weyl, 1.1 * (error + weyl * update.delta_spectrum.error) / largest, after.method),
-        "wedin": _wedin(update, largest, error),
+        "mirsky": Value(mirsky, 1.1 * float(torch.linalg.vector_norm(errors)) / update.norm, after.method),
+        "weyl": Value(
+            weyl,
+            1.1
+            * (apart + float(errors[drift.abs().argmax()]) / largest + weyl * update.delta_spectrum.error / largest),
+            after.method,
+        ),
+        "wedin": _wedin(update, largest),
     }
 
 
-def _wedin(update: Update, largest: float, error: float) -> Value:
+def _wedin(update: Update, largest: float) -> Value:
     k, reason = update.base.cut(update.settings.rank)
     before, after = update.base.spectrum, update.tuned_spectrum
     below = float(before.sigma[k]) if k < len(before.sigma) else 0.0
     gap = float(after.sigma[k - 1]) - below
+    error = float(after.errors[k - 1]) + (float(before.errors[k]) if k < len(before.errors) else 0.0)
     if gap <= error:
         return undefined(f"singular value {k} of the tuned matrix is not above value {k + 1} of the base")
     uncertain = max(angle_error(before, after, k, side) for side in update.angles)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from opdgeo.diagnostics.update import NO_VISIBLE, Settings, Update, Value, undefined, undetermined
 from opdgeo.numerics.masks import overlap
 from opdgeo.numerics.spectra import EPS, truncation_error
@@ -17,7 +19,7 @@ def variants(settings: Settings) -> list[str]:
 
 
 def measure(update: Update) -> dict[str, Value]:
-    if not bool(update.visible.any()):
+    if not bool(torch.count_nonzero(update.visible)):
         return {name: undefined(NO_VISIBLE) for name in variants(update.settings)}
     k, reason = update.base.cut(update.settings.mask_rank)
     slack = truncation_error(update.base.spectrum, k)

@@ -18,5 +18,5 @@ def measure(update: Update) -> dict[str, Value]:
         return {"": undefined("the base matrix is zero")}
     before, after = update.base.spectrum, update.tuned_spectrum
     shift = float(torch.linalg.vector_norm(after.sigma - before.sigma)) / update.base.norm
-    error = (before.error + after.error) * len(before.sigma) ** 0.5 / update.base.norm
+    error = float(torch.linalg.vector_norm(before.errors + after.errors)) / update.base.norm
     return {"": Value(shift, error, after.method)}

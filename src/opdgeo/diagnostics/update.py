@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
-from opdgeo.numerics.masks import Threshold, top_threshold
-from opdgeo.numerics.spectra import EPS, Spectrum, principal_angles, spectrum
+from opdgeo.numerics.masks import Blocks, Threshold, magnitudes, rows_of_block, thresholds
+from opdgeo.numerics.spectra import EPS, Spectrum, leading, principal_angles, spectrum
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,40 @@ class Base:
         return _norm(self.matrix)
 
     @cached_property
-    def low_magnitude(self) -> tuple[Tensor, dict[float, Threshold]]:
-        """−|W₀| and, for every share, the threshold of its top share: the entries of least magnitude."""
-        score = -self.matrix.abs()
-        return score, {share: top_threshold(score, share) for share in self.settings.mask_share}
+    def low_magnitude(self) -> tuple[Blocks, dict[float, Threshold]]:
+        """|W₀| in blocks of rows and, for every share, the threshold below which that share of the entries lies."""
+        score = magnitudes(self.matrix)
+        return score, thresholds(score, self.matrix.numel(), self.settings.mask_share, top=False)
 
     @cached_property
-    def principal(self) -> tuple[Tensor, dict[float, Threshold]]:
-        """|rank-`mask_rank` reconstruction of W₀| and, for every share, the threshold of its top share."""
+    def principal(self) -> tuple[Blocks, dict[float, Threshold]]:
+        """|rank-`mask_rank` reconstruction of W₀| in blocks of rows and, for every share, the threshold of its top share."""
         k, _ = self.cut(self.settings.mask_rank)
         of = self.spectrum
-        score = ((of.left[:, :k] * of.sigma[:k]) @ of.right[:, :k].T).abs()
-        return score, {share: top_threshold(score, share) for share in self.settings.mask_share}
+        left, right_t = of.left[:, :k] * of.sigma[:k], of.right[:, :k].T.contiguous()
+
+        def score() -> Iterator[Tensor]:
+            for part in left.split(rows_of_block(right_t.shape[1])):
+                yield (part @ right_t).abs_()
+
+        return score, thresholds(score, self.matrix.numel(), self.settings.mask_share, top=True)
 
 
 class Update:
-    """ΔW = W₊ − W₀ of one (rows, cols) matrix in float64, with its shared quantities computed at most once."""
+    """ΔW = W₊ − W₀ of one (rows, cols) matrix in float64, with its shared quantities computed at most once.
 
-    def __init__(self, base: Base, tuned: Tensor):
+    `directions` asks for the singular vectors of ΔW to full accuracy, which a trajectory compares; `sampled` marks a draw
+    whose spread is far above rounding, and which is therefore measured to three digits.
+    """
+
+    def __init__(self, base: Base, tuned: Tensor, *, directions: bool = False, sampled: bool = False):
         self.base, self.tuned, self.settings = base, tuned, base.settings
+        self.directions, self.sampled = directions, sampled
         self.delta = tuned - base.matrix
 
     @cached_property
     def moved(self) -> bool:
-        return bool((self.delta != 0).any())
+        return bool(torch.count_nonzero(self.delta))
 
     @cached_property
     def norm(self) -> float:
@@ -134,8 +145,11 @@ class Update:
 
     @cached_property
     def delta_spectrum(self) -> Spectrum:
-        """All singular values of ΔW."""
-        return spectrum(self.delta, 0)
+        """The leading `top_k` singular triplets of ΔW; of a small matrix, all singular values."""
+        k = min(self.settings.top_k, max(1, min(self.delta.shape) // 2))
+        if self.sampled:
+            return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
+        return leading(self.delta, k, angle=1e-5 if self.directions else math.inf)
 
     @cached_property
     def angles(self) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ finest relative spacing of bf16, the two agree up to the sign of zero.
 
 from __future__ import annotations
 
+import torch
+
 from opdgeo.diagnostics.update import Settings, Update, Value
 
 
@@ -14,5 +16,5 @@ def variants(settings: Settings) -> list[str]:
 
 
 def measure(update: Update) -> dict[str, Value]:
-    shares = (float(mask.double().mean()) for mask in update.unchanged)
+    shares = (int(torch.count_nonzero(mask)) / mask.numel() for mask in update.unchanged)
     return {name: Value(share, 0.0, "count") for name, share in zip(variants(update.settings), shares, strict=True)}

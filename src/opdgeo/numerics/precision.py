@@ -5,19 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.masks import rows_of_block
+
+FINEST = 2.0**-8  # neighbouring bf16 numbers differ by at least this, relative to the larger
+
 
 def to_bf16(weights: Tensor) -> Tensor:
-    """The values after a round-to-nearest-even cast to bf16, as float64. Stored bf16, fp16 and fp32 cast in one rounding."""
-    return weights.to(torch.float32).to(torch.bfloat16).to(torch.float64)
+    """The values after a round-to-nearest-even cast to bf16. Stored bf16, fp16 and fp32 cast in one rounding."""
+    return weights.to(torch.float32).to(torch.bfloat16)
 
 
 def unchanged(base: Tensor, tuned: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Boolean masks of the entries that a bf16 reader sees unchanged: under the η rule, and to the bit.
 
-    η rule (PAPER §2): |ŵ − w| ≤ η·max(|w|, |ŵ|) after the bf16 cast. Neighbouring bf16 numbers differ by at least
-    2⁻⁸ relative, so for η below that the two masks are the same up to the sign of zero.
+    η rule (PAPER §2): |ŵ − w| ≤ η·max(|w|, |ŵ|) after the bf16 cast. For η below 2⁻⁸, the finest relative spacing of
+    bf16, that is equality, and the two masks are the same up to the sign of zero.
     """
-    w, w_hat = to_bf16(base), to_bf16(tuned)
-    same_bits = w.to(torch.bfloat16).view(torch.int16) == w_hat.to(torch.bfloat16).view(torch.int16)
-    within = (w_hat - w).abs() <= eta * torch.maximum(w.abs(), w_hat.abs())
-    return within | same_bits, same_bits
+    within = torch.empty(base.shape, dtype=torch.bool, device=base.device)
+    same_bits = torch.empty_like(within)
+    step = rows_of_block(base.shape[1])
+    for start in range(0, base.shape[0], step):
+        block = slice(start, start + step)
+        w, w_hat = to_bf16(base[block]), to_bf16(tuned[block])
+        torch.eq(w.view(torch.int16), w_hat.view(torch.int16), out=same_bits[block])
+        if eta < FINEST:
+            torch.eq(w, w_hat, out=within[block])
+        else:
+            w, w_hat = w.double(), w_hat.double()
+            torch.le((w_hat - w).abs(), eta * torch.maximum(w.abs(), w_hat.abs()), out=within[block])
+            within[block] |= same_bits[block]
+    return within, same_bits

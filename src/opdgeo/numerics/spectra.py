@@ -1,21 +1,35 @@
 """Singular values, leading singular subspaces and the angles between them, each with an error bound.
 
-Everything is float64. A computed factorisation is exact for a matrix within ‖E‖₂ ≤ ε of the given one (backward
-stability); every bound below follows from that ε by a perturbation theorem:
+Everything is float64. Three roads to a `Spectrum`:
 
-    singular values   |σ̂ᵢ − σᵢ| ≤ ε                                     (Weyl)
-    subspace of rank k   sin Θ ≤ ε / (σₖ − σₖ₊₁ − ε), at most 1            (Wedin)
+    svd      small or ill-conditioned matrices. Exact for a matrix within ‖E‖₂ ≤ ε of the given one.
+    gram     eigenvalues λ = σ² and top eigenvectors of the smaller WᵀW, the other side as W V. Exact for a Gram matrix
+             within δ = γσ₁² of the given one. A value so small that δ would drown it sends the values to `svdvals`.
+    krylov   the top k alone (`leading`), with the residual R = WᵀU − VΣ measured at the end.
+
+What follows from them, by perturbation theorems:
+
+    values       svd  |σ̂ᵢ − σᵢ| ≤ ε;    gram  |σ̂ᵢ − σᵢ| ≤ δ/(σ̂ᵢ + √(σ̂ᵢ² − δ))                     (Weyl)
+                 krylov  2ρ²/(η + √(η² + 4ρ²)), ρ = ‖R‖₂ and η the gap below                     (Li and Li, 2005)
+    subspace of rank k   sin Θ ≤ ν/(σₖ − σₖ₊₁ − ν), at most 1, with the noise ν = ε, δ/σₖ or ρ     (Davis–Kahan, Wedin)
+
+ε and γ are small multiples of the unit roundoff that cover rounding with a margin (tests hold them against planted truth).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.lapack import EigenError, eigen
+
 EPS = torch.finfo(torch.float64).eps
+SMALL = 150  # below this smaller side an SVD costs little
+KRYLOV = 1000  # below this one, all of a spectrum costs as little as its top
+CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,15 @@ class Spectrum:
     """Spectrum of a (rows, cols) matrix.
 
     Attributes:
-        sigma: all min(rows, cols) singular values, descending.
+        sigma: singular values, descending: all min(rows, cols), or the top ones alone (`leading`).
         left: (rows, k) leading left singular vectors; k may be 0.
         right: (cols, k) leading right singular vectors.
-        error: ε, a bound on the error of every singular value.
+        error: a bound on the error of every singular value in `sigma`.
         method: how it was computed.
+        errors: a bound for each singular value; the smallest of a Gram matrix are the least certain.
+        residual: absolute part of the noise in the vectors.
+        gram: γ, noise in the vectors relative to σ₁² of the squared matrix.
+        rest: a bound on every singular value that `sigma` does not list.
     """
 
     sigma: Tensor
@@ -35,24 +53,52 @@ class Spectrum:
     right: Tensor
     error: float
     method: str
+    errors: Tensor
+    residual: float
+    gram: float = 0.0
+    rest: float = 0.0
+
+    def below(self, k: int) -> float:
+        """σₖ₊₁, or a bound on it where it is not listed."""
+        return float(self.sigma[k]) if k < len(self.sigma) else self.rest
+
+    def noise(self, k: int) -> float:
+        """The size of a perturbation of the matrix that explains what rounding did to the top-k vectors."""
+        if self.gram == 0:
+            return self.residual
+        largest, smallest = float(self.sigma[0]), float(self.sigma[k - 1])
+        return self.residual + self.gram * largest * (largest / smallest) if smallest > 0 else math.inf
 
     def subspace_error(self, k: int, side: str) -> float:
         """A bound on sin Θ between the computed and the exact leading subspace of rank k; 1 when it is not determined."""
         size = (self.left if side == "left" else self.right).shape[0]
         if k >= size:  # the whole space
             return 0.0
-        below = float(self.sigma[k]) if k < len(self.sigma) else 0.0
-        gap = float(self.sigma[k - 1]) - below - self.error
-        return 1.0 if gap <= self.error else min(1.0, self.error / gap)
+        noise = self.noise(k)
+        gap = float(self.sigma[k - 1]) - self.below(k) - noise
+        return 1.0 if gap <= noise else min(1.0, noise / gap)
 
 
 def svd_error(rows: int, cols: int, sigma_max: float) -> float:
     """ε of a float64 LAPACK factorisation: a small multiple of the unit roundoff times the largest dimension and σ₁."""
-    return EPS * (8 + max(rows, cols)) * sigma_max
+    return EPS * (32 + max(rows, cols)) * sigma_max
+
+
+def gram_error(rows: int, cols: int) -> float:
+    """γ: rounding of a float64 Gram matrix and of its eigenproblem, relative to σ₁². Errors of sums add up like √n."""
+    return EPS * (16 + 2 * math.sqrt(rows + cols))
 
 
 def spectrum(matrix: Tensor, rank: int) -> Spectrum:
     """All singular values of a float64 (rows, cols) matrix and its leading `rank` singular vectors (0: none)."""
+    if min(matrix.shape) < SMALL:
+        return _by_svd(matrix, rank)
+    scaled, exponent = _scaled(matrix)
+    found = _by_gram(scaled, rank) if float(scaled.abs().max()) > 0 else None
+    return _unscaled(found, exponent) if found is not None else _by_svd(matrix, rank)
+
+
+def _by_svd(matrix: Tensor, rank: int) -> Spectrum:
     rows, cols = matrix.shape
     if rank:
         left, sigma, right_t = torch.linalg.svd(matrix, full_matrices=False)
@@ -60,23 +106,221 @@ def spectrum(matrix: Tensor, rank: int) -> Spectrum:
     else:
         sigma = torch.linalg.svdvals(matrix)
         left, right, method = matrix.new_empty(rows, 0), matrix.new_empty(cols, 0), "svdvals"
-    return Spectrum(sigma, left, right, svd_error(rows, cols, float(sigma[0])), method)
+    error = svd_error(rows, cols, float(sigma[0]))
+    return Spectrum(sigma, left, right, error, method, torch.full_like(sigma, error), error)
+
+
+def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
+    """The Gram road, or None where it cannot bear this matrix."""
+    rows, cols = matrix.shape
+    tall = matrix if rows >= cols else matrix.T
+    try:
+        squares, inner = eigen(gram(tall), rank)
+    except EigenError:
+        return None
+    relative = gram_error(rows, cols)
+    largest = float(squares[0])
+    sigma, method = squares.clamp(min=0).sqrt(), "gram"
+    outer, lost = tall.new_empty(tall.shape[0], 0), 0.0
+    if rank:
+        if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
+            return None
+        # LAPACK's vectors of close values are orthogonal to some 1e-12; one Newton step makes it 1e-16.
+        overlap = inner.T @ inner
+        astray = float(torch.linalg.matrix_norm(overlap - torch.eye(rank).to(inner))) > 1e-8
+        inner = torch.addmm(inner, inner, overlap, beta=1.5, alpha=-0.5)
+        images = tall @ inner
+        # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them.
+        mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+        missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
+        lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
+        if astray or not lost <= 4 * relative * math.sqrt(rank):
+            return None
+        outer = _orthonormal(images / squares[:rank].sqrt())
+    if float(squares[-1]) * CONDITION**2 < largest:
+        sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
+        errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
+    else:
+        noise = relative * largest
+        errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
+    left, right = (outer, inner) if rows >= cols else (inner, outer)
+    return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
+
+
+def _orthonormal(nearly: Tensor) -> Tensor:
+    """An orthonormal basis of the span of nearly orthonormal columns, each close to its own."""
+    overlap = nearly.T @ nearly
+    if float(torch.linalg.matrix_norm(overlap - torch.eye(len(overlap)).to(overlap))) > 1e-8:
+        basis, triangle = torch.linalg.qr(nearly)
+        return basis * torch.sign(triangle.diagonal())
+    return torch.addmm(nearly, nearly, overlap, beta=1.5, alpha=-0.5)  # a Newton step towards the nearest one
+
+
+def gram(tall: Tensor) -> Tensor:
+    """The upper triangle of AᵀA (and some of what is below), in column blocks: half the products of the whole."""
+    n = tall.shape[1]
+    step = max(128, -(-n // 8))
+    product = tall.new_empty(n, n)
+    for start in range(0, n, step):
+        product[start : start + step, start:] = tall[:, start : start + step].T @ tall[:, start:]
+    return product
+
+
+def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 1e-5) -> Spectrum:
+    """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
+
+    Blocks of k + 8 random vectors, so that values repeated up to k + 8 times are all found; every new block is
+    orthogonalised twice against all earlier ones. It stops when the values are known to `tolerance`·σ₁ and the subspaces
+    of rank k to `angle`, and measures both once more from the residual of the triplets themselves. Where it does not get
+    there within a basis that costs as much as the dense method, that one answers, and `method` says so.
+
+    Args:
+        angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
+    """
+    size = min(matrix.shape)
+    limit = min(size // 3, 64 * (k + 8))
+    vectors = min(k, size) if angle < math.inf else 0
+    if size < KRYLOV or limit < 4 * (k + 8):
+        return spectrum(matrix, vectors)
+    scaled, exponent = _scaled(matrix)
+    found = _krylov(scaled, k, limit, tolerance, angle) if float(scaled.abs().max()) > 0 else None
+    if found is not None:
+        return _unscaled(found, exponent)
+    dense = spectrum(matrix, vectors)
+    return replace(dense, method=f"{dense.method} (krylov did not converge)")
+
+
+def _krylov(matrix: Tensor, k: int, limit: int, tolerance: float, angle: float) -> Spectrum | None:
+    rows, cols = matrix.shape
+    wide = matrix if rows >= cols else matrix.T  # the basis lives on the smaller side
+    n, width = wide.shape[1], k + 8
+    start = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = wide.new_empty(n, limit)
+    inner = wide.new_zeros(limit, limit)  # Qᵀ WᵀW Q
+    block, _ = torch.linalg.qr(start.to(matrix))
+    used, check = 0, 4 * width
+    while used + width <= limit:
+        basis[:, used : used + width] = block
+        used += width
+        known = basis[:, :used]
+        image = wide.T @ (wide @ block)
+        inside = known.T @ image
+        inner[:used, used - width : used], inner[used - width : used, :used] = inside, inside.T
+        image = image - known @ inside
+        image = image - known @ (known.T @ image)
+        block, beyond = torch.linalg.qr(image)
+        # Where the space is exhausted, `qr` returns directions of its own choice.
+        block = block - known @ (known.T @ block)
+        block, again = torch.linalg.qr(block)
+        if used < check and used + width <= limit:
+            continue
+        check = max(used + width, int(1.25 * used))
+        squares, mixing = torch.linalg.eigh((inner[:used, :used] + inner[:used, :used].T) / 2)
+        squares, mixing = squares.flip(0)[: width + 1].clamp(min=0), mixing.flip(1)[:, :width]
+        sigma = squares.sqrt()
+        floor = 1e-8 * float(sigma[0])
+        missed = (again @ beyond @ mixing[-width:]) / sigma[:width].clamp(min=floor)
+        values, subspace = _ritz_errors(sigma, missed, k)
+        # Cheap estimates first; only triplets that look done are measured.
+        if float(values.max()) <= tolerance * float(sigma[0]) and subspace <= angle:
+            found = _measured(wide, known @ mixing, float(sigma[width]), k)
+            if found.error <= 2 * tolerance * float(found.sigma[0]) + svd_error(rows, cols, float(found.sigma[0])):
+                return found if rows >= cols else replace(found, left=found.right, right=found.left)
+    return None
+
+
+def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float]:
+    """Bounds on the top k Ritz values and on sin Θ of their subspace, from all (≥ k + 1) Ritz values and residual columns.
+
+    The values' bound is quadratic in the residual of the leading ℓ ≥ k triplets over the gap below them; the best ℓ counts.
+    """
+    sizes = torch.linalg.vector_norm(residual, dim=0)
+    count = min(residual.shape[1], len(sigma) - 1)
+    best = sigma.new_full((k,), math.inf)
+    subspace = 1.0
+    for ell in range(k, count):
+        rho = float(torch.linalg.vector_norm(sizes[:ell]))
+        rest = float(sigma[ell]) + float(sizes[ell])
+        gap = (sigma[:k] - rest).clamp(min=0)
+        if rho == 0:
+            best = torch.zeros_like(best)
+        else:
+            best = torch.minimum(best, 2 * rho**2 / (gap + (gap**2 + 4 * rho**2).sqrt()))
+        if ell == k:
+            room = float(gap[-1]) - rho
+            subspace = 1.0 if room <= rho else rho / room
+    return best, subspace
+
+
+def _measured(tall: Tensor, directions: Tensor, rest: float, k: int) -> Spectrum:
+    """The triplets in the span of `directions`, their residual measured in full; `rest`: the next Ritz value."""
+    rows, cols = tall.shape
+    directions, _ = torch.linalg.qr(directions)
+    outer, triangle = torch.linalg.qr(tall @ directions)
+    turn, sigma, back = torch.linalg.svd(triangle)
+    left, right = outer @ turn, directions @ back.T
+    residual = tall.T @ left - right * sigma
+    known = torch.cat([sigma, sigma.new_tensor([rest])])
+    errors, _ = _ritz_errors(known, residual, k)
+    rounding = EPS * (16 + 2 * math.sqrt(rows + cols)) * float(sigma[0])
+    errors = errors + rounding
+    noise = float(torch.linalg.vector_norm(residual[:, :k])) + rounding
+    following = float(sigma[k]) + float(torch.linalg.vector_norm(residual[:, k]))
+    return Spectrum(
+        sigma[:k],
+        left[:, :k].contiguous(),
+        right[:, :k].contiguous(),
+        float(errors.max()),
+        "krylov",
+        errors,
+        noise,
+        rest=following,
+    )
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, int]:
+    """The matrix times 2^−exponent where its squares could over- or underflow; itself otherwise."""
+    largest = float(torch.linalg.vector_norm(matrix, ord=math.inf))
+    exponent = math.frexp(largest)[1] if largest > 0 and not 1e-100 < largest < 1e100 else 0
+    if exponent == 0:
+        return matrix, 0
+    half = -exponent // 2  # 2^−exponent itself may not be a float
+    return matrix * math.ldexp(1.0, half) * math.ldexp(1.0, -exponent - half), exponent
+
+
+def _unscaled(found: Spectrum, exponent: int) -> Spectrum:
+    if exponent == 0:
+        return found
+    first, second = math.ldexp(1.0, exponent // 2), math.ldexp(1.0, exponent - exponent // 2)
+    return replace(
+        found,
+        sigma=found.sigma * first * second,
+        errors=found.errors * first * second,
+        error=found.error * first * second,
+        residual=found.residual * first * second,
+        rest=found.rest * first * second,
+    )
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Principal angles in radians, ascending, between the column spaces of two orthonormal (n, k) matrices.
 
     From cosines σ(AᵀB) where the angle is large and from sines σ(B − A(AᵀB)) where it is small, so that nearly
-    identical subspaces keep full relative accuracy (Björck and Golub, 1973).
+    identical subspaces keep full relative accuracy (Björck and Golub, 1973). The sines come from the triangular factor of
+    that (n, k) matrix, which has its singular values and is only (k, k).
 
     >>> a = torch.eye(3, 1, dtype=torch.float64); b = torch.tensor([[1.0], [1e-9], [0.0]], dtype=torch.float64)
     >>> round(float(principal_angles(a, b)[0]) * 1e9, 6)
     1.0
     """
     inner = first.T @ second
+    apart = second - first @ inner
+    if apart.shape[0] > apart.shape[1]:
+        apart = torch.linalg.qr(apart, mode="r").R
+    sines = torch.linalg.svdvals(apart).clamp(max=1.0).flip(0)
+    if float(sines[-1]) ** 2 <= 0.5:  # all small
+        return torch.asin(sines)
     cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
-    sines = torch.linalg.svdvals(second - first @ inner).clamp(max=1.0)
-    sines = sines.flip(0)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
 
 
@@ -91,8 +335,8 @@ def angle_error(first: Spectrum, second: Spectrum, k: int, side: str) -> float:
 
 def truncation_error(spectrum: Spectrum, k: int) -> float:
     """A bound on ‖Ŵₖ − Wₖ‖₂ between the computed and the exact best rank-k approximation; inf if not determined."""
-    below = float(spectrum.sigma[k]) if k < len(spectrum.sigma) else 0.0
-    gap = float(spectrum.sigma[k - 1]) - below - spectrum.error
-    if gap <= spectrum.error:
+    noise = spectrum.noise(k)
+    gap = float(spectrum.sigma[k - 1]) - spectrum.below(k) - noise
+    if gap <= noise:
         return math.inf
-    return spectrum.error * (2 + 8 * float(spectrum.sigma[k - 1]) / gap)
+    return noise * (2 + 8 * float(spectrum.sigma[k - 1]) / gap)

@@ -14,7 +14,7 @@ from torch import Tensor
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum, spectrum
+from opdgeo.numerics.spectra import Spectrum, leading
 
 
 @dataclass
@@ -57,7 +57,7 @@ def measure(
             null: dict[tuple[str, str], tuple[float, float]] = {}
         else:
             with clock("measure"):
-                update = Update(before, tuned)
+                update = Update(before, tuned, directions=trajectory)
                 values = _values(update)
                 out.curves += [
                     {
@@ -70,9 +70,7 @@ def measure(
                     for c, v in _curves(update)
                 ]
                 if trajectory:
-                    spectra[index] = (
-                        spectrum(update.delta, _similarity_rank(matrix, settings)) if update.moved else None
-                    )
+                    spectra[index] = update.delta_spectrum if update.moved else None
                     increments[index] = float(torch.linalg.vector_norm(tuned - last))
                     last = tuned
             with clock("nulls"):
@@ -106,7 +104,7 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> dict[tuple[
             delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.delta.device)
         else:
             delta = nulls.shuffled(update.delta, rng)
-        for key, value in _values(Update(update.base, update.base.matrix + delta)).items():
+        for key, value in _values(Update(update.base, update.base.matrix + delta, sampled=True)).items():
             if value.value is not None:
                 draws.setdefault(key, []).append(value.value)
     return {key: _mean_std(values) for key, values in draws.items()}
@@ -130,7 +128,7 @@ def _walks(
         walk: dict[int, Spectrum | None] = {}
         for index, norm in increments.items():
             position = position + nulls.gaussian(matrix.rows, matrix.cols, norm, rng)
-            walk[index] = spectrum(position.to(device), k) if spectra[index] is not None else None
+            walk[index] = leading(position.to(device), k, tolerance=1e-4, angle=1e-3) if spectra[index] else None
         walks.append(walk)
     return walks
 

@@ -65,6 +65,7 @@ def _survey(
 ) -> Result:  # fmt: skip
     import torch
 
+    from opdgeo.numerics import lapack
     from opdgeo.survey.measure import measure
 
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -85,6 +86,7 @@ def _survey(
         workers = min(workers, len(work))
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(workers)
+        limits = lapack.threads(1)
         try:
             jobs = [
                 pool.submit(
@@ -97,6 +99,7 @@ def _survey(
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
+            limits.restore_original_limits()
 
     order = {c.name: i for i, c in enumerate(checkpoints)}
     rows = sorted((r for m in measured for r in m.rows), key=lambda r: order[r["checkpoint"]])

@@ -1,0 +1,119 @@
+"""Symmetric eigenproblems through LAPACK's own steps: one tridiagonal reduction serves all values and the top vectors.
+
+`torch.linalg` offers values alone or every vector, and reduces again for each. SciPy exports LAPACK as C pointers; called
+through ctypes they run outside the interpreter lock, so that a pool of threads can use them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EigenError(ArithmeticError):
+    """LAPACK reports that an eigenproblem did not converge."""
+
+
+@cache
+def _function(name: str, arguments: int) -> Any:
+    from scipy.linalg import cython_lapack
+
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    capsule = cython_lapack.__pyx_capi__[name]
+    address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
+
+
+def threads(count: int) -> Any:
+    """Let SciPy's BLAS use `count` threads a call, as `torch.set_num_threads` does for torch's; undo by `restore_original_limits()`."""
+    import scipy.linalg  # noqa: F401  (loads the library whose limit is set)
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(count, user_api="blas")
+
+
+def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
+    """Call a LAPACK routine whose last argument is `info`, which is added here; raises where it is not 0."""
+    info = ctypes.c_int(0)
+    held: list[Any] = []  # keeps the scalars alive through the call
+    places: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            places.append(argument.data_ptr())
+            continue
+        scalar: Any = (
+            ctypes.c_char(argument)
+            if isinstance(argument, bytes)
+            else ctypes.c_int(argument)
+            if isinstance(argument, int)
+            else ctypes.c_double(argument)
+        )
+        held.append(scalar)
+        places.append(ctypes.addressof(scalar))
+    _function(name, len(arguments) + 1)(*places, ctypes.addressof(info))
+    if info.value != 0:
+        raise EigenError(f"{name} returned info = {info.value}.")
+
+
+def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, descending, and the (n, k) vectors of the k largest.
+
+    Args:
+        symmetric: (n, n) float64, contiguous; only the upper triangle is read. Overwritten on the CPU.
+
+    Raises:
+        EigenError: LAPACK did not converge.
+    """
+    n = symmetric.shape[0]
+    if symmetric.device.type != "cpu":
+        if not k:
+            return torch.linalg.eigvalsh(symmetric, UPLO="U").flip(0), symmetric.new_empty(n, 0)
+        values, vectors = torch.linalg.eigh(symmetric, UPLO="U")
+        return values.flip(0), vectors[:, n - k :].flip(1).contiguous()
+
+    # LAPACK counts by columns, so that our upper triangle is its lower one.
+    diagonal, beside, tau = (symmetric.new_empty(n) for _ in range(3))
+    work = symmetric.new_empty(64 * n)
+    _call("dsytrd", b"L", n, symmetric, n, diagonal, beside, tau, work, work.numel())
+    if not k:
+        _call("dsterf", n, diagonal, beside)
+        return diagonal.flip(0), symmetric.new_empty(n, 0)
+    values, vectors = _divided(diagonal, beside, k) if 6 * k > n else _separate(diagonal, beside, k)
+    work = symmetric.new_empty(max(64 * k, 65 * 64 + 64 * max(n, k)))
+    _call("dormtr", b"L", b"L", b"N", n, k, symmetric, n, tau, vectors, n, work, work.numel())
+    return values.flip(0), vectors.flip(0).T.contiguous()
+
+
+def _divided(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ascending values and the top k vectors, one a row, of a tridiagonal matrix: all of them by divide and conquer."""
+    n = len(diagonal)
+    vectors = diagonal.new_empty(n, n)
+    work, whole = diagonal.new_empty(1 + 4 * n + n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
+    _call("dstedc", b"I", n, diagonal, beside, vectors, n, work, work.numel(), whole, whole.numel())
+    return diagonal, vectors[n - k :]
+
+
+def _separate(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same where k is a small part of n: values first, then each vector by relatively robust representations."""
+    n = len(diagonal)
+    values = diagonal.clone()
+    _call("dsterf", n, values, beside.clone())
+    vectors = diagonal.new_zeros(k, n)
+    found, top = torch.zeros(1, dtype=torch.int32), diagonal.new_empty(n)
+    support, whole = torch.empty(2 * k, dtype=torch.int32), torch.empty(10 * n, dtype=torch.int32)
+    relative = torch.ones(1, dtype=torch.int32)
+    work = diagonal.new_empty(18 * n)
+    _call(
+        "dstemr", b"V", b"I", n, diagonal, beside, 0.0, 0.0, n - k + 1, n, found, top, vectors, n, k, support, relative,
+        work, work.numel(), whole, whole.numel(),
+    )  # fmt: skip
+    if int(found) != k:
+        raise EigenError(f"dstemr found {int(found)} of {k} vectors.")
+    return values, vectors
