@@ -1,0 +1,92 @@
+"""What a user meets first: the import, the help, the exit status, the public names, the tensor names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import opdgeo
+from opdgeo.checkpoints import open_checkpoint, pair
+from opdgeo.checkpoints.names import matrices, other_kind
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "opdgeo", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], []])
+def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom opdgeo.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'polars', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "opdgeo" in done.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout == f"opdgeo {opdgeo.__version__}\n"
+
+
+def test_the_public_names() -> None:
+    assert opdgeo.__all__ == ["Result", "Settings", "compare", "open_checkpoint", "track"]
+    for name in opdgeo.__all__:
+        assert getattr(opdgeo, name).__doc__
+
+
+def test_an_unknown_preset_is_refused_by_name() -> None:
+    done = run("train", "sft", "--preset", "tinny")
+    assert done.returncode == 2
+    assert "tinny" in done.stderr and "did you mean 'tiny'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "layer"),
+    [
+        ("model.layers.11.self_attn.q_proj.weight", "q_proj", 11),
+        ("layers.0.mlp.gate_proj.weight", "gate_proj", 0),
+        ("transformer.h.3.mlp.c_fc.weight", "up_proj", 3),
+        ("h.3.attn.c_proj.weight", "o_proj", 3),
+    ],
+)
+def test_known_names(name: str, role: str, layer: int) -> None:
+    (matrix,) = matrices(name, (6, 9)) or []
+    assert (matrix.role, matrix.layer) == (role, layer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.mlp.gate_up_proj.weight",
+        "visual.blocks.0.attn.qkv.weight",
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "xmodel.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+    ],
+)
+def test_names_that_only_look_alike_are_not_guessed(name: str) -> None:
+    assert matrices(name, (6, 9)) is None
+    assert other_kind(name) is None
+
+
+def test_gpt2_weights_are_read_as_out_by_in_with_q_k_v_apart(tmp_path: Path) -> None:
+    stored = torch.arange(4 * 12, dtype=torch.float32).reshape(4, 12)  # Conv1D: (in, out)
+    for folder in ("base", "tuned"):
+        (tmp_path / folder).mkdir()
+        save_file({"h.0.attn.c_attn.weight": stored}, tmp_path / folder / "model.safetensors")
+    base = open_checkpoint(tmp_path / "base")
+    found = pair(base, open_checkpoint(tmp_path / "tuned")).matrices
+    assert [m.name for m in found] == [f"h.0.attn.c_attn.weight[{x}]" for x in "qkv"]
+    for i, matrix in enumerate(found):
+        assert (matrix.rows, matrix.cols) == (4, 4)
+        assert torch.equal(base.read(matrix), stored[:, 4 * i : 4 * i + 4].T)
