@@ -327,7 +327,7 @@ def test_terminal_tables(reports: dict[str, tuple[Path, Page]], kind: str) -> No
         console = Console(file=io.StringIO(), width=80)
         print_claims(out, console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
-        assert "(39.0 %)" in text and not re.search(r"\d…", text)
+        assert "(39.0)" in text and not re.search(r"\d…", text)
         console = Console(file=io.StringIO(), width=120)
         print_claims(out, console)
         text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -67,6 +67,6 @@ def test_unknown_presets_and_seeds_are_refused(tmp_path: Path) -> None:
         reproduce("tny", tmp_path)
     with pytest.raises(ConfigError, match="at least 1"):
         reproduce("tiny", tmp_path, seeds=0)
-    with pytest.raises(ConfigError, match="sft-matched"):
+    with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'smollm2'"):
         reproduce("smollm2", tmp_path)
     assert not list(tmp_path.iterdir())

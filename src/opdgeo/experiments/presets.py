@@ -84,7 +84,7 @@ def train_config(paradigm: str, preset: str, *, origin: str | None = None, **ove
         ConfigError: unknown preset, arm or field, or no origin where the preset has none.
     """
     arms = _lookup("preset", preset, PRESETS)
-    values = dict(_lookup(f"arm of preset {preset!r}", paradigm, arms))
+    values = dict(_lookup("arm", paradigm, arms, f" in preset {preset!r}"))
     values.update({name: value for name, value in overrides.items() if value is not None})
     if origin is not None:
         values["origin"] = str(origin)
@@ -101,9 +101,9 @@ def train_config(paradigm: str, preset: str, *, origin: str | None = None, **ove
     return TrainConfig(**values)
 
 
-def _lookup(what: str, name: str, known: Any) -> Any:
+def _lookup(what: str, name: str, known: Any, where: str = "") -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "choose one of these."
-        raise ConfigError(f"there is no {what} {name!r}; expected one of {', '.join(known)}: {hint}")
+        raise ConfigError(f"there is no {what} {name!r}{where}; expected one of {', '.join(known)}: {hint}")
     return known[name]
