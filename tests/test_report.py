@@ -333,8 +333,24 @@ def test_terminal_tables(reports: dict[str, tuple[Path, Page]], kind: str) -> No
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert all(
             word in text
-            for word in ("R1", "holds", "inconclusive", "fails", "SFT matched", "not tested: R2", "matched SFT: fails")
+            for word in (
+                "holds",
+                "inconclusive",
+                "fails",
+                "SFT matched",
+                "not tested: R2",
+                "matched SFT",
+                "beyond size",
+            )
         )
+        first = claims_of(out)[0]
+        judged = [first["verdict"], *(control["verdict"] for control in first["controls"])]
+        assert re.search(r"^R1 .*" + r"\s+".join(judged) + r"\s*$", text, re.MULTILINE), "one column a verdict"
+
+
+def claims_of(out: Path) -> list[dict[str, Any]]:
+    claims: list[dict[str, Any]] = json.loads((out / "claims.json").read_text())["claims"]
+    return claims
 
 
 def test_terminal_needs_neither_matplotlib_nor_torch() -> None:
