@@ -69,6 +69,7 @@ def reproduce(preset: str, out: Path, *, seeds: int = 1, workers: int | None = N
         },
     }
     result = Result(measurements, curves, summarise(measurements, null), run)
+    (out / "claims.json").unlink(missing_ok=True)  # an earlier study's verdicts must not stand beside this one's data
     result.save(out)
     claims = {
         "preset": preset,
