@@ -10,4 +10,4 @@ def variants(settings: Settings) -> list[str]:
 
 
 def measure(update: Update) -> dict[str, Value]:
-    return {"": Value(update.norm, norm_error(update.norm, update.delta.numel()), "sum")}
+    return {"": Value(update.norm, norm_error(update.norm, update.weights.numel()), "sum")}

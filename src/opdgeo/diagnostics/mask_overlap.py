@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from opdgeo.diagnostics.update import NO_VISIBLE, Settings, Update, Value, undefined, undetermined
-from opdgeo.numerics.masks import overlap
-from opdgeo.numerics.spectra import EPS, truncation_error
+from opdgeo.numerics.spectra import EPS
 
 
 def variants(settings: Settings) -> list[str]:
@@ -22,16 +19,14 @@ def measure(update: Update) -> dict[str, Value]:
     if not bool(torch.count_nonzero(update.visible)):
         return {name: undefined(NO_VISIBLE) for name in variants(update.settings)}
     k, reason = update.base.cut(update.settings.mask_rank)
-    slack = truncation_error(update.base.spectrum, k)
+    principal, low = update.base.principal, update.base.low_magnitude
     values: dict[str, Value] = {}
     for share in update.settings.mask_share:
-        if math.isinf(slack):
+        if principal is None:
             values[f"principal.{share:g}"] = undefined(undetermined(k))
         else:
-            score, thresholds = update.base.principal
-            value, loose = overlap(score, thresholds[share], update.visible, slack)
+            value, loose = principal[share].overlap(update.visible)
             values[f"principal.{share:g}"] = Value(value, loose + 4 * EPS, update.base.spectrum.method, reason=reason)
-        score, thresholds = update.base.low_magnitude
-        value, _ = overlap(score, thresholds[share], update.visible)
+        value, _ = low[share].overlap(update.visible)
         values[f"low_magnitude.{share:g}"] = Value(value, 4 * EPS, "count")
     return values

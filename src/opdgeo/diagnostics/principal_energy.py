@@ -21,16 +21,16 @@ def measure(update: Update) -> dict[str, Value]:
     k, reason = update.base.cut(update.settings.mask_rank)
     spectrum = update.base.spectrum
     left, right = spectrum.left[:, :k], spectrum.right[:, :k]
-    unit = update.delta / update.norm
-    inside_left = left.T @ unit
-    energies = {"left": inside_left, "right": unit @ right, "both": inside_left @ right}
+    delta = update.delta
+    inside_left = left.T @ delta
+    inside = {"left": inside_left, "right": delta @ right, "both": inside_left @ right}
     lost = {side: spectrum.subspace_error(k, side) for side in ("left", "right")}
     lost["both"] = lost["left"] + lost["right"]
     values: dict[str, Value] = {}
-    for side, part in energies.items():
-        share = min(1.0, float(torch.linalg.vector_norm(part)) ** 2)
+    for side, part in inside.items():
+        share = min(1.0, (float(torch.linalg.vector_norm(part / update.norm))) ** 2)
         # ‖P′x‖² − ‖Px‖² ≤ ‖(P′ − P)x‖ (‖P′x‖ + ‖Px‖) for a unit x
-        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.delta.numel())
+        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.weights.numel())
         name = f"{side}.{update.settings.mask_rank}"
         values[name] = (
             undefined(undetermined(k))

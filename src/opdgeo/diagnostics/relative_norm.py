@@ -15,4 +15,4 @@ def measure(update: Update) -> dict[str, Value]:
     if update.base.norm == 0:
         return {"": undefined("the base matrix is zero")}
     ratio = update.norm / update.base.norm
-    return {"": Value(ratio, 2 * norm_error(ratio, update.delta.numel()), "sum")}
+    return {"": Value(ratio, 2 * norm_error(ratio, update.weights.numel()), "sum")}

@@ -1,4 +1,4 @@
-"""One matrix before and after training, with everything the diagnostics share computed at most once."""
+"""One matrix before and after training, with what the diagnostics share computed at most once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
-from opdgeo.numerics.masks import Blocks, Threshold, magnitudes, rows_of_block, thresholds
-from opdgeo.numerics.spectra import EPS, Spectrum, leading, principal_angles, spectrum
+from opdgeo.numerics.masks import Mask, magnitudes, masks, rows_of_block
+from opdgeo.numerics.spectra import EPS, Spectrum, leading, principal_angles, spectrum, truncation_error
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,23 @@ def undetermined(k: int) -> str:
 
 
 class Base:
-    """W₀ of one (rows, cols) matrix in float64, and what every checkpoint and null draw shares of it."""
+    """W₀ of one (rows, cols) matrix as it is stored, and what every checkpoint and null draw shares of it.
 
-    def __init__(self, matrix: Tensor, settings: Settings):
-        self.matrix, self.settings = matrix, settings
+    Float64 copies are made when asked for and not kept: a large model's memory goes to the matrix at hand.
+    """
+
+    def __init__(self, weights: Tensor, settings: Settings, factors: Spectrum | None = None):
+        self.weights, self.settings = weights, settings
+        if factors is not None:
+            self.spectrum = factors
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weights.double()
 
     def cut(self, rank: int) -> tuple[int, str | None]:
         """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
-        allowed = max(1, min(self.matrix.shape) // 2)
+        allowed = max(1, min(self.weights.shape) // 2)
         return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
     @cached_property
@@ -96,60 +105,86 @@ class Base:
     @cached_property
     def norm(self) -> float:
         """‖W₀‖_F."""
-        return _norm(self.matrix)
+        return _norm(part.double() for part in self.weights.split(rows_of_block(self.weights.shape[1])))
 
     @cached_property
-    def low_magnitude(self) -> tuple[Blocks, dict[float, Threshold]]:
-        """|W₀| in blocks of rows and, for every share, the threshold below which that share of the entries lies."""
-        score = magnitudes(self.matrix)
-        return score, thresholds(score, self.matrix.numel(), self.settings.mask_share, top=False)
+    def low_magnitude(self) -> dict[float, Mask]:
+        """For every share, the mask of the smallest |W₀|."""
+        return masks(magnitudes(self.weights), self._shape, self.settings.mask_share, top=False)
 
     @cached_property
-    def principal(self) -> tuple[Blocks, dict[float, Threshold]]:
-        """|rank-`mask_rank` reconstruction of W₀| in blocks of rows and, for every share, the threshold of its top share."""
+    def principal(self) -> dict[float, Mask] | None:
+        """For every share, the mask of the largest |rank-`mask_rank` reconstruction of W₀|; None where that is not determined."""
         k, _ = self.cut(self.settings.mask_rank)
         of = self.spectrum
+        slack = truncation_error(of, k)
+        if math.isinf(slack):
+            return None
         left, right_t = of.left[:, :k] * of.sigma[:k], of.right[:, :k].T.contiguous()
 
         def score() -> Iterator[Tensor]:
             for part in left.split(rows_of_block(right_t.shape[1])):
                 yield (part @ right_t).abs_()
 
-        return score, thresholds(score, self.matrix.numel(), self.settings.mask_share, top=True)
+        return masks(score, self._shape, self.settings.mask_share, top=True, slack=slack)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        rows, cols = self.weights.shape
+        return rows, cols
 
 
 class Update:
-    """ΔW = W₊ − W₀ of one (rows, cols) matrix in float64, with its shared quantities computed at most once.
+    """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
     `directions` asks for the singular vectors of ΔW to full accuracy, which a trajectory compares; `sampled` marks a draw
-    whose spread is far above rounding, and which is therefore measured to three digits.
+    whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
+    near ΔW's leading right ones.
     """
 
-    def __init__(self, base: Base, tuned: Tensor, *, directions: bool = False, sampled: bool = False):
-        self.base, self.tuned, self.settings = base, tuned, base.settings
-        self.directions, self.sampled = directions, sampled
-        self.delta = tuned - base.matrix
+    def __init__(
+        self,
+        base: Base,
+        weights: Tensor,
+        *,
+        directions: bool = False,
+        sampled: bool = False,
+        start: Tensor | None = None,
+    ):
+        self.base, self.weights, self.settings = base, weights, base.settings
+        self.directions, self.sampled, self.start = directions, sampled, start
+
+    @property
+    def delta(self) -> Tensor:
+        return self.weights.double() - self.base.weights
 
     @cached_property
     def moved(self) -> bool:
-        return bool(torch.count_nonzero(self.delta))
+        if self.weights.dtype == self.base.weights.dtype:
+            return not torch.equal(self.weights, self.base.weights)
+        return any(bool((after.double() != before.double()).any()) for before, after in self.blocks())
 
     @cached_property
     def norm(self) -> float:
         """‖ΔW‖_F."""
-        return _norm(self.delta)
+        return _norm(after.double() - before for before, after in self.blocks())
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """W₀ and W₊ in blocks of rows."""
+        size = rows_of_block(self.weights.shape[1])
+        return zip(self.base.weights.split(size), self.weights.split(size), strict=True)
 
     @cached_property
     def tuned_spectrum(self) -> Spectrum:
-        return spectrum(self.tuned, self.base.factored_rank) if self.moved else self.base.spectrum
+        return spectrum(self.weights.double(), self.base.factored_rank) if self.moved else self.base.spectrum
 
     @cached_property
     def delta_spectrum(self) -> Spectrum:
         """The leading `top_k` singular triplets of ΔW; of a small matrix, all singular values."""
-        k = min(self.settings.top_k, max(1, min(self.delta.shape) // 2))
+        k = min(self.settings.top_k, max(1, min(self.weights.shape) // 2))
         if self.sampled:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
-        return leading(self.delta, k, angle=1e-5 if self.directions else math.inf)
+        return leading(self.delta, k, angle=1e-5 if self.directions else math.inf, start=self.start)
 
     @cached_property
     def angles(self) -> dict[str, Tensor]:
@@ -164,7 +199,7 @@ class Update:
     @cached_property
     def unchanged(self) -> tuple[Tensor, Tensor]:
         """Entries a bf16 reader sees unchanged: under the η rule, and to the bit."""
-        return precision.unchanged(self.base.matrix, self.tuned, self.settings.eta)
+        return precision.unchanged(self.base.weights, self.weights, self.settings.eta)
 
     @cached_property
     def visible(self) -> Tensor:
@@ -177,7 +212,12 @@ def norm_error(norm: float, entries: int) -> float:
     return EPS * (8 + math.sqrt(entries)) * norm
 
 
-def _norm(matrix: Tensor) -> float:
-    """Frobenius norm, scaled so that no square over- or underflows."""
-    scale = float(matrix.abs().max())
-    return scale * float(torch.linalg.vector_norm(matrix / scale)) if scale > 0 else 0.0
+def _norm(blocks: Iterator[Tensor]) -> float:
+    """Frobenius norm of float64 blocks, scaled so that no square over- or underflows."""
+    norms = []
+    for block in blocks:
+        norm = float(torch.linalg.vector_norm(block))
+        if not 1e-100 < norm < 1e100 and (scale := float(block.abs().max())) > 0:
+            norm = scale * float(torch.linalg.vector_norm(block / scale))
+        norms.append(norm)
+    return math.hypot(*norms)

@@ -20,13 +20,13 @@ class EigenError(ArithmeticError):
 
 @cache
 def _function(name: str, arguments: int) -> Any:
-    from scipy.linalg import cython_lapack
+    from scipy.linalg import cython_blas, cython_lapack
 
     api = ctypes.pythonapi
     api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    capsule = cython_lapack.__pyx_capi__[name]
+    capsule = {**cython_blas.__pyx_capi__, **cython_lapack.__pyx_capi__}[name]
     address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
 
@@ -39,10 +39,9 @@ def threads(count: int) -> Any:
     return threadpool_limits(count, user_api="blas")
 
 
-def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
-    """Call a LAPACK routine whose last argument is `info`, which is added here; raises where it is not 0."""
-    info = ctypes.c_int(0)
-    held: list[Any] = []  # keeps the scalars alive through the call
+def _places(arguments: tuple[Tensor | int | bytes | float, ...]) -> tuple[list[Any], list[Any]]:
+    """Addresses of Fortran arguments, and the scalars that must live as long as the call."""
+    held: list[Any] = []
     places: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -57,9 +56,32 @@ def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
         )
         held.append(scalar)
         places.append(ctypes.addressof(scalar))
+    return places, held
+
+
+def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
+    """Call a LAPACK routine whose last argument is `info`, which is added here; raises where it is not 0."""
+    info = ctypes.c_int(0)
+    places, _held = _places(arguments)
     _function(name, len(arguments) + 1)(*places, ctypes.addressof(info))
     if info.value != 0:
         raise EigenError(f"{name} returned info = {info.value}.")
+
+
+def gram(tall: Tensor) -> Tensor:
+    """The upper triangle of AᵀA of a float64 (rows, cols) matrix; what stands below it means nothing."""
+    rows, cols = tall.shape
+    if tall.device.type != "cpu":
+        return tall.T @ tall
+    stored_by_columns = tall.stride(0) == 1 and tall.stride(1) >= rows
+    if not stored_by_columns:
+        tall = tall.contiguous()
+    product = tall.new_empty(cols, cols)
+    # LAPACK counts by columns: our rows are its columns, our upper triangle its lower one.
+    trans, lead = (b"T", tall.stride(1)) if stored_by_columns else (b"N", cols)
+    places, _held = _places((b"L", trans, cols, rows, 1.0, tall, max(lead, 1), 0.0, product, cols))
+    _function("dsyrk", 10)(*places)
+    return product
 
 
 def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -78,17 +100,23 @@ def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(symmetric, UPLO="U")
         return values.flip(0), vectors[:, n - k :].flip(1).contiguous()
 
-    # LAPACK counts by columns, so that our upper triangle is its lower one.
     diagonal, beside, tau = (symmetric.new_empty(n) for _ in range(3))
     work = symmetric.new_empty(64 * n)
     _call("dsytrd", b"L", n, symmetric, n, diagonal, beside, tau, work, work.numel())
     if not k:
         _call("dsterf", n, diagonal, beside)
         return diagonal.flip(0), symmetric.new_empty(n, 0)
-    values, vectors = _divided(diagonal, beside, k) if 6 * k > n else _separate(diagonal, beside, k)
+    divided = 6 * k > n
+    values, vectors = _divided(diagonal, beside, k) if divided else _separate(diagonal, beside, k)
     work = symmetric.new_empty(max(64 * k, 65 * 64 + 64 * max(n, k)))
     _call("dormtr", b"L", b"L", b"N", n, k, symmetric, n, tau, vectors, n, work, work.numel())
-    return values.flip(0), vectors.flip(0).T.contiguous()
+    top = vectors.flip(0).T.contiguous()
+    if not divided:  # vectors of close values are orthogonal to some 1e-12: one Newton step makes it 1e-16
+        overlap = top.T @ top
+        if not float((overlap - torch.eye(k, dtype=torch.float64)).abs().max()) <= 1e-8:
+            raise EigenError("dstemr returned vectors that are not orthogonal.")
+        top = torch.addmm(top, top, overlap, beta=1.5, alpha=-0.5)
+    return values.flip(0), top
 
 
 def _divided(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ A mask holds exactly share × N entries' worth of weight: entries beyond the thr
 what is left equally. So a mask depends on no sort order or device, and a random mask is met with `share` exactly.
 
 Scores come as a function that yields them in blocks of rows, so that none is ever held whole. The magnitude of a float
-grows with its bits: counting the leading 16 of them finds the bin of a threshold, and only that bin is searched.
+grows with its bits: counting the leading 16 of them finds the bin of a threshold, and only that bin is searched. A mask is
+kept as one byte an entry, so that every update that is held against it costs one pass over bytes.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Blocks = Callable[[], Iterator[Tensor]]  # float64 scores ≥ 0 in blocks of rows, the same on every call
-BLOCK = 1 << 20  # entries of a block: it stays in cache
+Blocks = Callable[[], Iterator[Tensor]]  # scores ≥ 0 in blocks of rows, of any float dtype, the same on every call
+BLOCK = 1 << 18  # entries of a block: it stays in cache
+KEPT = 1 << 22  # so many scores are kept rather than computed again
 BINS = 1 << 15
+IN, TIED, NEAR = 1, 2, 4
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a mask ends: scores beyond `value` are in, those equal to it count `tied_weight`."""
+    """Where a mask ends: scores beyond `value` are in, those equal to it count `tied_weight`.
+
+    `near`: whether other scores than one lie within the slack of it.
+    """
 
     value: float
     tied_weight: float
-    top: bool = True  # the largest scores are in; else the smallest
+    near: bool
 
 
 def rows_of_block(cols: int) -> int:
@@ -39,54 +45,104 @@ def magnitudes(matrix: Tensor) -> Blocks:
     return lambda: (part.abs() for part in matrix.split(rows_of_block(matrix.shape[1])))
 
 
-def thresholds(blocks: Blocks, entries: int, shares: Sequence[float], *, top: bool) -> dict[float, Threshold]:
-    """For every share, the threshold beyond which that share of the scores lies."""
+def thresholds(
+    blocks: Blocks, entries: int, shares: Sequence[float], *, top: bool, slack: float = 0.0
+) -> dict[float, Threshold]:
+    """For every share, the threshold beyond which that share of the scores lies; scores are known to `slack`."""
     counts = sum(torch.bincount(_bin(block), minlength=BINS) for block in blocks())
     assert isinstance(counts, Tensor)
     upto = counts.cumsum(0).cpu()
-    found: dict[float, Threshold] = {}
     ranks = {share: min(max(math.ceil(share * entries), 1), entries) for share in shares}
     ascending = {share: entries - rank + 1 if top else rank for share, rank in ranks.items()}
     bins = {share: int(torch.searchsorted(upto, place)) for share, place in ascending.items()}
     held: dict[int, list[Tensor]] = {b: [] for b in bins.values()}
     for block in blocks():
-        which = _bin(block)
         for b, parts in held.items():
-            parts.append(block.flatten()[which == b])
+            inside = block.flatten()[_bin(block) == b]
+            # A 16-bit float is its bin: one of the entries stands for all.
+            parts.append(inside if block.element_size() > 2 else inside[:1])
+        if block.element_size() == 2 and all(any(len(p) for p in parts) for parts in held.values()):
+            break
+    found: dict[float, Threshold] = {}
     for share, b in bins.items():
-        inside = torch.cat(held[b])
-        before = int(upto[b]) - inside.numel()
-        value = torch.kthvalue(inside, ascending[share] - before).values
-        tied, smaller = int((inside == value).sum()), int((inside < value).sum())
+        inside, size = torch.cat(held[b]), int(counts[b])
+        before = int(upto[b]) - size
+        if inside.element_size() == 2:
+            value, tied, smaller = float(inside[0]), size, 0
+        else:
+            value = float(torch.kthvalue(inside, ascending[share] - before).values)
+            tied, smaller = int((inside == value).sum()), int((inside < value).sum())
         beyond = entries - before - smaller - tied if top else before + smaller
-        found[share] = Threshold(float(value), (share * entries - beyond) / tied, top)
+        # A lone entry near the threshold is the threshold itself: its order among the others is certain.
+        near = slack > 0 and int(((inside.double() - value).abs() <= 2 * slack).sum()) > 1
+        edges = torch.tensor([b, b + 1]).to(_BITS[inside.element_size()]) << 8 * inside.element_size() - 16
+        low, high = edges.view(inside.dtype).tolist()
+        near = near or (slack > 0 and not (low < value - 2 * slack and value + 2 * slack < high))
+        found[share] = Threshold(value, (share * entries - beyond) / tied, near)
     return found
 
 
-def overlap(blocks: Blocks, threshold: Threshold, visible: Tensor, slack: float = 0.0) -> tuple[float, float]:
-    """Share of the visible entries inside the mask, and how much of it hangs on scores within `slack` of the threshold.
+@dataclass(frozen=True)
+class Mask:
+    """One mask over a (rows, cols) matrix.
 
-    A lone entry within the slack is the threshold itself: its order among the others is certain.
+    Attributes:
+        codes: (rows, cols) uint8: IN beyond the threshold, TIED at it, plus NEAR where the score lies within the slack.
+        tied_weight: what a tied entry counts.
+        near: whether any entry is marked NEAR.
     """
-    inside = tied = loose = near = start = 0
+
+    codes: Tensor
+    tied_weight: float
+    near: bool
+
+    def overlap(self, visible: Tensor) -> tuple[float, float]:
+        """Share of the visible entries inside, and how much of it hangs on scores within the slack of the threshold."""
+        seen = visible.view(torch.uint8)
+        inside, tied = _count(self.codes & seen), _count(self.codes & seen * TIED)
+        near = _count(self.codes & seen * NEAR) if self.near else 0
+        total = _count(seen)
+        return (inside + self.tied_weight * tied) / total, near / total
+
+    def weight(self) -> Tensor:
+        """Membership of every code, a table of 8."""
+        return torch.tensor(
+            [float(code & IN) + self.tied_weight * bool(code & TIED) for code in range(8)], dtype=torch.float64
+        )
+
+
+def masks(
+    blocks: Blocks, shape: tuple[int, int], shares: Sequence[float], *, top: bool, slack: float = 0.0
+) -> dict[float, Mask]:
+    """The masks of every share, of scores that are known to `slack`."""
+    if shape[0] * shape[1] <= KEPT:
+        kept = list(blocks())
+        blocks = lambda: iter(kept)  # noqa: E731
+    found = thresholds(blocks, shape[0] * shape[1], shares, top=top, slack=slack)
+    codes: dict[float, Tensor] = {}
+    start = 0
     for score in blocks():
-        seen = visible[start : start + len(score)]
+        for share, threshold in found.items():
+            if share not in codes:
+                codes[share] = torch.empty(shape, dtype=torch.uint8, device=score.device)
+            part = codes[share][start : start + len(score)]
+            beyond = score > threshold.value if top else score < threshold.value
+            torch.add(beyond.view(torch.uint8), (score == threshold.value).view(torch.uint8), alpha=TIED, out=part)
+            if threshold.near:
+                close = (score - threshold.value).abs_() <= 2 * slack
+                part.add_(close.view(torch.uint8), alpha=NEAR)
         start += len(score)
-        beyond = score > threshold.value if threshold.top else score < threshold.value
-        inside += _count(beyond & seen)
-        tied += _count((score == threshold.value) & seen)
-        if slack > 0:
-            close = (score - threshold.value).abs_() <= 2 * slack
-            near += _count(close)
-            loose += _count(close & seen)
-    count = _count(visible)
-    return (inside + threshold.tied_weight * tied) / count, (loose if near > 1 else 0) / count
+    return {share: Mask(codes[share], of.tied_weight, of.near) for share, of in found.items()}
 
 
-def _count(mask: Tensor) -> int:
-    return int(torch.count_nonzero(mask))
+def _count(entries: Tensor) -> int:
+    return int(torch.count_nonzero(entries))
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bin(scores: Tensor) -> Tensor:
-    """The leading 16 bits of each non-negative float64: its exponent and the first four bits behind it."""
-    return scores.flatten().view(torch.int64) >> 48
+    """The leading 16 bits of each non-negative float: its exponent and the first bits behind it; of 16-bit floats, all."""
+    bits = scores.flatten().view(_BITS[scores.element_size()])
+    return bits >> 8 * scores.element_size() - 16

@@ -1,17 +1,32 @@
-"""Null models: updates that share only the size of the measured one."""
+"""Null models: updates that share only the size of the measured one.
+
+An isotropic Gaussian update G looks the same in every basis, which spares most of the work of drawing it: its visible
+entries and its energy inside a subspace have closed forms, its singular values are those of a bidiagonal matrix of
+independent χ variables, and where it is small against the spacing of W₀'s singular values, what it does to them and to
+their subspaces follows from perturbation theory in W₀'s own bases, where G is Gaussian again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.precision import to_bf16
+
+
+def seed(*key: object) -> int:
+    """A digest of `key`: the same on every device, worker and run."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator whose seed is a digest of `key`: the same on every device, worker and run."""
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    """A CPU generator seeded by `key`."""
+    return torch.Generator().manual_seed(seed(*key))
 
 
 def gaussian(rows: int, cols: int, norm: float, rng: torch.Generator) -> Tensor:
@@ -24,3 +39,109 @@ def shuffled(delta: Tensor, rng: torch.Generator) -> Tensor:
     """The entries of `delta` in random places: the same histogram of changes, no structure."""
     flat = delta.flatten()
     return flat[torch.randperm(flat.numel(), generator=rng).to(delta.device)].reshape(delta.shape)
+
+
+def visible_probability(weights: Tensor, scale: float) -> Tensor:
+    """P[bf16(w + g) ≠ bf16(w)] for g ~ N(0, scale²), of every entry, float64.
+
+    w + g stays in w's bf16 cell when it lies between the midpoints to the two neighbouring bf16 numbers.
+    """
+    if weights.dtype == torch.bfloat16:  # one value for each of 2¹⁵ magnitudes
+        every = torch.arange(1 << 15, dtype=torch.int32, device=weights.device).to(torch.int16).view(torch.bfloat16)
+        table = _leaves(every.double(), every, scale)
+        return table[(weights.contiguous().view(torch.int16) & 0x7FFF).long()]
+    return _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
+
+
+def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> Tensor:
+    bits = cell.contiguous().view(torch.int16)
+    above = (bits + 1).view(torch.bfloat16).double()
+    below = torch.where(bits > 0, (bits - 1).clamp(min=0).view(torch.bfloat16).double(), -above)
+    here, root = cell.double(), math.sqrt(2) * scale
+    up, down = (here + above) / 2 - magnitude, magnitude - (here + below) / 2
+    return (torch.erfc(up / root) + torch.erfc(down / root)) / 2
+
+
+def top_singular_values(rows: int, cols: int, norm: float, k: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws, k) largest singular values of Gaussian (rows, cols) matrices of the Frobenius norm `norm`, without the matrices.
+
+    Householder's reduction of a Gaussian matrix leaves a bidiagonal one with independent χ entries (Silverstein, 1985;
+    Dumitriu and Edelman, 2002): the distribution is exact.
+    """
+    from scipy.linalg import eigh_tridiagonal
+
+    large, small = max(rows, cols), min(rows, cols)
+    values = np.empty((draws, k))
+    for draw in range(draws):
+        squares = rng.chisquare(np.arange(large, large - small, -1))
+        beside = rng.chisquare(np.arange(small - 1, 0, -1)) if small > 1 else np.empty(0)
+        diagonal = squares.copy()
+        diagonal[:-1] += beside  # BᵀB of the lower bidiagonal B
+        top = eigh_tridiagonal(
+            diagonal, np.sqrt(squares[1:] * beside), eigvals_only=True, select="i", select_range=(small - k, small - 1)
+        )
+        values[draw] = np.sqrt(top[::-1] / (squares.sum() + beside.sum())) * norm
+    return values
+
+
+def energy_share(inside: float, total: float) -> tuple[float, float]:
+    """Mean and standard deviation of the share of a Gaussian's energy in `inside` of its `total` dimensions (a Beta law)."""
+    share = inside / total
+    return share, math.sqrt(share * (1 - share) / (total / 2 + 1))
+
+
+def spacing(sigma: Tensor, scale: float) -> float:
+    """`scale` relative to the median spacing of the singular values; first-order perturbation needs it well below 1."""
+    gaps = sigma[:-1] - sigma[1:]
+    middle = float(gaps.median()) if len(gaps) else math.inf
+    return scale / middle if middle > 0 else math.inf
+
+
+def shifts(sigma: Tensor, rows: int, cols: int, scale: float, draws: int, rng: torch.Generator) -> Tensor:
+    """(draws, n) changes of the singular values `sigma` under Gaussian perturbations with entries N(0, scale²).
+
+    First order: independent N(0, scale²), the diagonal of UᵀGV. Second order: its mean, repulsion between the values and
+    the push of the dimensions beyond the smaller side.
+    """
+    squares = sigma**2
+    outside = abs(rows - cols)
+    push = torch.empty_like(sigma)
+    for start in range(0, len(sigma), 256):
+        part = squares[start : start + 256, None]
+        apart = part - squares
+        push[start : start + 256] = (apart / (apart**2 + 4 * scale**2 * (part + squares))).nan_to_num().sum(dim=1)
+    floor = scale * math.sqrt(max(rows, cols))
+    mean = scale**2 * sigma * push + scale**2 * outside / (2 * torch.maximum(sigma, torch.full_like(sigma, floor)))
+    first = torch.randn(draws, len(sigma), dtype=torch.float64, generator=rng).to(sigma.device)
+    return first * scale + mean
+
+
+def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.Generator) -> dict[str, Tensor]:
+    """Principal angles in radians, ascending, that one Gaussian perturbation with entries N(0, scale²) turns the top-k by.
+
+    First order in W₀'s bases: the tangents are those of the couplings between the top and the rest over the difference of
+    their squared singular values; the dimensions beyond the smaller side couple to one side alone. An angle so large
+    that first order overstates it is that of two levels with the same coupling.
+    """
+    n, outside = len(sigma), abs(rows - cols)
+    top, rest = sigma[:k], sigma[k:, None]
+    near, far = (torch.randn(n - k, k, dtype=torch.float64, generator=rng).to(sigma.device) * scale for _ in range(2))
+    apart = top**2 - rest**2
+    inner = (top * near + rest * far) / apart
+    outer = (rest * near + top * far) / apart
+    grams = {"inner": inner.T @ inner, "outer": outer.T @ outer}
+    if outside:
+        beyond = _factor(outside, k, rng).to(sigma.device) * (scale / top)
+        grams["outer"] = grams["outer"] + beyond.T @ beyond
+    sides = ("right", "left") if rows >= cols else ("left", "right")
+    tangents = [torch.linalg.eigvalsh(grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
+    return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
+
+
+def _factor(count: int, k: int, rng: torch.Generator) -> Tensor:
+    """F with FᵀF distributed as that of a Gaussian (count, k) matrix: its triangular factor (Bartlett) where that is smaller."""
+    if count <= k:
+        return torch.randn(count, k, dtype=torch.float64, generator=rng)
+    freedom = torch.arange(count, count - k, -1, dtype=torch.float64)
+    diagonal = (2 * torch._standard_gamma(freedom / 2, generator=rng)).sqrt()
+    return torch.randn(k, k, dtype=torch.float64, generator=rng).triu(1) + torch.diag(diagonal)

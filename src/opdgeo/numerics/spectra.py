@@ -4,8 +4,9 @@ Everything is float64. Three roads to a `Spectrum`:
 
     svd      small or ill-conditioned matrices. Exact for a matrix within ‖E‖₂ ≤ ε of the given one.
     gram     eigenvalues λ = σ² and top eigenvectors of the smaller WᵀW, the other side as W V. Exact for a Gram matrix
-             within δ = γσ₁² of the given one. A value so small that δ would drown it sends the values to `svdvals`.
-    krylov   the top k alone (`leading`), with the residual R = WᵀU − VΣ measured at the end.
+             within δ = γσ₁² of the given one. Values so small that δ would drown them come from an inverse iteration on
+             W itself, with the residual R = WᵀU − VΣ of their triplets (`gram, inverse iteration`).
+    krylov   the top k alone (`leading`), found in float32, finished in float64, with R measured at the end.
 
 What follows from them, by perturbation theorems:
 
@@ -19,17 +20,19 @@ What follows from them, by perturbation theorems:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opdgeo.numerics.lapack import EigenError, eigen
+from opdgeo.numerics.lapack import EigenError, eigen, gram
 
 EPS = torch.finfo(torch.float64).eps
 SMALL = 150  # below this smaller side an SVD costs little
 KRYLOV = 1000  # below this one, all of a spectrum costs as little as its top
 CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
+SMALLEST = 64  # so many small values are worth an inverse iteration
 
 
 @dataclass(frozen=True)
@@ -125,29 +128,70 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     if rank:
         if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
             return None
-        # LAPACK's vectors of close values are orthogonal to some 1e-12; one Newton step makes it 1e-16.
-        overlap = inner.T @ inner
-        astray = float(torch.linalg.matrix_norm(overlap - torch.eye(rank).to(inner))) > 1e-8
-        inner = torch.addmm(inner, inner, overlap, beta=1.5, alpha=-0.5)
         images = tall @ inner
         # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them.
         mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
         missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
         lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
-        if astray or not lost <= 4 * relative * math.sqrt(rank):
+        if not lost <= 4 * relative * math.sqrt(rank):
             return None
-        outer = _orthonormal(images / squares[:rank].sqrt())
+        outer = images.div_(squares[:rank].sqrt())
+        if 4 * EPS * largest > 1e-12 * float(squares[rank - 1]):  # else orthonormal enough as they are
+            outer = orthonormal(outer)
+    noise = relative * largest
+    errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
     if float(squares[-1]) * CONDITION**2 < largest:
-        sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
-        errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
-    else:
-        noise = relative * largest
-        errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
+        smallest = _smallest(tall, sigma, errors)
+        if smallest is None:
+            sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
+            errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
+        else:
+            count = len(smallest[0])
+            sigma, errors = torch.cat([sigma[:-count], smallest[0]]), torch.cat([errors[:-count], smallest[1]])
+            method = "gram, inverse iteration"
     left, right = (outer, inner) if rows >= cols else (inner, outer)
     return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
 
 
-def _orthonormal(nearly: Tensor) -> Tensor:
+def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The smallest singular values, which the Gram matrix does not hold, and their errors; None where this road ends.
+
+    Triplets with the residual R are exact for a matrix within ‖R‖₂, and being smaller than all that the Gram matrix
+    vouches for, they are its smallest: so no value is off by more (Weyl).
+    """
+    n, largest = len(sigma), float(sigma[0])
+    count = int((sigma * CONDITION < largest).sum())
+    if count > min(SMALLEST, n // 4):
+        return None
+    # Cut at the widest gap nearby.
+    lower = (sigma - errors).clamp(min=0)
+    count = max(range(count, min(count + 9, n)), key=lambda c: float(lower[n - c - 1] / (sigma[n - c] + EPS * largest)))
+    square = tall if tall.shape[0] == n else torch.linalg.qr(tall, mode="r").R
+    factors, pivots, info = torch.linalg.lu_factor_ex(square)
+    if int(info) != 0:
+        return None
+    rounding = gram_error(tall.shape[0], n) * largest + (
+        svd_error(tall.shape[0], n, largest) if square is not tall else 0.0
+    )
+    block = torch.randn(n, min(count + 16, n), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    block = block.to(tall.device)
+    for _ in range(12):
+        halfway = torch.linalg.lu_solve(factors, pivots, block, adjoint=True)
+        block = torch.linalg.lu_solve(factors, pivots, torch.linalg.qr(halfway).Q)
+        if not bool(torch.isfinite(block).all()):
+            return None
+        block = torch.linalg.qr(block).Q
+        outer, triangle = torch.linalg.qr(square @ block)
+        turn, small, back = torch.linalg.svd(triangle)
+        left, right = (outer @ turn)[:, -count:], (block @ back.T)[:, -count:]
+        residual = square.T @ left - right * small[-count:]
+        error = float(torch.linalg.vector_norm(residual)) + rounding
+        if error <= 2 * rounding + 1e-11 * largest and float(small[-count]) + error < float(lower[n - count - 1]):
+            return small[-count:], torch.full_like(small[-count:], error)
+    return None
+
+
+def orthonormal(nearly: Tensor) -> Tensor:
     """An orthonormal basis of the span of nearly orthonormal columns, each close to its own."""
     overlap = nearly.T @ nearly
     if float(torch.linalg.matrix_norm(overlap - torch.eye(len(overlap)).to(overlap))) > 1e-8:
@@ -156,26 +200,20 @@ def _orthonormal(nearly: Tensor) -> Tensor:
     return torch.addmm(nearly, nearly, overlap, beta=1.5, alpha=-0.5)  # a Newton step towards the nearest one
 
 
-def gram(tall: Tensor) -> Tensor:
-    """The upper triangle of AᵀA (and some of what is below), in column blocks: half the products of the whole."""
-    n = tall.shape[1]
-    step = max(128, -(-n // 8))
-    product = tall.new_empty(n, n)
-    for start in range(0, n, step):
-        product[start : start + step, start:] = tall[:, start : start + step].T @ tall[:, start:]
-    return product
-
-
-def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 1e-5) -> Spectrum:
+def leading(
+    matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 1e-5, start: Tensor | None = None
+) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
     Blocks of k + 8 random vectors, so that values repeated up to k + 8 times are all found; every new block is
-    orthogonalised twice against all earlier ones. It stops when the values are known to `tolerance`·σ₁ and the subspaces
-    of rank k to `angle`, and measures both once more from the residual of the triplets themselves. Where it does not get
-    there within a basis that costs as much as the dense method, that one answers, and `method` says so.
+    orthogonalised twice against all earlier ones. Float32 finds the subspace; float64 goes on from there only as far as
+    needed, until the values are known to `tolerance`·σ₁ and the subspaces of rank k to `angle`, both measured from the
+    residual of the triplets themselves. Where it does not get there within a basis that costs as much as the dense
+    method, that one answers, and `method` says so.
 
     Args:
         angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
+        start: (cols, any) directions expected near the leading right ones, such as those of an earlier checkpoint.
     """
     size = min(matrix.shape)
     limit = min(size // 3, 64 * (k + 8))
@@ -183,29 +221,54 @@ def leading(matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 
     if size < KRYLOV or limit < 4 * (k + 8):
         return spectrum(matrix, vectors)
     scaled, exponent = _scaled(matrix)
-    found = _krylov(scaled, k, limit, tolerance, angle) if float(scaled.abs().max()) > 0 else None
+    found = _krylov(scaled, k, limit, tolerance, angle, start) if float(scaled.abs().max()) > 0 else None
     if found is not None:
         return _unscaled(found, exponent)
     dense = spectrum(matrix, vectors)
     return replace(dense, method=f"{dense.method} (krylov did not converge)")
 
 
-def _krylov(matrix: Tensor, k: int, limit: int, tolerance: float, angle: float) -> Spectrum | None:
+def _krylov(
+    matrix: Tensor, k: int, limit: int, tolerance: float, angle: float, start: Tensor | None
+) -> Spectrum | None:
     rows, cols = matrix.shape
-    wide = matrix if rows >= cols else matrix.T  # the basis lives on the smaller side
-    n, width = wide.shape[1], k + 8
-    start = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = wide.new_empty(n, limit)
-    inner = wide.new_zeros(limit, limit)  # Qᵀ WᵀW Q
-    block, _ = torch.linalg.qr(start.to(matrix))
-    used, check = 0, 4 * width
+    tall = matrix if rows >= cols else matrix.T  # the basis lives on the smaller side
+    n, width = tall.shape[1], k + 8
+    block = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(tall)
+    if start is not None:
+        near = start if rows >= cols else matrix @ start
+        near = near[:, :width] / torch.linalg.vector_norm(near[:, :width], dim=0).clamp(min=1e-300)
+        block[:, : near.shape[1]] = near + 1e-3 * block[:, : near.shape[1]] / math.sqrt(n)
+    largest = float(torch.linalg.vector_norm(tall @ block[:, :4])) or 1.0
+    single = (tall / largest).float()
+    for work in (single, tall):
+        for directions, rest in _ritz(work, k, width, limit, tolerance, angle, block):
+            scale = largest if work is single else 1.0
+            found = _measured(tall, directions.double(), rest * scale, k)
+            known = found.error <= 2 * tolerance * float(found.sigma[0]) + svd_error(rows, cols, float(found.sigma[0]))
+            if known and (angle == math.inf or found.subspace_error(k, "right") <= 2 * angle):
+                return found if rows >= cols else replace(found, left=found.right, right=found.left)
+            block = directions.double()
+    return None
+
+
+def _ritz(
+    tall: Tensor, k: int, width: int, limit: int, tolerance: float, angle: float, start: Tensor
+) -> Iterator[tuple[Tensor, float]]:
+    """Leading right Ritz directions of `tall`, and the next Ritz value, whenever they look good enough to be measured."""
+    n = tall.shape[1]
+    exhausted = 2e-6 if tall.dtype == torch.float32 else 0.0  # a residual below this, relative to σ₁, is rounding
+    basis = tall.new_empty(n, limit)
+    inner = torch.zeros(limit, limit, dtype=torch.float64, device=tall.device)  # Qᵀ WᵀW Q
+    block, _ = torch.linalg.qr(start.to(tall.dtype))
+    used, check = 0, 4 * width if tall.dtype == torch.float32 else width
     while used + width <= limit:
         basis[:, used : used + width] = block
         used += width
         known = basis[:, :used]
-        image = wide.T @ (wide @ block)
+        image = tall.T @ (tall @ block)
         inside = known.T @ image
-        inner[:used, used - width : used], inner[used - width : used, :used] = inside, inside.T
+        inner[:used, used - width : used], inner[used - width : used, :used] = inside.double(), inside.T.double()
         image = image - known @ inside
         image = image - known @ (known.T @ image)
         block, beyond = torch.linalg.qr(image)
@@ -218,15 +281,18 @@ def _krylov(matrix: Tensor, k: int, limit: int, tolerance: float, angle: float) 
         squares, mixing = torch.linalg.eigh((inner[:used, :used] + inner[:used, :used].T) / 2)
         squares, mixing = squares.flip(0)[: width + 1].clamp(min=0), mixing.flip(1)[:, :width]
         sigma = squares.sqrt()
-        floor = 1e-8 * float(sigma[0])
-        missed = (again @ beyond @ mixing[-width:]) / sigma[:width].clamp(min=floor)
+        floor = max(1e-8 * float(sigma[0]), 1e-300)
+        missed = (again @ beyond).double() @ mixing[-width:] / sigma[:width].clamp(min=floor)
+        if len(sigma) <= width:
+            sigma = torch.cat([sigma, sigma[-1:]])
         values, subspace = _ritz_errors(sigma, missed, k)
+        done = float(values.max()) <= tolerance * float(sigma[0]) and subspace <= angle
+        spent = float(torch.linalg.vector_norm(missed[:, :k])) <= exhausted * float(sigma[0])
         # Cheap estimates first; only triplets that look done are measured.
-        if float(values.max()) <= tolerance * float(sigma[0]) and subspace <= angle:
-            found = _measured(wide, known @ mixing, float(sigma[width]), k)
-            if found.error <= 2 * tolerance * float(found.sigma[0]) + svd_error(rows, cols, float(found.sigma[0])):
-                return found if rows >= cols else replace(found, left=found.right, right=found.left)
-    return None
+        if done or spent or (exhausted and used + width > limit):
+            yield known @ mixing.to(known.dtype), float(sigma[width])
+            if exhausted:
+                return
 
 
 def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float]:
@@ -306,18 +372,22 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Principal angles in radians, ascending, between the column spaces of two orthonormal (n, k) matrices.
 
     From cosines σ(AᵀB) where the angle is large and from sines σ(B − A(AᵀB)) where it is small, so that nearly
-    identical subspaces keep full relative accuracy (Björck and Golub, 1973). The sines come from the triangular factor of
-    that (n, k) matrix, which has its singular values and is only (k, k).
+    identical subspaces keep full relative accuracy (Björck and Golub, 1973). The sines come from the Gram matrix of
+    B − A(AᵀB) where all are within five digits of the largest, else from its triangular factor.
 
     >>> a = torch.eye(3, 1, dtype=torch.float64); b = torch.tensor([[1.0], [1e-9], [0.0]], dtype=torch.float64)
     >>> round(float(principal_angles(a, b)[0]) * 1e9, 6)
     1.0
     """
     inner = first.T @ second
-    apart = second - first @ inner
-    if apart.shape[0] > apart.shape[1]:
-        apart = torch.linalg.qr(apart, mode="r").R
-    sines = torch.linalg.svdvals(apart).clamp(max=1.0).flip(0)
+    apart = torch.addmm(second, first, inner, alpha=-1)
+    squares = torch.linalg.eigvalsh(gram(apart), UPLO="U")
+    if float(squares[0]) > 1e-10 * float(squares[-1]):
+        sines = squares.sqrt().clamp(max=1.0)
+    else:  # angles of very different size: the squares of the small ones are lost
+        if apart.shape[0] > apart.shape[1]:
+            apart = torch.linalg.qr(apart, mode="r").R
+        sines = torch.linalg.svdvals(apart).clamp(max=1.0).flip(0)
     if float(sines[-1]) ** 2 <= 0.5:  # all small
         return torch.asin(sines)
     cosines = torch.linalg.svdvals(inner).clamp(max=1.0)

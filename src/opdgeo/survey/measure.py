@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
+from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.numerics import nulls
 from opdgeo.numerics.spectra import Spectrum, leading
 
@@ -43,18 +43,18 @@ def measure(
     out = Measured()
     clock = _Clock(out.seconds)
     with clock("read"):
-        before = Base(base.read(matrix).to(device, torch.float64), settings)
-    blocked = _non_finite(before.matrix, base)
+        before = Base(base.read(matrix).to(device), settings)
+    blocked = _non_finite(before.weights, base)
     spectra: dict[int, Spectrum | None] = {}
     increments: dict[int, float] = {}
-    last = before.matrix
+    last = before.weights
     for index, checkpoint in enumerate(checkpoints):
         with clock("read"):
-            tuned = checkpoint.read(matrix).to(device, torch.float64)
+            tuned = checkpoint.read(matrix).to(device)
         reason = blocked or _non_finite(tuned, checkpoint)
         if reason:
             values = {(d, v): Value(None, status="skipped", reason=reason) for d, v in _row_names(settings)}
-            null: dict[tuple[str, str], tuple[float, float]] = {}
+            null: Null = {}
         else:
             with clock("measure"):
                 update = Update(before, tuned, directions=trajectory)
@@ -71,7 +71,7 @@ def measure(
                 ]
                 if trajectory:
                     spectra[index] = update.delta_spectrum if update.moved else None
-                    increments[index] = float(torch.linalg.vector_norm(tuned - last))
+                    increments[index] = Update(Base(last, settings), tuned).norm
                     last = tuned
             with clock("nulls"):
                 null = _null(update, matrix, checkpoint)
@@ -92,22 +92,28 @@ def _values(update: Update) -> dict[tuple[str, str], Value]:
     return {(name, v): value for name, d in diagnostics().items() for v, value in d.measure(update).items()}
 
 
-def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> dict[tuple[str, str], tuple[float, float]]:
+def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> Null:
     """Mean and standard deviation of every diagnostic over null updates of the same Frobenius norm."""
     settings = update.settings
     if not update.moved or settings.nulls == 0:
         return {}
+    found = gaussian_null(update, matrix.name, checkpoint.name) if settings.null == "gaussian" else {}
+    missing = {
+        name: d for name, d in diagnostics().items() if any((name, v) not in found for v in d.variants(settings))
+    }
     draws: dict[tuple[str, str], list[float]] = {}
-    for draw in range(settings.nulls):
+    for draw in range(settings.nulls if missing else 0):
         rng = nulls.generator(settings.null, matrix.name, checkpoint.name, draw)
         if settings.null == "gaussian":
-            delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.delta.device)
+            delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.weights.device)
         else:
             delta = nulls.shuffled(update.delta, rng)
-        for key, value in _values(Update(update.base, update.base.matrix + delta, sampled=True)).items():
-            if value.value is not None:
-                draws.setdefault(key, []).append(value.value)
-    return {key: _mean_std(values) for key, values in draws.items()}
+        sampled = Update(update.base, delta.add_(update.base.weights), sampled=True)
+        for name, diagnostic in missing.items():
+            for variant, value in diagnostic.measure(sampled).items():
+                if value.value is not None:
+                    draws.setdefault((name, variant), []).append(value.value)
+    return {key: mean_std(values) for key, values in draws.items()} | found
 
 
 def _similarity_rank(matrix: Matrix, settings: Settings) -> int:
@@ -154,7 +160,7 @@ def _similarities(
                 value = subspace_similarity.similarity(spectra[index], spectra[other], reason)
                 drawn = [subspace_similarity.similarity(w[index], w[other]).value for w in walks]
                 if value.value is not None and (known := [x for x in drawn if x is not None]):
-                    null = _mean_std(known)
+                    null = mean_std(known)
             yield _row(checkpoint, matrix, "subspace_similarity", names[kind], value, null)
 
 
@@ -193,11 +199,6 @@ def _row(
         "status": value.status,
         "reason": value.reason,
     }
-
-
-def _mean_std(values: list[float]) -> tuple[float, float]:
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
 def _non_finite(weights: Tensor, checkpoint: Checkpoint) -> str | None:
