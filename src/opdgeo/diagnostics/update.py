@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +14,25 @@ from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Mask, magnitudes, masks, rows_of_block
 from opdgeo.numerics.spectra import EPS, Spectrum, leading, principal_angles, spectrum, truncation_error
+
+T = TypeVar("T")
+
+
+class cached(Generic[T]):
+    """`functools.cached_property` without its lock, which up to Python 3.11 makes all threads wait for each other."""
+
+    def __init__(self, work: Callable[[Any], T]):
+        self.work, self.name, self.__doc__ = work, work.__name__, work.__doc__
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> cached[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> cached[T] | T:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.name] = self.work(instance)
+        return value
 
 
 @dataclass(frozen=True)
@@ -94,25 +112,25 @@ class Base:
         allowed = max(1, min(self.weights.shape) // 2)
         return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
-    @cached_property
+    @cached
     def factored_rank(self) -> int:
         return max(self.cut(self.settings.rank)[0], self.cut(self.settings.mask_rank)[0])
 
-    @cached_property
+    @cached
     def spectrum(self) -> Spectrum:
         return spectrum(self.matrix, self.factored_rank)
 
-    @cached_property
+    @cached
     def norm(self) -> float:
         """‖W₀‖_F."""
         return _norm(part.double() for part in self.weights.split(rows_of_block(self.weights.shape[1])))
 
-    @cached_property
+    @cached
     def low_magnitude(self) -> dict[float, Mask]:
         """For every share, the mask of the smallest |W₀|."""
         return masks(magnitudes(self.weights), self._shape, self.settings.mask_share, top=False)
 
-    @cached_property
+    @cached
     def principal(self) -> dict[float, Mask] | None:
         """For every share, the mask of the largest |rank-`mask_rank` reconstruction of W₀|; None where that is not determined."""
         k, _ = self.cut(self.settings.mask_rank)
@@ -158,13 +176,13 @@ class Update:
     def delta(self) -> Tensor:
         return self.weights.double() - self.base.weights
 
-    @cached_property
+    @cached
     def moved(self) -> bool:
         if self.weights.dtype == self.base.weights.dtype:
             return not torch.equal(self.weights, self.base.weights)
         return any(bool((after.double() != before.double()).any()) for before, after in self.blocks())
 
-    @cached_property
+    @cached
     def norm(self) -> float:
         """‖ΔW‖_F."""
         return _norm(after.double() - before for before, after in self.blocks())
@@ -174,11 +192,11 @@ class Update:
         size = rows_of_block(self.weights.shape[1])
         return zip(self.base.weights.split(size), self.weights.split(size), strict=True)
 
-    @cached_property
+    @cached
     def tuned_spectrum(self) -> Spectrum:
         return spectrum(self.weights.double(), self.base.factored_rank) if self.moved else self.base.spectrum
 
-    @cached_property
+    @cached
     def delta_spectrum(self) -> Spectrum:
         """The leading `top_k` singular triplets of ΔW; of a small matrix, all singular values."""
         k = min(self.settings.top_k, max(1, min(self.weights.shape) // 2))
@@ -186,7 +204,7 @@ class Update:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
         return leading(self.delta, k, angle=1e-5 if self.directions else math.inf, start=self.start)
 
-    @cached_property
+    @cached
     def angles(self) -> dict[str, Tensor]:
         """Principal angles in radians, ascending, between the top-`rank` subspaces of W₀ and W₊, left and right."""
         k, _ = self.base.cut(self.settings.rank)
@@ -196,12 +214,12 @@ class Update:
             "right": principal_angles(before.right[:, :k], after.right[:, :k]),
         }
 
-    @cached_property
+    @cached
     def unchanged(self) -> tuple[Tensor, Tensor]:
         """Entries a bf16 reader sees unchanged: under the η rule, and to the bit."""
         return precision.unchanged(self.base.weights, self.weights, self.settings.eta)
 
-    @cached_property
+    @cached
     def visible(self) -> Tensor:
         """The mask M of visible updates: entries changed under the η rule."""
         return ~self.unchanged[0]
