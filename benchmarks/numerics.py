@@ -1,11 +1,14 @@
 """How fast and how exact the diagnostics of one matrix are, against plain float64 SVDs of W₀, W₊ and ΔW, in one run.
 
-    python benchmarks/numerics.py --out numerics            # Qwen3-8B's shapes: about ten minutes and 6 GB
+    python benchmarks/numerics.py --out numerics            # Qwen3-8B's shapes: about fifteen minutes and 8 GB
     python benchmarks/numerics.py --small                   # an eighth of every side: seconds
 
-Writes OUT.md and OUT.json. The plain side is charged for its three `torch.linalg.svd` alone; ours for everything that the
-diagnostics compute, masks and counts included. "Floor" is what the unavoidable products would take at the GEMM rate measured
-in the same run: two Gram matrices, two tridiagonal reductions, and the products that give the vectors of both sides.
+Writes OUT.md and OUT.json. Every core works on its own copy of the same problem with one BLAS thread, on both sides, as
+`compare` does. The plain side is charged for its three `torch.linalg.svd` alone; ours for everything that the diagnostics
+compute, masks and counts included. "Peer" is the method of SydCS/OPD-Param-Analysis as described: four float32 SVDs a
+matrix and checkpoint (W₀, W₊, ΔW, and W₀ again for the mask). "Floor" is what the unavoidable work would take at the GEMM rate
+and the memory bandwidth measured in the same run: two Gram matrices, two tridiagonal reductions (half of it products, half one
+pass over the trailing triangle a column), the products that give the vectors of both sides, and one pass over the entries.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +40,8 @@ SHAPES = {  # Qwen3-8B's seven matrices of a layer
     (4096, 12288): ["down_proj"],
 }
 CHECKPOINTS = 5
+CORES = len(os.sched_getaffinity(0))
+CACHE = 32 << 20  # bytes; a larger triangle is read from memory once a column
 
 
 def pair(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -53,50 +59,67 @@ def pair(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor]:
     rank = min(rows, cols) // 4
     before = 0.02 * (randn(rows, cols) * (0.5 * randn(cols)).exp() + top(rank, 8 * edge, 0.7))
     after = before + 1e-4 * (0.3 * randn(rows, cols) + top(max(4, rank // 16), 4 * edge, 0.6))
-    return before.bfloat16().double(), after.bfloat16().double()
+    return before.bfloat16(), after.bfloat16()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds a core and the result, while every other core does the same."""
     started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+    with ThreadPoolExecutor(CORES) as pool:
+        jobs = [pool.submit(work) for _ in range(CORES)]
+        results = [job.result() for job in jobs]
+    return (time.perf_counter() - started) / CORES, results[0]
 
 
 def gemm_rate() -> float:
-    """Float64 multiply-adds times two a second, in a product of two 2048 × 2048 matrices; best of three."""
+    """Float64 multiply-adds times two a second, all cores, in products of two 2048 × 2048 matrices; best of three."""
     a = torch.randn(2048, 2048, dtype=torch.float64)
     return 2 * 2048**3 / min(timed(lambda: a @ a)[0] for _ in range(3))
 
 
 def bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 256 MB; best of three."""
+    """Bytes a second, read and written, all cores, of a copy of 256 MB; best of three."""
     a = torch.ones(1 << 25, dtype=torch.float64)
     b = torch.empty_like(a)
     return 2 * 8 * len(a) / min(timed(lambda: b.copy_(a))[0] for _ in range(3))
 
 
-def floor_flops(rows: int, cols: int, k: int) -> float:
+def floor(rows: int, cols: int, k: int, gemm: float, bytes_a_second: float) -> float:
+    """Seconds that a pair takes at least by this method."""
     small, large = min(rows, cols), max(rows, cols)
-    return 2 * (large * small**2 + 4 / 3 * small**3 + 2 * small**2 * k + 2 * large * small * k)
+    flops = large * small**2 + 2 / 3 * small**3 + 2 * small**2 * k + 2 * large * small * k
+    streamed = 8 * small**3 / 6 if 8 * small**2 > CACHE else 0
+    return 2 * (flops / gemm + streamed / bytes_a_second) + 2 * 2 * rows * cols / bytes_a_second
 
 
 def ours(
     before: Tensor, after: Tensor, settings: Settings
 ) -> tuple[dict[str, float], Update, dict[tuple[str, str], Any]]:
-    """Every diagnostic, with the seconds of each shared quantity that is computed along the way."""
-    base = Base(before, settings)
+    """Every diagnostic, with the seconds a core of each shared quantity that is computed along the way."""
     seconds: dict[str, float] = {}
-    seconds["W0"], _ = timed(lambda: base.spectrum)
-    seconds["W0 masks"], _ = timed(lambda: (base.low_magnitude, base.principal, base.norm))
-    seconds["delta"], update = timed(lambda: Update(base, after))
-    seconds["W+"], _ = timed(lambda: update.tuned_spectrum)
-    seconds["angles"], _ = timed(lambda: update.angles)
-    seconds["dW"], _ = timed(lambda: update.delta_spectrum)
-    seconds["visible"], _ = timed(lambda: update.visible)
-    seconds["rest"], values = timed(
-        lambda: {(n, v): x for n, d in diagnostics().items() for v, x in d.measure(update).items()}
+    bases = [Base(before, settings) for _ in range(CORES)]
+    updates = [Update(base, after) for base in bases]
+
+    def part(name: str, work: Callable[[Base, Update], Any]) -> None:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(work, bases, updates))
+        seconds[name] = (time.perf_counter() - started) / CORES
+
+    part("W0", lambda base, _: base.spectrum)
+    part("W0 masks", lambda base, _: (base.low_magnitude, base.principal, base.norm))
+    part("W+", lambda _, update: update.tuned_spectrum)
+    part("angles", lambda _, update: update.angles)
+    part("dW", lambda _, update: (update.delta_spectrum, update.norm))
+    part("visible", lambda _, update: update.visible)
+    found: list[dict[tuple[str, str], Any]] = []
+    part(
+        "rest",
+        lambda _, update: found.append(
+            {(n, v): x for n, d in diagnostics().items() for v, x in d.measure(update).items()}
+        ),
     )
-    return seconds, update, values
+    return seconds, updates[0], found[0]
 
 
 def accuracy(update: Update, plain: list[Any], values: dict[tuple[str, str], Any]) -> dict[str, float]:
@@ -122,7 +145,9 @@ def accuracy(update: Update, plain: list[Any], values: dict[tuple[str, str], Any
     }
 
 
-def bench(rows: int, cols: int, settings: Settings, rate: float, nulls: bool) -> dict[str, Any]:
+def bench(
+    rows: int, cols: int, settings: Settings, gemm: float, bytes_a_second: float, nulls: bool, peer: bool
+) -> dict[str, Any]:
     before, after = pair(rows, cols, rows + cols)
     seconds, update, values = ours(before, after, settings)
     record: dict[str, Any] = {
@@ -133,13 +158,17 @@ def bench(rows: int, cols: int, settings: Settings, rate: float, nulls: bool) ->
         matrix, name = SimpleNamespace(name="bench", rows=rows, cols=cols), SimpleNamespace(name="tuned")
         record["nulls"], _ = timed(lambda: _null(update, matrix, name))  # type: ignore[arg-type]
     plain, times = [], []
-    for m in (before, after, update.delta):
+    for m in (before.double(), after.double(), update.delta):
         elapsed, factors = timed(lambda m=m: torch.linalg.svd(m, full_matrices=False))
         times.append(elapsed)
         plain.append(factors)
     record["plain"] = dict(zip(("W0", "W+", "dW"), times, strict=True))
     record["accuracy"] = accuracy(update, plain, values)
-    record["floor"] = floor_flops(rows, cols, update.base.factored_rank) / rate
+    del plain
+    if peer:
+        single = [before.float(), after.float(), after.float() - before.float(), before.float()]
+        record["peer"] = sum(timed(lambda m=m: torch.linalg.svd(m, full_matrices=False))[0] for m in single)
+    record["floor"] = floor(rows, cols, update.base.factored_rank, gemm, bytes_a_second)
     total = sum(seconds.values())
     once = seconds["W0"] + seconds["W0 masks"]
     record["pair"] = {"ours": total, "plain": sum(times), "ratio": sum(times) / total}
@@ -147,6 +176,8 @@ def bench(rows: int, cols: int, settings: Settings, rate: float, nulls: bool) ->
     plain_many = times[0] + CHECKPOINTS * (times[1] + times[2])
     record["checkpoints"] = {"ours": many, "plain": plain_many, "ratio": plain_many / many}
     record["update"] = {"ours": seconds["dW"], "plain": times[2], "ratio": times[2] / seconds["dW"]}
+    warm = total - seconds["W0"]
+    record["warm"] = {"ours": warm, "plain": total, "ratio": total / warm}
     return record
 
 
@@ -154,28 +185,29 @@ def layer(records: list[dict[str, Any]], shapes: dict[tuple[int, int], list[str]
     """The seven matrices of a layer together."""
     weights = [len(names) for names in shapes.values()]
     out: dict[str, Any] = {}
-    for part in ("pair", "checkpoints", "update"):
+    for part in ("pair", "checkpoints", "update", "warm"):
         both = [sum(w * r[part][side] for w, r in zip(weights, records, strict=True)) for side in ("ours", "plain")]
         out[part] = {"ours": both[0], "plain": both[1], "ratio": both[1] / both[0]}
     out["floor"] = sum(w * r["floor"] for w, r in zip(weights, records, strict=True))
-    if all("nulls" in r for r in records):
-        out["nulls"] = sum(w * r["nulls"] for w, r in zip(weights, records, strict=True))
+    for part in ("nulls", "peer"):
+        if all(part in r for r in records):
+            out[part] = sum(w * r[part] for w, r in zip(weights, records, strict=True))
     return out
 
 
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Numerics against plain float64 SVDs", "",
-        f"{report['platform']}, {report['threads']} thread(s), torch {report['torch']}; float64 GEMM {report['gemm'] / 1e9:.0f} GF/s, "
-        f"copy {report['bandwidth'] / 1e9:.0f} GB/s; rank {report['settings']['rank']}.", "",
-        "| matrix | plain s | ours s | ratio | 5 checkpoints | ΔW alone | nulls s | floor s | W₀ / W₊ / ΔW by |", "|---|---|---|---|---|---|---|---|---|",
+        f"{report['platform']}, {report['cores']} cores, torch {report['torch']}; all cores together: float64 GEMM {report['gemm'] / 1e9:.0f} GF/s, "
+        f"copy {report['bandwidth'] / 1e9:.0f} GB/s; rank {report['settings']['rank']}. Seconds a matrix with all cores at work.", "",
+        "| matrix | plain s | peer s | ours s | floor s | pair | 5 checkpoints | ΔW alone | nulls s | W₀ / W₊ / ΔW by |", "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in [*report["shapes"], {**report["layer"], "rows": "layer", "cols": "", "methods": []}]:
         name = f"{r['rows']}×{r['cols']}" if r["cols"] else "seven matrices of a layer"
-        nulls = f"{r['nulls']:.1f}" if "nulls" in r else "–"
+        nulls, peer = (f"{r[part]:.1f}" if part in r else "–" for part in ("nulls", "peer"))
         lines.append(
-            f"| {name} | {r['pair']['plain']:.1f} | {r['pair']['ours']:.1f} | {r['pair']['ratio']:.1f}× "
-            f"| {r['checkpoints']['ratio']:.1f}× | {r['update']['ratio']:.0f}× | {nulls} | {r['floor']:.1f} | {' / '.join(r['methods'])} |"
+            f"| {name} | {r['pair']['plain']:.1f} | {peer} | {r['pair']['ours']:.1f} | {r['floor']:.1f} | {r['pair']['ratio']:.1f}× "
+            f"| {r['checkpoints']['ratio']:.1f}× | {r['update']['ratio']:.0f}× | {nulls} | {' / '.join(r['methods'])} |"
         )
     lines += ["", "Largest difference from the plain SVDs, and (stated error):", ""]
     lines += ["| matrix | condition | σ / σ₁ | shift | angles, degrees | σ(ΔW) / σ₁(ΔW) |", "|---|---|---|---|---|---|"]
@@ -195,25 +227,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="an eighth of every side")
     parser.add_argument("--shape", action="append", help="only this shape, such as 4096x4096 (repeatable)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
     parser.add_argument("--no-nulls", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="also the peer's four float32 SVDs")
     parser.add_argument("--out", type=Path, default=Path("numerics"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    lapack.threads(options.threads)
+    torch.set_num_threads(1)
+    lapack.threads(1)
     shrink = 8 if options.small else 1
     shapes = {(r // shrink, c // shrink): names for (r, c), names in SHAPES.items()}
     if options.shape:
         shapes = {s: n for s, n in shapes.items() if f"{s[0]}x{s[1]}" in options.shape}
     settings = Settings(rank=512 // shrink)
-    rate = gemm_rate()
+    rates = gemm_rate(), bandwidth()
     records = []
     for rows, cols in shapes:
-        records.append(bench(rows, cols, settings, rate, not options.no_nulls))
+        records.append(bench(rows, cols, settings, *rates, not options.no_nulls, options.peer))
         print(json.dumps(records[-1]), flush=True)
     report = {
-        "platform": platform.platform(), "threads": options.threads, "torch": torch.__version__, "gemm": rate,
-        "bandwidth": bandwidth(), "settings": settings.to_json(), "shapes": records, "layer": layer(records, shapes),
+        "platform": platform.platform(), "cores": CORES, "torch": torch.__version__, "gemm": rates[0],
+        "bandwidth": rates[1], "settings": settings.to_json(), "shapes": records, "layer": layer(records, shapes),
     }  # fmt: skip
     options.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
     options.out.with_suffix(".md").write_text(markdown(report))
