@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_](\d+)")
 
@@ -31,6 +32,11 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return SIZES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def spectrum(matrix: Tensor, rank: int) -> Spectrum:
     """All singular values of a float64 (rows, cols) matrix and its leading `rank` singular vectors (0: none)."""
     if min(matrix.shape) < SMALL:
         return _by_svd(matrix, rank)
-    scaled, exponent = _scaled(matrix)
-    found = _by_gram(scaled, rank) if float(scaled.abs().max()) > 0 else None
+    scaled, exponent, largest = _scaled(matrix)
+    found = _by_gram(scaled, rank) if largest > 0 else None
     return _unscaled(found, exponent) if found is not None else _by_svd(matrix, rank)
 
 
@@ -156,8 +156,8 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
 def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tensor] | None:
     """The smallest singular values, which the Gram matrix does not hold, and their errors; None where this road ends.
 
-    Triplets with the residual R are exact for a matrix within ‖R‖₂, and being smaller than all that the Gram matrix
-    vouches for, they are its smallest: so no value is off by more (Weyl).
+    They lie below all that the Gram matrix vouches for, with a gap η; the residual R of their triplets bounds their error by
+    2ρ²/(η + √(η² + 4ρ²)) (Li and Li).
     """
     n, largest = len(sigma), float(sigma[0])
     count = int((sigma * CONDITION < largest).sum())
@@ -185,8 +185,10 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
         turn, small, back = torch.linalg.svd(triangle)
         left, right = (outer @ turn)[:, -count:], (block @ back.T)[:, -count:]
         residual = square.T @ left - right * small[-count:]
-        error = float(torch.linalg.vector_norm(residual)) + rounding
-        if error <= 2 * rounding + 1e-11 * largest and float(small[-count]) + error < float(lower[n - count - 1]):
+        rho = float(torch.linalg.vector_norm(residual))
+        gap = float(lower[n - count - 1] - small[-count])
+        error = 2 * rho**2 / (gap + math.hypot(gap, 2 * rho)) + rounding
+        if rho < gap and error <= rounding + 1e-12 * largest:
             return small[-count:], torch.full_like(small[-count:], error)
     return None
 
@@ -201,7 +203,7 @@ def orthonormal(nearly: Tensor) -> Tensor:
 
 
 def leading(
-    matrix: Tensor, k: int, *, tolerance: float = 1e-10, angle: float = 1e-5, start: Tensor | None = None
+    matrix: Tensor, k: int, *, tolerance: float = 3e-10, angle: float = 1e-5, start: Tensor | None = None
 ) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
@@ -220,8 +222,8 @@ def leading(
     vectors = min(k, size) if angle < math.inf else 0
     if size < KRYLOV or limit < 4 * (k + 8):
         return spectrum(matrix, vectors)
-    scaled, exponent = _scaled(matrix)
-    found = _krylov(scaled, k, limit, tolerance, angle, start) if float(scaled.abs().max()) > 0 else None
+    scaled, exponent, largest = _scaled(matrix)
+    found = _krylov(scaled, k, limit, tolerance, angle, start) if largest > 0 else None
     if found is not None:
         return _unscaled(found, exponent)
     dense = spectrum(matrix, vectors)
@@ -257,7 +259,7 @@ def _ritz(
 ) -> Iterator[tuple[Tensor, float]]:
     """Leading right Ritz directions of `tall`, and the next Ritz value, whenever they look good enough to be measured."""
     n = tall.shape[1]
-    exhausted = 2e-6 if tall.dtype == torch.float32 else 0.0  # a residual below this, relative to σ₁, is rounding
+    exhausted = 5e-7 if tall.dtype == torch.float32 else 0.0  # a residual below this, relative to σ₁, is rounding
     basis = tall.new_empty(n, limit)
     inner = torch.zeros(limit, limit, dtype=torch.float64, device=tall.device)  # Qᵀ WᵀW Q
     block, _ = torch.linalg.qr(start.to(tall.dtype))
@@ -266,7 +268,7 @@ def _ritz(
         basis[:, used : used + width] = block
         used += width
         known = basis[:, :used]
-        image = tall.T @ (tall @ block)
+        image = ((tall @ block).T @ tall).T  # both products read `tall` along its rows
         inside = known.T @ image
         inner[:used, used - width : used], inner[used - width : used, :used] = inside.double(), inside.T.double()
         image = image - known @ inside
@@ -277,7 +279,7 @@ def _ritz(
         block, again = torch.linalg.qr(block)
         if used < check and used + width <= limit:
             continue
-        check = max(used + width, int(1.25 * used))
+        check = max(used + width, int(1.12 * used))
         squares, mixing = torch.linalg.eigh((inner[:used, :used] + inner[:used, :used].T) / 2)
         squares, mixing = squares.flip(0)[: width + 1].clamp(min=0), mixing.flip(1)[:, :width]
         sigma = squares.sqrt()
@@ -344,14 +346,14 @@ def _measured(tall: Tensor, directions: Tensor, rest: float, k: int) -> Spectrum
     )
 
 
-def _scaled(matrix: Tensor) -> tuple[Tensor, int]:
-    """The matrix times 2^−exponent where its squares could over- or underflow; itself otherwise."""
+def _scaled(matrix: Tensor) -> tuple[Tensor, int, float]:
+    """The matrix times 2^−exponent where its squares could over- or underflow, else itself; the exponent; max |entry| before."""
     largest = float(torch.linalg.vector_norm(matrix, ord=math.inf))
     exponent = math.frexp(largest)[1] if largest > 0 and not 1e-100 < largest < 1e100 else 0
     if exponent == 0:
-        return matrix, 0
+        return matrix, 0, largest
     half = -exponent // 2  # 2^−exponent itself may not be a float
-    return matrix * math.ldexp(1.0, half) * math.ldexp(1.0, -exponent - half), exponent
+    return matrix * math.ldexp(1.0, half) * math.ldexp(1.0, -exponent - half), exponent, largest
 
 
 def _unscaled(found: Spectrum, exponent: int) -> Spectrum:

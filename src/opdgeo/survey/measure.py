@@ -15,6 +15,7 @@ from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subsp
 from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.numerics import nulls
 from opdgeo.numerics.spectra import Spectrum, leading
+from opdgeo.survey.cache import SpectrumCache
 
 
 @dataclass
@@ -23,7 +24,9 @@ class Measured:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "measure": 0.0, "nulls": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"read": 0.0, "factor": 0.0, "measure": 0.0, "nulls": 0.0}
+    )
 
 
 def measure(
@@ -34,6 +37,7 @@ def measure(
     *,
     trajectory: bool,
     device: str = "cpu",
+    cache: SpectrumCache | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measure `matrix` at every checkpoint against `base`; calls `done` after each checkpoint.
@@ -45,6 +49,9 @@ def measure(
     with clock("read"):
         before = Base(base.read(matrix).to(device), settings)
     blocked = _non_finite(before.weights, base)
+    if cache and not blocked:
+        with clock("factor"):
+            _factor(before, cache, device)
     spectra: dict[int, Spectrum | None] = {}
     increments: dict[int, float] = {}
     last = before.weights
@@ -57,7 +64,8 @@ def measure(
             null: Null = {}
         else:
             with clock("measure"):
-                update = Update(before, tuned, directions=trajectory)
+                near = next((s.right for s in reversed(spectra.values()) if s), None)
+                update = Update(before, tuned, directions=trajectory, start=near)
                 values = _values(update)
                 out.curves += [
                     {
@@ -82,6 +90,16 @@ def measure(
             walks = _walks(matrix, settings, spectra, increments, device)
         out.rows += _similarities(matrix, checkpoints, settings, spectra, walks)
     return out
+
+
+def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
+    """Take W₀'s spectrum from the cache, or compute and keep it."""
+    path = cache.path(before.weights, before.factored_rank)
+    known = cache.load(path, device)
+    if known is not None:
+        before.spectrum = known
+    else:
+        cache.save(path, before.spectrum)
 
 
 def _row_names(settings: Settings) -> list[tuple[str, str]]:

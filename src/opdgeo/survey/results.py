@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_atomically(path: Path, write: Any) -> None:
     """Call ``write(temporary)`` and move the result into place: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -8,23 +8,28 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Condition
+from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 from opdgeo.survey.results import Result, frames, summarise
 
+if TYPE_CHECKING:
+    from opdgeo.survey.measure import Measured
+
 
 def compare(
     base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", progress: bool = False,
+    workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
 ) -> Result:  # fmt: skip
     """Measure one update.
 
@@ -34,19 +39,28 @@ def compare(
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         workers: matrices measured at a time; default one per CPU core.
         device: "cpu" or "cuda".
+        cache: read and keep the base's factors on disk (`SpectrumCache`).
         progress: show a progress bar on standard error.
 
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
     return _survey(
-        open_checkpoint(base), [open_checkpoint(tuned)], roles, settings, workers, device, progress, trajectory=False
+        open_checkpoint(base),
+        [open_checkpoint(tuned)],
+        roles,
+        settings,
+        workers,
+        device,
+        cache,
+        progress,
+        trajectory=False,
     )
 
 
 def track(
     base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", progress: bool = False,
+    workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
 ) -> Result:  # fmt: skip
     """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
 
@@ -55,17 +69,26 @@ def track(
     """
     paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     return _survey(
-        open_checkpoint(base), run_checkpoints(paths), roles, settings, workers, device, progress, trajectory=True
+        open_checkpoint(base),
+        run_checkpoints(paths),
+        roles,
+        settings,
+        workers,
+        device,
+        cache,
+        progress,
+        trajectory=True,
     )
 
 
 def _survey(
     base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None,
-    workers: int | None, device: str, progress: bool, *, trajectory: bool,
+    workers: int | None, device: str, cache: bool, progress: bool, *, trajectory: bool,
 ) -> Result:  # fmt: skip
     import torch
 
     from opdgeo.numerics import lapack
+    from opdgeo.survey.cache import SpectrumCache
     from opdgeo.survey.measure import measure
 
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -87,15 +110,20 @@ def _survey(
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(workers)
         limits = lapack.threads(1)
+        memory, kept = _Memory(available_memory() * 8 // 10), SpectrumCache() if cache else None
+
+        def task(m: Matrix) -> Measured:
+            with memory.room_for(working_set(m, [base, *checkpoints], settings)):
+                return measure(
+                    m, base, checkpoints, settings,
+                    trajectory=trajectory, device=device, cache=kept, done=partial(bar.advance, _cost(m)),
+                )  # fmt: skip
+
         try:
-            jobs = [
-                pool.submit(
-                    measure, m, base, checkpoints, settings,
-                    trajectory=trajectory, device=device, done=partial(bar.advance, _cost(m)),
-                )
-                for m in work
-            ]  # fmt: skip
-            measured = [job.result() for job in jobs]
+            # The largest first, so that the workers end together.
+            jobs = {m.name: pool.submit(task, m) for m in sorted(work, key=_cost, reverse=True)}
+            manifests = list(pool.map(Checkpoint.manifest, [base, *checkpoints]))
+            measured = [jobs[m.name].result() for m in work]
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
@@ -110,8 +138,10 @@ def _survey(
     tables = frames(rows, curves)
     run = provenance(started, time.perf_counter() - clock, device, cores) | {
         "settings": settings.to_json() | {"roles": roles, "workers": workers},
-        "base": base.manifest(),
-        "checkpoints": [c.manifest() | {"checkpoint": c.name, "step": c.step} for c in checkpoints],
+        "base": manifests[0],
+        "checkpoints": [
+            m | {"checkpoint": c.name, "step": c.step} for m, c in zip(manifests[1:], checkpoints, strict=True)
+        ],
         "pairing": _account(pairings) | {"measured": len(work)},
         "timings": dict(timings),
     }
@@ -154,6 +184,48 @@ def _account(pairings: list[Pairing]) -> dict[str, Any]:
 def _cost(matrix: Matrix) -> float:
     """Proportional to the flops of a factorisation."""
     return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
+
+
+def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings) -> int:
+    """Bytes that measuring one matrix takes at its peak, from the headers: W₀ and W₊ as stored, one float64 matrix with its
+    Gram matrix and eigenvectors, the leading vectors of both, and the masks."""
+    rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
+    stored = 2 * max(c.tensors[matrix.tensor].itemsize for c in checkpoints)
+    rank = min(max(settings.rank, settings.mask_rank), small)
+    eigenvectors = 2 * small * small if 6 * rank > small else 0
+    return (
+        rows * cols * (stored + 8 + 2 * len(settings.mask_share) + 2)
+        + 8 * (small * small + eigenvectors)
+        + 8 * 4 * rank * (rows + cols)
+    )
+
+
+def available_memory() -> int:
+    """Bytes that a new program can use, by the operating system's own estimate where it gives one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class _Memory:
+    """Lets matrices start while their working sets fit together; one alone always may."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used, self.freed = limit, 0, Condition()
+
+    @contextmanager
+    def room_for(self, size: int) -> Iterator[None]:
+        with self.freed:
+            self.freed.wait_for(lambda: not self.used or self.used + size <= self.limit)
+            self.used += size
+        try:
+            yield
+        finally:
+            with self.freed:
+                self.used -= size
+                self.freed.notify_all()
 
 
 def peak_memory() -> int:
