@@ -1,0 +1,131 @@
+"""The base's factors on disk: the same numbers with and without, whoever shares the folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import planted
+from opdgeo.errors import ConfigError
+from opdgeo.numerics.spectra import spectrum
+from opdgeo.survey.cache import SpectrumCache
+from test_compare import program
+
+SHAPES = {"self_attn.q_proj": (288, 256), "mlp.up_proj": (400, 256), "mlp.down_proj": (256, 400)}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    base = {planted.tensor_name(0, module): planted.weights(rng, *shape) for module, shape in SHAPES.items()}
+    tuned = {name: w + 1e-4 * rng.standard_normal(w.shape) for name, w in base.items()}
+    return tuple(  # type: ignore[return-value]
+        planted.write_checkpoint(tmp_path / name, weights, "bfloat16")
+        for name, weights in (("base", base), ("tuned", tuned))
+    )
+
+
+def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    outs = [tmp_path / name for name in ("without", "cold", "warm", "damaged", "first", "second")]
+    done = program("compare", *pair, "-o", outs[0], "--no-report", "--no-cache", OPDGEO_CACHE=str(folder))
+    assert done.returncode == 0
+    assert not folder.exists()
+
+    def run(out: Path) -> None:
+        done = program("compare", *pair, "-o", out, "--no-report", OPDGEO_CACHE=str(folder))
+        assert done.returncode == 0, done.stderr
+
+    run(outs[1])
+    kept = sorted(folder.iterdir())
+    assert len(kept) == len(SHAPES)
+    before = [f.stat().st_ino for f in kept]
+    run(outs[2])
+    assert [f.stat().st_ino for f in sorted(folder.iterdir())] == before, "a warm run wrote factors again"
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    run(outs[3])
+    assert sorted(folder.iterdir()) == kept
+    for f in kept:
+        f.unlink()
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(run, outs[4:]))
+    assert sorted(folder.iterdir()) == kept, "two processes left something else than whole entries"
+    for out in outs[1:]:
+        for file in ("measurements.parquet", "curves.parquet", "summary.json"):
+            assert (out / file).read_bytes() == (outs[0] / file).read_bytes(), (out.name, file)
+
+
+def test_cache_lists_and_clears(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = str(tmp_path / "cache")
+    done = program("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, OPDGEO_CACHE=folder)
+    assert done.returncode == 0
+    listed = program("cache", OPDGEO_CACHE=folder)
+    assert f"{len(SHAPES)} spectra" in listed.stdout
+    assert len(listed.stdout.splitlines()) == len(SHAPES) + 1
+    cleared = program("cache", "clear", OPDGEO_CACHE=folder)
+    assert "freed" in cleared.stdout
+    assert "0 spectra" in program("cache", OPDGEO_CACHE=folder).stdout
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+    weights = [torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = spectrum(weights[0].double(), 16)
+    cache = SpectrumCache(tmp_path, limit=10**9)
+    paths = [cache.path(w, 16) for w in weights]
+    assert len(set(paths)) == 3
+    for age, path in zip((30, 20, 10), paths, strict=True):
+        cache.save(path, found)
+        assert path is not None
+        os.utime(path, (1000 - age, 1000 - age))
+    assert cache.load(paths[0]) is not None  # used just now: the second is the oldest
+    size = cache.entries()[0][1]
+    cache.limit = int(2.5 * size)
+    cache.save(paths[2], found)
+    assert [p is not None and p.exists() for p in paths] == [True, False, True]
+    loaded = cache.load(paths[0])
+    assert loaded is not None
+    assert torch.equal(loaded.sigma, found.sigma)
+    assert (loaded.error, loaded.method, loaded.gram, loaded.rest) == (
+        found.error,
+        found.method,
+        found.gram,
+        found.rest,
+    )
+
+
+def test_the_key_is_the_content_its_type_and_the_rank(tmp_path: Path) -> None:
+    cache = SpectrumCache(tmp_path)
+    w = torch.ones(256, 256)
+    keys = [cache.path(w, 16), cache.path(w, 8), cache.path(w.double(), 16), cache.path(w.T.reshape(512, 128), 16)]
+    assert len(set(keys)) == 4
+    assert cache.path(w.clone(), 16) == keys[0]
+    assert cache.path(torch.ones(8, 8), 16) is None
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPDGEO_CACHE_GB", "plenty")
+    with pytest.raises(ConfigError, match="OPDGEO_CACHE_GB is 'plenty'"):
+        SpectrumCache()
+    assert program("cache", OPDGEO_CACHE_GB="plenty").returncode == 2
+
+
+def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "large_pair.py"
+    options = ("--shrink", "64", "--layers", "2")
+    subprocess.run([sys.executable, script, tmp_path, *options], check=True, timeout=600, capture_output=True)
+    done = program(
+        "compare", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--nulls", 0, "--no-report"
+    )
+    assert done.returncode == 0, done.stderr
+    table = pl.read_parquet(tmp_path / "out" / "measurements.parquet")
+    assert table["matrix"].n_unique() == 14
+    assert set(table["status"]) == {"computed"}
+    assert set(table.filter(role="gate_proj")["rows"]) == {192}
