@@ -137,7 +137,12 @@ def _survey_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--eta", type=float, default=1e-3, help="relative tolerance of an unchanged entry (default: 1e-3)"
     )
-    command.add_argument("--nulls", type=int, default=4, help="null updates drawn per matrix where no closed form serves; 0 for no nulls (default: 4)")
+    command.add_argument(
+        "--nulls",
+        type=int,
+        default=4,
+        help="null updates drawn per matrix where no closed form serves; 0 for no nulls (default: 4)",
+    )
     command.add_argument(
         "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
     )
@@ -180,6 +185,7 @@ def _survey_arguments(args: argparse.Namespace) -> dict:
         device=args.device,
         cache=not args.no_cache,
         progress=sys.stderr.isatty(),
+        out=args.out,
     )
 
 

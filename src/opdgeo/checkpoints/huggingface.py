@@ -78,10 +78,7 @@ class Checkpoint:
             )
         try:
             with safe_open(stored.file, framework="pt") as file:
-                if matrix.transposed:
-                    whole = file.get_slice(matrix.tensor)
-                    return whole[:, matrix.start : matrix.start + matrix.rows].T.contiguous()
-                return file.get_tensor(matrix.tensor)
+                return matrix.cut(file.get_slice(matrix.tensor))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {matrix.tensor} from {stored.file}: {error}") from error
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -55,6 +59,12 @@ class Matrix:
     cols: int
     transposed: bool = False  # stored as (in, out)
     start: int = 0  # first output row inside a fused tensor
+
+    def cut(self, stored: Any) -> Tensor:
+        """This matrix, (rows, cols), out of its stored tensor: anything that slices like one, such as a part of a file."""
+        end = self.start + self.rows
+        part = stored[:, self.start : end].T if self.transposed else stored[self.start : end, :]
+        return cast("Tensor", part.contiguous())
 
 
 def matrices(tensor: str, shape: tuple[int, ...]) -> list[Matrix] | None:

@@ -65,7 +65,8 @@ def reproduce(preset: str, out: Path, *, seeds: int = 1, workers: int | None = N
         "settings": {"preset": preset, "seeds": seeds} | next(iter(results.values())).run["settings"],
         "arms": {n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()},
         "timings": {
-            part: sum(r.run["timings"][part] for r in results.values()) for part in ("read", "factor", "measure", "nulls")
+            part: sum(r.run["timings"].get(part, 0.0) for r in results.values())
+            for part in ("read", "factor", "measure", "nulls")
         },
     }
     result = Result(measurements, curves, summarise(measurements, null), run)

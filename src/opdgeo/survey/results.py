@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_simil
 SIZES = ("frobenius_norm", "relative_norm")  # the null has the same value by definition
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP = 2000
+PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Result:
         write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
         write_json(out / "summary.json", self.summary)
         write_json(out / "run.json", self.run)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
 
     def report(self, path: str | Path) -> Path:
         """Write the data files and `report.html` into the folder `path`; returns the page's path."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 def compare(
     base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
     workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
+    out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Measure one update.
 
@@ -41,6 +42,7 @@ def compare(
         device: "cpu" or "cuda".
         cache: read and keep the base's factors on disk (`SpectrumCache`).
         progress: show a progress bar on standard error.
+        out: a folder where finished matrices are kept until `Result.save` completes it: a killed run goes on from them.
 
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
@@ -54,6 +56,7 @@ def compare(
         device,
         cache,
         progress,
+        out,
         trajectory=False,
     )
 
@@ -61,6 +64,7 @@ def compare(
 def track(
     base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
     workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
+    out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
 
@@ -77,19 +81,22 @@ def track(
         device,
         cache,
         progress,
+        out,
         trajectory=True,
     )
 
 
 def _survey(
     base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None,
-    workers: int | None, device: str, cache: bool, progress: bool, *, trajectory: bool,
+    workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
+    *, trajectory: bool,
 ) -> Result:  # fmt: skip
     import torch
 
     from opdgeo.numerics import lapack
     from opdgeo.survey.cache import SpectrumCache
     from opdgeo.survey.measure import measure
+    from opdgeo.survey.parts import Parts
 
     started, clock = datetime.now(UTC), time.perf_counter()
     settings = settings or Settings()
@@ -112,12 +119,19 @@ def _survey(
         limits = lapack.threads(1)
         memory, kept = _Memory(available_memory() * 8 // 10), SpectrumCache() if cache else None
 
+        parts = Parts(out, [base, *checkpoints], settings, trajectory=trajectory, device=device)
+
         def task(m: Matrix) -> Measured:
+            if (finished := parts.load(m)) is not None:
+                bar.advance(_cost(m) * len(checkpoints))
+                return finished
             with memory.room_for(working_set(m, [base, *checkpoints], settings)):
-                return measure(
+                measured = measure(
                     m, base, checkpoints, settings,
                     trajectory=trajectory, device=device, cache=kept, done=partial(bar.advance, _cost(m)),
                 )  # fmt: skip
+            parts.save(m, measured)
+            return measured
 
         try:
             # The largest first, so that the workers end together.
