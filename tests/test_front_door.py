@@ -66,9 +66,9 @@ def test_known_names(name: str, role: str, layer: int) -> None:
     "name",
     [
         "model.layers.0.self_attn.qkv_proj.weight",
-        "model.layers.0.mlp.gate_up_proj.weight",
-        "visual.blocks.0.attn.qkv.weight",
-        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.0.mlp.gate_up_projs.weight",
+        "xvisual.blocks.0.attn.qkv.weight",
+        "model.layers.0.mlp.experts.x.up_proj.weight",
         "model.layers.0.self_attn.q_proj.lora_A.weight",
         "xmodel.layers.0.self_attn.q_proj.weight",
         "model.layers.0.self_attn.q_proj.weight_scale",

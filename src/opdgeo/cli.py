@@ -151,6 +151,11 @@ def _survey_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what would be measured, in how much time and memory; reads headers",
+    )
     command.add_argument("--no-cache", action="store_true", help="neither read nor keep the base's factors on disk")
     command.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
 
@@ -168,13 +173,24 @@ def _settings(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _compare(args: argparse.Namespace) -> int:
     from opdgeo.survey import compare
 
+    if args.plan:
+        return _plan(args, [args.tuned])
     return _finish(args, compare(args.base, args.tuned, **_survey_arguments(args)))
 
 
 def _track(args: argparse.Namespace) -> int:
     from opdgeo.survey import track
 
+    if args.plan:
+        return _plan(args, args.checkpoints)
     return _finish(args, track(args.base, args.checkpoints, **_survey_arguments(args)))
+
+
+def _plan(args: argparse.Namespace, checkpoints: list[str]) -> int:
+    from opdgeo.survey.run import plan_text
+
+    print(plan_text(args.base, checkpoints, roles=args.roles, settings=_settings(args), workers=args.workers))
+    return DONE
 
 
 def _survey_arguments(args: argparse.Namespace) -> dict:

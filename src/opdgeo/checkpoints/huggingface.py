@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints.names import Matrix
+from opdgeo.checkpoints.names import Matrix, plain
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ _STEP = re.compile(r"(?:step|checkpoint|global_step)[-_](\d+)")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what it is, from the file's header."""
+    """Where a tensor lies, under which name, and what it is, from the file's header."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -78,7 +80,7 @@ class Checkpoint:
             )
         try:
             with safe_open(stored.file, framework="pt") as file:
-                return matrix.cut(file.get_slice(matrix.tensor))
+                return matrix.cut(file.get_slice(stored.name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {matrix.tensor} from {stored.file}: {error}") from error
 
@@ -100,7 +102,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
-        return Checkpoint(path, _headers(path))
+        return Checkpoint(path, _plain(_headers(path)))
     if not path.exists():
         raise CheckpointError(
             f"checkpoint {path} does not exist; expected a Hugging Face folder with {SINGLE} or {INDEX}, or one "
@@ -134,7 +136,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{path} holds no weights: expected {SINGLE} or {INDEX}, found {inside}.")
     config = _json(path / "config.json") if (path / "config.json").is_file() else {}
-    return Checkpoint(path, tensors, config)
+    return Checkpoint(path, _plain(tensors), config)
 
 
 def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
@@ -158,13 +160,19 @@ def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
     return opened
 
 
+def _plain(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Tensors by their names without a multimodal wrapper; where two would share one, both keep their own."""
+    names = Counter(map(plain, tensors))
+    return {plain(n) if names[plain(n)] == 1 else n: stored for n, stored in tensors.items()}
+
+
 def _headers(file: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {n: Stored(file, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            return {n: Stored(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is not a readable safetensors file ({error}). Copy or download it again."

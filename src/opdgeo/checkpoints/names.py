@@ -20,6 +20,20 @@ ROLES = ATTENTION + MLP
 _LLAMA = re.compile(
     r"(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn\.(?P<a>[qkvo]_proj)|mlp\.(?P<m>(?:gate|up|down)_proj))\.weight"
 )
+# Phi-3: q, k and v, and gate and up, one below the other.
+_FUSED = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.(?P<part>self_attn\.qkv_proj|mlp\.gate_up_proj)\.weight")
+# Qwen2/3-MoE, DeepSeek: one tensor an expert, and experts that every token passes.
+_EXPERT = re.compile(
+    r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.(?:experts\.(?P<expert>\d+)|shared_experts?)\.(?P<m>(?:gate|up|down)_proj)\.weight"
+)
+_MIXTRAL = re.compile(
+    r"(?:model\.)?layers\.(?P<layer>\d+)\.block_sparse_moe\.experts\.(?P<expert>\d+)\.(?P<w>w[123])\.weight"
+)
+_MIXTRAL_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# All experts in one 3-D tensor: (experts, 2·intermediate, hidden), gate above up, and (experts, hidden, intermediate).
+# Other families stack them in other ways (GPT-OSS transposes and interleaves), so the model type decides.
+_STACKED = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
+_STACKED_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe")
 # GPT-2: Conv1D, stored (in, out), with q, k and v side by side in c_attn.
 _GPT2 = re.compile(
     r"(?:transformer\.)?h\.(?P<layer>\d+)\.(?P<part>attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
@@ -37,6 +51,14 @@ _OTHER = {
     "bias": re.compile(
         r"(?:model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.bias"
         r"|(?:transformer\.)?h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias"
+    ),
+    "router": re.compile(
+        r"(?:model\.)?layers\.\d+\.(?:mlp\.gate|mlp\.shared_expert_gate|block_sparse_moe\.gate)\.weight"
+        r"|(?:model\.)?layers\.\d+\.mlp\.gate\.e_score_correction_bias"
+    ),
+    # Towers beside the language model: their layers have numbers of their own.
+    "vision": re.compile(
+        r"(?:model\.)?(?:visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|embed_vision)\..+"
     ),
     "buffer": re.compile(
         r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)|(?:model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -59,29 +81,79 @@ class Matrix:
     cols: int
     transposed: bool = False  # stored as (in, out)
     start: int = 0  # first output row inside a fused tensor
+    expert: int | None = None
+    stacked: bool = False  # one expert of a 3-D tensor
 
     def cut(self, stored: Any) -> Tensor:
         """This matrix, (rows, cols), out of its stored tensor: anything that slices like one, such as a part of a file."""
         end = self.start + self.rows
+        if self.stacked:
+            return cast("Tensor", stored[self.expert, self.start : end, :].reshape(self.rows, self.cols).contiguous())
         part = stored[:, self.start : end].T if self.transposed else stored[self.start : end, :]
         return cast("Tensor", part.contiguous())
 
 
-def matrices(tensor: str, shape: tuple[int, ...]) -> list[Matrix] | None:
-    """The matrices that a stored tensor holds, or None when no rule knows the name as a 2-D linear weight.
+# Where a text model stands inside a multimodal one -> its own names.
+_WRAPPED = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+
+
+def plain(tensor: str) -> str:
+    """The name of a language model's tensor without a multimodal wrapper, so that it pairs with a text-only checkpoint.
+
+    >>> plain("model.language_model.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return next((own + tensor.removeprefix(outer) for outer, own in _WRAPPED if tensor.startswith(outer)), tensor)
+
+
+def matrices(tensor: str, shape: tuple[int, ...], config: dict[str, Any] | None = None) -> list[Matrix] | None:
+    """The matrices that a stored tensor holds, or None when no rule knows the name as linear weights.
+
+    Args:
+        config: the model's `config.json`, which says how fused tensors are divided; without it they stay unrecognised.
 
     >>> matrices("model.layers.3.mlp.up_proj.weight", (8, 4))[0].role
     'up_proj'
     >>> [m.role for m in matrices("h.0.attn.c_attn.weight", (4, 12))]
     ['q_proj', 'k_proj', 'v_proj']
+    >>> [(m.expert, m.role) for m in matrices("model.layers.0.mlp.experts.7.up_proj.weight", (8, 4))]
+    [(7, 'up_proj')]
     >>> matrices("visual.blocks.0.attn.qkv.weight", (12, 4)) is None
     True
     """
+    text: dict[str, Any] = {**(config or {}), **((config or {}).get("text_config") or {})}
+    if len(shape) == 3:
+        return _stacked(tensor, shape, str(text.get("model_type", "")))
     if len(shape) != 2:
         return None
     if found := _LLAMA.fullmatch(tensor):
         role = found["a"] or found["m"]
         return [Matrix(tensor, tensor, int(found["layer"]), role, shape[0], shape[1])]
+    if found := _EXPERT.fullmatch(tensor):
+        expert = int(found["expert"]) if found["expert"] else None
+        return [Matrix(tensor, tensor, int(found["layer"]), found["m"], shape[0], shape[1], expert=expert)]
+    if found := _MIXTRAL.fullmatch(tensor):
+        role = _MIXTRAL_ROLES[found["w"]]
+        return [Matrix(tensor, tensor, int(found["layer"]), role, shape[0], shape[1], expert=int(found["expert"]))]
+    if found := _FUSED.fullmatch(tensor):
+        parts = _parts(found["part"], shape[0], text)
+        starts = [sum(rows for _, rows in parts[:i]) for i in range(len(parts))]
+        return [
+            Matrix(
+                f"{tensor}[{role.removesuffix('_proj')}]",
+                tensor,
+                int(found["layer"]),
+                role,
+                rows,
+                shape[1],
+                start=start,
+            )
+            for (role, rows), start in zip(parts, starts, strict=True)
+        ] or None
     if found := _GPT2.fullmatch(tensor):
         layer, (cols, rows) = int(found["layer"]), shape
         if found["part"] != "attn.c_attn":
@@ -92,6 +164,43 @@ def matrices(tensor: str, shape: tuple[int, ...]) -> list[Matrix] | None:
             for i, x in enumerate("qkv")
         ]
     return None
+
+
+def _parts(part: str, rows: int, config: dict[str, Any]) -> list[tuple[str, int]]:
+    """Roles and rows inside a fused tensor, top to bottom; nothing where the config does not divide it."""
+    if part == "mlp.gate_up_proj":
+        return [("gate_proj", rows // 2), ("up_proj", rows // 2)] if rows % 2 == 0 else []
+    heads = config.get("num_attention_heads")
+    shared = config.get("num_key_value_heads", heads)
+    if (
+        not isinstance(heads, int)
+        or not isinstance(shared, int)
+        or heads < 1
+        or shared < 1
+        or rows % (heads + 2 * shared)
+    ):
+        return []
+    size = rows // (heads + 2 * shared)
+    return [("q_proj", heads * size), ("k_proj", shared * size), ("v_proj", shared * size)]
+
+
+def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matrix] | None:
+    found = _STACKED.fullmatch(tensor)
+    if not found or model_type.removesuffix("_text").replace("_vl_", "_") not in _STACKED_TYPES:
+        return None
+    experts, rows, cols = shape
+    roles = ("gate_proj", "up_proj") if found["part"] == "gate_up_proj" else ("down_proj",)
+    if rows % len(roles):
+        return None
+    each = rows // len(roles)
+    return [
+        Matrix(
+            f"{tensor.rpartition('.')[0]}.{expert}.{role}.weight", tensor, int(found["layer"]), role, each, cols,
+            start=i * each, expert=expert, stacked=True,
+        )
+        for expert in range(experts)
+        for i, role in enumerate(roles)
+    ]  # fmt: skip
 
 
 def other_kind(tensor: str) -> str | None:

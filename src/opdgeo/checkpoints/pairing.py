@@ -57,7 +57,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
     """
     chosen = select_roles(roles)
     kinds = [c.config.get("model_type") for c in (base, tuned)]
-    if kinds[0] and kinds[1] and kinds[0] != kinds[1]:
+    # A multimodal model and its text-only sibling have two types and the same language model: shapes decide.
+    siblings = ("text_config" in base.config) != ("text_config" in tuned.config)
+    if kinds[0] and kinds[1] and kinds[0] != kinds[1] and not siblings:
         raise PairingError(
             f"two architectures: {base.path} is {kinds[0]!r}, {tuned.path} is {kinds[1]!r}; expected the same model "
             "before and after training."
@@ -80,7 +82,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
                 f"{name} is {_shape(ours)} in {base.path} and {_shape(theirs)} in {tuned.path}; expected equal shapes. "
                 "Are these two checkpoints of the same model?"
             )
-        found = matrices(name, ours)
+        found = matrices(name, ours, base.config)
         if found is None:
             kind = other_kind(name)
             if kind:
@@ -99,7 +101,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
             f"no linear weight of the roles {', '.join(r for r in ROLES if r in chosen)} stands in both {base.path} and {tuned.path}; "
             f"the first has {_some(base)}, the second {_some(tuned)}. Are these two checkpoints of the same model?"
         )
-    measured.sort(key=lambda m: (m.layer, ROLES.index(m.role), m.name))
+    measured.sort(key=lambda m: (m.layer, ROLES.index(m.role), -1 if m.expert is None else m.expert, m.name))
     return Pairing(
         measured,
         base_only=sorted(n for n, c in only.items() if c is base and n not in tied),

@@ -8,19 +8,18 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Condition
 from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
+from opdgeo.survey.memory import Memory, available_memory, working_set
 from opdgeo.survey.results import Result, frames, summarise
 
 if TYPE_CHECKING:
@@ -97,6 +96,7 @@ def _survey(
     from opdgeo.survey.cache import SpectrumCache
     from opdgeo.survey.measure import measure
     from opdgeo.survey.parts import Parts
+    from opdgeo.survey.plan import refuse_what_cannot_fit
 
     started, clock = datetime.now(UTC), time.perf_counter()
     settings = settings or Settings()
@@ -108,6 +108,7 @@ def _survey(
         raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
     pairings = [pair(base, c, roles) for c in checkpoints]
     work = _in_all(pairings)
+    refuse_what_cannot_fit(work, [base, *checkpoints], settings)
 
     with _Bar(progress, sum(_cost(m) for m in work) * len(checkpoints)) as bar:
         # One BLAS thread a worker: LAPACK runs outside the interpreter lock, threads that wait for a busy core cost more
@@ -117,7 +118,7 @@ def _survey(
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(workers)
         limits = lapack.threads(1)
-        memory, kept = _Memory(available_memory() * 8 // 10), SpectrumCache() if cache else None
+        memory, kept = Memory(available_memory() * 8 // 10), SpectrumCache() if cache else None
 
         parts = Parts(out, [base, *checkpoints], settings, trajectory=trajectory, device=device)
 
@@ -162,6 +163,25 @@ def _survey(
     return Result(*tables, summarise(tables[0], settings.null), run)
 
 
+def plan_text(
+    base: str | Path, checkpoints: Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
+    workers: int | None = None,
+) -> str:  # fmt: skip
+    """What `compare` or `track` would measure, in how much time and memory on this machine: from headers, nothing is read.
+
+    Raises:
+        CheckpointError, PairingError, ConfigError: the request cannot be met.
+    """
+    from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
+
+    settings, workers = settings or Settings(), workers or cpu_cores()
+    before, after = open_checkpoint(base), run_checkpoints(list(checkpoints))
+    pairings = [pair(before, c, roles) for c in after]
+    work = _in_all(pairings)
+    refuse_what_cannot_fit(work, [before, *after], settings)
+    return describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+
+
 def cpu_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -198,48 +218,6 @@ def _account(pairings: list[Pairing]) -> dict[str, Any]:
 def _cost(matrix: Matrix) -> float:
     """Proportional to the flops of a factorisation."""
     return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
-
-
-def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings) -> int:
-    """Bytes that measuring one matrix takes at its peak, from the headers: W₀ and W₊ as stored, one float64 matrix with its
-    Gram matrix and eigenvectors, the leading vectors of both, and the masks."""
-    rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
-    stored = 2 * max(c.tensors[matrix.tensor].itemsize for c in checkpoints)
-    rank = min(max(settings.rank, settings.mask_rank), small)
-    eigenvectors = 2 * small * small if 6 * rank > small else 0
-    return (
-        rows * cols * (stored + 8 + 2 * len(settings.mask_share) + 2)
-        + 8 * (small * small + eigenvectors)
-        + 8 * 4 * rank * (rows + cols)
-    )
-
-
-def available_memory() -> int:
-    """Bytes that a new program can use, by the operating system's own estimate where it gives one."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-class _Memory:
-    """Lets matrices start while their working sets fit together; one alone always may."""
-
-    def __init__(self, limit: int):
-        self.limit, self.used, self.freed = limit, 0, Condition()
-
-    @contextmanager
-    def room_for(self, size: int) -> Iterator[None]:
-        with self.freed:
-            self.freed.wait_for(lambda: not self.used or self.used + size <= self.limit)
-            self.used += size
-        try:
-            yield
-        finally:
-            with self.freed:
-                self.used -= size
-                self.freed.notify_all()
 
 
 def peak_memory() -> int:
