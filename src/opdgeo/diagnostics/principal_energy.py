@@ -22,7 +22,7 @@ def measure(update: Update) -> dict[str, Value]:
     spectrum = update.base.spectrum
     left, right = spectrum.left[:, :k], spectrum.right[:, :k]
     delta = update.delta
-    inside_left = left.T @ delta
+    inside_left = (delta.T @ left).T
     inside = {"left": inside_left, "right": delta @ right, "both": inside_left @ right}
     lost = {side: spectrum.subspace_error(k, side) for side in ("left", "right")}
     lost["both"] = lost["left"] + lost["right"]

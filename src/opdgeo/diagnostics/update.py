@@ -13,7 +13,7 @@ from torch import Tensor
 from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Mask, magnitudes, masks, rows_of_block
-from opdgeo.numerics.spectra import EPS, Spectrum, leading, principal_angles, spectrum, truncation_error
+from opdgeo.numerics.spectra import EPS, Difference, Spectrum, leading, principal_angles, spectrum, truncation_error
 
 T = TypeVar("T")
 
@@ -173,8 +173,8 @@ class Update:
         self.directions, self.sampled, self.start = directions, sampled, start
 
     @property
-    def delta(self) -> Tensor:
-        return self.weights.double() - self.base.weights
+    def delta(self) -> Difference:
+        return Difference(self.base.weights, self.weights)
 
     @cached
     def moved(self) -> bool:

@@ -202,8 +202,55 @@ def orthonormal(nearly: Tensor) -> Tensor:
     return torch.addmm(nearly, nearly, overlap, beta=1.5, alpha=-0.5)  # a Newton step towards the nearest one
 
 
+class Difference:
+    """after − before of two stored (rows, cols) matrices in float64, made a block of rows at a time and never held whole."""
+
+    def __init__(self, before: Tensor, after: Tensor, *, transposed: bool = False):
+        self.before, self.after, self.transposed = before, after, transposed
+        rows, cols = before.shape
+        self.shape = (cols, rows) if transposed else (rows, cols)
+
+    @property
+    def T(self) -> Difference:
+        return Difference(self.before, self.after, transposed=not self.transposed)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Blocks of rows of the matrix that is not transposed."""
+        step = max(1, (1 << 20) // self.before.shape[1])
+        for before, after in zip(self.before.split(step), self.after.split(step), strict=True):
+            yield after.double() - before.double()
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if not self.transposed:
+            return torch.cat([block @ other for block in self.blocks()])
+        product = other.new_zeros(self.shape[0], other.shape[1])
+        start = 0
+        for block in self.blocks():
+            product.addmm_(block.T, other[start : start + len(block)])
+            start += len(block)
+        return product
+
+    def largest(self) -> float:
+        """max |entry|."""
+        return max(float(torch.linalg.vector_norm(block, ord=math.inf)) for block in self.blocks())
+
+    def single(self, scale: float) -> Tensor:
+        """The matrix over `scale` in float32."""
+        whole = torch.empty(self.before.shape, dtype=torch.float32, device=self.before.device)
+        start = 0
+        for block in self.blocks():
+            whole[start : start + len(block)] = block / scale
+            start += len(block)
+        return whole.T if self.transposed else whole
+
+    def whole(self) -> Tensor:
+        """The matrix in float64."""
+        found = self.after.double() - self.before
+        return found.T if self.transposed else found
+
+
 def leading(
-    matrix: Tensor, k: int, *, tolerance: float = 3e-10, angle: float = 1e-5, start: Tensor | None = None
+    matrix: Tensor | Difference, k: int, *, tolerance: float = 3e-10, angle: float = 1e-5, start: Tensor | None = None
 ) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
@@ -220,32 +267,38 @@ def leading(
     size = min(matrix.shape)
     limit = min(size // 3, 64 * (k + 8))
     vectors = min(k, size) if angle < math.inf else 0
-    if size < KRYLOV or limit < 4 * (k + 8):
+    few = size < KRYLOV or limit < 4 * (k + 8)
+    if isinstance(matrix, Difference) and (few or not 1e-100 < matrix.largest() < 1e100):
+        matrix = matrix.whole()
+    if few:
+        assert isinstance(matrix, Tensor)
         return spectrum(matrix, vectors)
-    scaled, exponent, largest = _scaled(matrix)
+    scaled, exponent, largest = (matrix, 0, 1.0) if isinstance(matrix, Difference) else _scaled(matrix)
     found = _krylov(scaled, k, limit, tolerance, angle, start) if largest > 0 else None
     if found is not None:
         return _unscaled(found, exponent)
-    dense = spectrum(matrix, vectors)
+    dense = spectrum(matrix.whole() if isinstance(matrix, Difference) else matrix, vectors)
     return replace(dense, method=f"{dense.method} (krylov did not converge)")
 
 
 def _krylov(
-    matrix: Tensor, k: int, limit: int, tolerance: float, angle: float, start: Tensor | None
+    matrix: Tensor | Difference, k: int, limit: int, tolerance: float, angle: float, start: Tensor | None
 ) -> Spectrum | None:
     rows, cols = matrix.shape
+    device = matrix.before.device if isinstance(matrix, Difference) else matrix.device
     tall = matrix if rows >= cols else matrix.T  # the basis lives on the smaller side
     n, width = tall.shape[1], k + 8
-    block = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(tall)
+    block = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     if start is not None:
         near = start if rows >= cols else matrix @ start
         near = near[:, :width] / torch.linalg.vector_norm(near[:, :width], dim=0).clamp(min=1e-300)
         block[:, : near.shape[1]] = near + 1e-3 * block[:, : near.shape[1]] / math.sqrt(n)
     largest = float(torch.linalg.vector_norm(tall @ block[:, :4])) or 1.0
-    single = (tall / largest).float()
-    for work in (single, tall):
-        for directions, rest in _ritz(work, k, width, limit, tolerance, angle, block):
-            scale = largest if work is single else 1.0
+    single = tall.single(largest) if isinstance(tall, Difference) else (tall / largest).float()
+    for work, scale in ((single, largest), (tall, 1.0)):
+        for directions, rest in _ritz(
+            work, k, width, limit, tolerance, angle, block.float() if work is single else block
+        ):
             found = _measured(tall, directions.double(), rest * scale, k)
             known = found.error <= 2 * tolerance * float(found.sigma[0]) + svd_error(rows, cols, float(found.sigma[0]))
             if known and (angle == math.inf or found.subspace_error(k, "right") <= 2 * angle):
@@ -255,20 +308,25 @@ def _krylov(
 
 
 def _ritz(
-    tall: Tensor, k: int, width: int, limit: int, tolerance: float, angle: float, start: Tensor
+    tall: Tensor | Difference, k: int, width: int, limit: int, tolerance: float, angle: float, start: Tensor
 ) -> Iterator[tuple[Tensor, float]]:
-    """Leading right Ritz directions of `tall`, and the next Ritz value, whenever they look good enough to be measured."""
-    n = tall.shape[1]
-    exhausted = 5e-7 if tall.dtype == torch.float32 else 0.0  # a residual below this, relative to σ₁, is rounding
-    basis = tall.new_empty(n, limit)
-    inner = torch.zeros(limit, limit, dtype=torch.float64, device=tall.device)  # Qᵀ WᵀW Q
-    block, _ = torch.linalg.qr(start.to(tall.dtype))
-    used, check = 0, 4 * width if tall.dtype == torch.float32 else width
+    """Leading right Ritz directions of `tall`, and the next Ritz value, whenever they look good enough to be measured.
+
+    `start` has the type to work in.
+    """
+    n, quick = tall.shape[1], start.dtype == torch.float32
+    exhausted = 5e-7 if quick else 0.0  # a residual below this, relative to σ₁, is rounding
+    basis = start.new_empty(n, limit)
+    inner = torch.zeros(limit, limit, dtype=torch.float64, device=start.device)  # Qᵀ WᵀW Q
+    block, _ = torch.linalg.qr(start)
+    used, check = 0, 4 * width if quick else width
     while used + width <= limit:
         basis[:, used : used + width] = block
         used += width
         known = basis[:, :used]
-        image = ((tall @ block).T @ tall).T  # both products read `tall` along its rows
+        image = tall @ block
+        # In float32 both products read `tall` along its rows.
+        image = (image.T @ tall).T if isinstance(tall, Tensor) else tall.T @ image
         inside = known.T @ image
         inner[:used, used - width : used], inner[used - width : used, :used] = inside.double(), inside.T.double()
         image = image - known @ inside
@@ -320,7 +378,7 @@ def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float
     return best, subspace
 
 
-def _measured(tall: Tensor, directions: Tensor, rest: float, k: int) -> Spectrum:
+def _measured(tall: Tensor | Difference, directions: Tensor, rest: float, k: int) -> Spectrum:
     """The triplets in the span of `directions`, their residual measured in full; `rest`: the next Ritz value."""
     rows, cols = tall.shape
     directions, _ = torch.linalg.qr(directions)

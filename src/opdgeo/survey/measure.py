@@ -125,7 +125,7 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> Null:
         if settings.null == "gaussian":
             delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.weights.device)
         else:
-            delta = nulls.shuffled(update.delta, rng)
+            delta = nulls.shuffled(update.delta.whole(), rng)
         sampled = Update(update.base, delta.add_(update.base.weights), sampled=True)
         for name, diagnostic in missing.items():
             for variant, value in diagnostic.measure(sampled).items():
