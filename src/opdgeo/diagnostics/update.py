@@ -174,7 +174,7 @@ class Update:
 
     @property
     def delta(self) -> Difference:
-        return Difference(self.base.weights, self.weights)
+        return Difference(self.base.weights, self.weights, self.norm)
 
     @cached
     def moved(self) -> bool:

@@ -30,7 +30,7 @@ from opdgeo.numerics.lapack import EigenError, eigen, gram
 
 EPS = torch.finfo(torch.float64).eps
 SMALL = 150  # below this smaller side an SVD costs little
-KRYLOV = 1000  # below this one, all of a spectrum costs as little as its top
+KRYLOV = 1200  # below this one, all of a spectrum costs as little as its top
 CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
 SMALLEST = 64  # so many small values are worth an inverse iteration
 
@@ -203,16 +203,19 @@ def orthonormal(nearly: Tensor) -> Tensor:
 
 
 class Difference:
-    """after − before of two stored (rows, cols) matrices in float64, made a block of rows at a time and never held whole."""
+    """after − before of two stored (rows, cols) matrices in float64, made a block of rows at a time and never held whole.
 
-    def __init__(self, before: Tensor, after: Tensor, *, transposed: bool = False):
-        self.before, self.after, self.transposed = before, after, transposed
+    `norm` is its Frobenius norm.
+    """
+
+    def __init__(self, before: Tensor, after: Tensor, norm: float, *, transposed: bool = False):
+        self.before, self.after, self.norm, self.transposed = before, after, norm, transposed
         rows, cols = before.shape
         self.shape = (cols, rows) if transposed else (rows, cols)
 
     @property
     def T(self) -> Difference:
-        return Difference(self.before, self.after, transposed=not self.transposed)
+        return Difference(self.before, self.after, self.norm, transposed=not self.transposed)
 
     def blocks(self) -> Iterator[Tensor]:
         """Blocks of rows of the matrix that is not transposed."""
@@ -230,16 +233,12 @@ class Difference:
             start += len(block)
         return product
 
-    def largest(self) -> float:
-        """max |entry|."""
-        return max(float(torch.linalg.vector_norm(block, ord=math.inf)) for block in self.blocks())
-
-    def single(self, scale: float) -> Tensor:
-        """The matrix over `scale` in float32."""
+    def single(self) -> Tensor:
+        """The matrix over its norm, in float32."""
         whole = torch.empty(self.before.shape, dtype=torch.float32, device=self.before.device)
         start = 0
         for block in self.blocks():
-            whole[start : start + len(block)] = block / scale
+            whole[start : start + len(block)] = block / self.norm
             start += len(block)
         return whole.T if self.transposed else whole
 
@@ -268,7 +267,7 @@ def leading(
     limit = min(size // 3, 64 * (k + 8))
     vectors = min(k, size) if angle < math.inf else 0
     few = size < KRYLOV or limit < 4 * (k + 8)
-    if isinstance(matrix, Difference) and (few or not 1e-100 < matrix.largest() < 1e100):
+    if isinstance(matrix, Difference) and (few or not 1e-100 < matrix.norm < 1e100):
         matrix = matrix.whole()
     if few:
         assert isinstance(matrix, Tensor)
@@ -293,9 +292,9 @@ def _krylov(
         near = start if rows >= cols else matrix @ start
         near = near[:, :width] / torch.linalg.vector_norm(near[:, :width], dim=0).clamp(min=1e-300)
         block[:, : near.shape[1]] = near + 1e-3 * block[:, : near.shape[1]] / math.sqrt(n)
-    largest = float(torch.linalg.vector_norm(tall @ block[:, :4])) or 1.0
-    single = tall.single(largest) if isinstance(tall, Difference) else (tall / largest).float()
-    for work, scale in ((single, largest), (tall, 1.0)):
+    norm = tall.norm if isinstance(tall, Difference) else float(torch.linalg.vector_norm(tall))
+    single = tall.single() if isinstance(tall, Difference) else (tall / norm).float()
+    for work, scale in ((single, norm), (tall, 1.0)):
         for directions, rest in _ritz(
             work, k, width, limit, tolerance, angle, block.float() if work is single else block
         ):
