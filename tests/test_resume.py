@@ -41,27 +41,30 @@ def test_twenty_kills_leave_no_trace(run_folder: Path, tmp_path: Path) -> None:
     whole = program(*arguments, "-o", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     lasted = time.perf_counter() - started
-    out, pick = tmp_path / "killed", random.Random(0)
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    kept: list[int] = []
-    for _ in range(20):
-        command = [sys.executable, "-m", "opdgeo", *map(str, arguments), "-o", str(out)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=lasted * pick.uniform(0.3, 0.8))
-            break  # it got to the end
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if (out / "run.json").exists():
-            break  # killed on its way out
-        kept.append(len(list((out / ".parts").glob("*.json"))))
-    assert kept == sorted(kept), "a finished matrix was lost"
-    last = program(*arguments, "-o", out)
-    assert last.returncode == 0, last.stderr
-    for file in FILES:
-        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-    assert not (out / ".parts").exists()
+    pick, environment = random.Random(0), {**os.environ, "PYTHONPATH": str(SOURCE)}
+    kills, rounds, partly = 0, 0, 0
+    while kills < 20:
+        out, kept, rounds = tmp_path / f"killed-{rounds}", 0, rounds + 1
+        while not (out / "run.json").exists():
+            command = [sys.executable, "-m", "opdgeo", *map(str, arguments), "-o", str(out)]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                assert process.wait(timeout=lasted * pick.uniform(0.3, 1.0)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+            now = len(list((out / ".parts").glob("*.json")))
+            if not (out / "run.json").exists():
+                assert now >= kept, "a finished matrix was lost"
+                kept = now
+                partly += 0 < now < 12
+        if (out / ".parts").exists():  # killed on its way out: the next run clears up
+            assert program(*arguments, "-o", out).returncode == 0
+        for file in FILES:
+            assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert not (out / ".parts").exists()
+    assert partly, "no kill came in the middle of the matrices"
 
 
 def test_finished_matrices_are_not_measured_again(
@@ -93,11 +96,12 @@ def test_finished_matrices_are_not_measured_again(
     assert last is not None
     assert len(measured) == 2, "5 + 5 + 2 of 12"
     assert compare(settings=opdgeo.Settings(nulls=0, rank=64)) is None, "another rank is another run"
-    files = sorted((tmp_path / ".parts").iterdir())
-    files[0].write_text(files[0].read_text()[:100])  # damaged: measured again
+    for file in (tmp_path / ".parts").iterdir():
+        file.write_text(file.read_text()[:100])  # damaged: measured again
+    assert compare(settings=settings) is None
+    assert compare(settings=settings) is None
     again = compare(settings=settings)
     assert again is not None
-    assert len(measured) <= 1
     assert again.measurements.equals(last.measurements)
     last.save(tmp_path)
     assert not (tmp_path / ".parts").exists()

@@ -189,7 +189,17 @@ def _track(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, checkpoints: list[str]) -> int:
     from opdgeo.survey.run import plan_text
 
-    print(plan_text(args.base, checkpoints, roles=args.roles, settings=_settings(args), workers=args.workers))
+    trajectory = args.command == "track"
+    print(
+        plan_text(
+            args.base,
+            checkpoints,
+            trajectory=trajectory,
+            roles=args.roles,
+            settings=_settings(args),
+            workers=args.workers,
+        )
+    )
     return DONE
 
 

@@ -28,7 +28,7 @@ def measure(update: Update) -> dict[str, Value]:
     lost["both"] = lost["left"] + lost["right"]
     values: dict[str, Value] = {}
     for side, part in inside.items():
-        share = min(1.0, (float(torch.linalg.vector_norm(part / update.norm))) ** 2)
+        share = min(1.0, float(torch.linalg.vector_norm(part / update.norm)) ** 2)
         # ‖P′x‖² − ‖Px‖² ≤ ‖(P′ − P)x‖ (‖P′x‖ + ‖Px‖) for a unit x
         error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.weights.numel())
         name = f"{side}.{update.settings.mask_rank}"

@@ -98,10 +98,8 @@ class Base:
     Float64 copies are made when asked for and not kept: a large model's memory goes to the matrix at hand.
     """
 
-    def __init__(self, weights: Tensor, settings: Settings, factors: Spectrum | None = None):
+    def __init__(self, weights: Tensor, settings: Settings):
         self.weights, self.settings = weights, settings
-        if factors is not None:
-            self.spectrum = factors
 
     @property
     def matrix(self) -> Tensor:

@@ -137,7 +137,7 @@ def _by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
             return None
         outer = images.div_(squares[:rank].sqrt())
         if 4 * EPS * largest > 1e-12 * float(squares[rank - 1]):  # else orthonormal enough as they are
-            outer = orthonormal(outer)
+            outer = _orthonormal(outer)
     noise = relative * largest
     errors = noise / (sigma + (squares - noise).clamp(min=0).sqrt()) + 4 * EPS * sigma
     if float(squares[-1]) * CONDITION**2 < largest:
@@ -193,7 +193,7 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
     return None
 
 
-def orthonormal(nearly: Tensor) -> Tensor:
+def _orthonormal(nearly: Tensor) -> Tensor:
     """An orthonormal basis of the span of nearly orthonormal columns, each close to its own."""
     overlap = nearly.T @ nearly
     if float(torch.linalg.matrix_norm(overlap - torch.eye(len(overlap)).to(overlap))) > 1e-8:

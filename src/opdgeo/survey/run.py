@@ -46,17 +46,9 @@ def compare(
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
+    opened = [open_checkpoint(tuned)]
     return _survey(
-        open_checkpoint(base),
-        [open_checkpoint(tuned)],
-        roles,
-        settings,
-        workers,
-        device,
-        cache,
-        progress,
-        out,
-        trajectory=False,
+        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=False
     )
 
 
@@ -70,18 +62,9 @@ def track(
     `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
     arguments and errors are those of `compare`.
     """
-    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints))
     return _survey(
-        open_checkpoint(base),
-        run_checkpoints(paths),
-        roles,
-        settings,
-        workers,
-        device,
-        cache,
-        progress,
-        out,
-        trajectory=True,
+        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=True
     )
 
 
@@ -164,8 +147,8 @@ def _survey(
 
 
 def plan_text(
-    base: str | Path, checkpoints: Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None,
+    base: str | Path, checkpoints: Sequence[str | Path], *, trajectory: bool, roles: str = "all",
+    settings: Settings | None = None, workers: int | None = None,
 ) -> str:  # fmt: skip
     """What `compare` or `track` would measure, in how much time and memory on this machine: from headers, nothing is read.
 
@@ -175,7 +158,8 @@ def plan_text(
     from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 
     settings, workers = settings or Settings(), workers or cpu_cores()
-    before, after = open_checkpoint(base), run_checkpoints(list(checkpoints))
+    before = open_checkpoint(base)
+    after = run_checkpoints(list(checkpoints)) if trajectory else [open_checkpoint(c) for c in checkpoints]
     pairings = [pair(before, c, roles) for c in after]
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
