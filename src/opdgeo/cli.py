@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the update from BASE to TUNED, matrix by matrix, beside null models.",
     )
     compare.add_argument(
-        "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
+        "base",
+        metavar="BASE",
+        help="checkpoint before training: a folder or file of weights in any format of docs/formats.md",
     )
     compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training")
     _survey_options(compare)
@@ -220,6 +222,9 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
     result.save(args.out)
     print_summary(result.summary)
+    for manifest in (result.run["base"], *result.run["checkpoints"]):
+        for notice in manifest.get("notices", ()):
+            print(f"note: {notice}")
     pairing = result.run["pairing"]
     for label in ("base_only", "tuned_only", "unrecognised"):
         if names := pairing[label]:

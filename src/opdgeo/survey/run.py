@@ -34,7 +34,7 @@ def compare(
     """Measure one update.
 
     Args:
-        base, tuned: Hugging Face folders or safetensors files, before and after training.
+        base, tuned: checkpoints before and after training, in any format of `checkpoints.checkpoint.FORMATS`.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         workers: matrices measured at a time; default one per CPU core.
@@ -163,7 +163,7 @@ def plan_text(
     pairings = [pair(before, c, roles) for c in after]
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
-    return describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    return describe(plan(work, [before, *after], settings, workers), pairings[0], [before, *after], workers)
 
 
 def cpu_cores() -> int:
