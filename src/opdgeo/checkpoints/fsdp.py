@@ -26,7 +26,7 @@ class _DTensor(torch.Tensor):
     """Stands in for torch's DTensor: the whole shape, and as attributes the local shard and the placements."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise TypeError(f"a shard cannot be computed with ({func})")
 
 
