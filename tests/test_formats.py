@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+import torch.distributed.tensor  # which allows torch.load its own classes: they must not be the ones used
 from torch import Tensor
 
 import opdgeo

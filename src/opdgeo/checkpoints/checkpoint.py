@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints import dcp, fsdp, huggingface
+from opdgeo.checkpoints import dcp, fsdp, huggingface, megatron
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -44,14 +44,15 @@ class Format:
 # from it, since the former has full precision.
 FORMATS = (
     Format("FSDP shards", "model_world_size_W_rank_R.pt", fsdp.find, fsdp.read),
+    Format("Megatron", "iter_N with metadata.json", megatron.find, megatron.read),
     Format("torch distributed", ".metadata with *.distcp", dcp.find, dcp.read),
     Format("safetensors", "model.safetensors", huggingface.find_safetensors, huggingface.read_safetensors),
     Format("torch", "pytorch_model.bin", huggingface.find_bin, huggingface.read_bin),
 )
-# Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, accelerate.
-PLACES = ("actor", "policy", "pytorch_model_fsdp_0")
+# Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
+PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
 _STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|global_step(\d+)")
-_CONFIGS = ("config.json", "huggingface/config.json", "hf_config/config.json")
+_CONFIGS = ("config.json", "huggingface/config.json")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Checkpoint:
         path = self.path.resolve()
         if path.is_file():
             return path.stem
-        return path.parent.name if path.name in PLACES and _STEP.fullmatch(path.parent.name) else path.name
+        while path.name in PLACES and any(_step(p.name) is not None for p in path.parents[:2]):
+            path = path.parent
+        return path.name
 
     @property
     def step(self) -> int | None:
@@ -141,7 +144,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds no weights: expected {_expected()}, found {inside}.")
     (chosen, place), *others = found
     folder = place if place.is_dir() else place.parent
-    configs = (at / name for at in dict.fromkeys((folder, path)) if at.is_dir() for name in _CONFIGS)
+    homes = (folder, folder.parent, path) if folder.name in PLACES else (folder, path)
+    configs = (at / name for at in dict.fromkeys(homes) if at.is_dir() for name in _CONFIGS)
     config = next((read_json(c) for c in configs if c.is_file()), {}) if path.is_dir() else {}
     tensors = chosen.read(place, config)
     if not tensors:

@@ -39,6 +39,10 @@ _CLASSES = (
             "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
         )
     ),
+    *(
+        f"torch.distributed.checkpoint.planner.{name}"
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
+    ),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.serialization._get_layout",
     "torch.device",
@@ -68,7 +72,10 @@ def chunks(folder: Path) -> dict[str, Stored]:
     file = folder / METADATA
     metadata = _metadata(file)
     try:
-        where = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+        where = {
+            (index.fqn, tuple(getattr(index, "offset", None) or ())): info
+            for index, info in metadata.storage_data.items()
+        }
         tensors: dict[str, Stored] = {}
         for name, entry in metadata.state_dict_metadata.items():
             if type(entry).__name__ != "TensorStorageMetadata":

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from opdgeo.checkpoints.stored import Raw
 from opdgeo.errors import CheckpointError
 
-_allowed = Lock()  # torch's list of allowed names is one for the whole process
+_lock = Lock()  # torch's list of allowed names is one for the whole process
 
 
 class Record:
@@ -43,6 +44,20 @@ def records(names: Sequence[str]) -> list[tuple[type, str]]:
     return [(type(name.rpartition(".")[2], (Record,), {}), name) for name in names]
 
 
+@contextmanager
+def _allow_only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    """torch's list of allowed names is `allowed` alone: libraries add their own classes to it, which would run here."""
+    with _lock:
+        before = get_safe_globals()
+        clear_safe_globals()
+        add_safe_globals(list(allowed))
+        try:
+            yield
+        finally:
+            clear_safe_globals()
+            add_safe_globals(before)
+
+
 def unpickle(file: Path | IO[bytes], allowed: Sequence[tuple[Any, str]] = (), *, where: Path | None = None) -> Any:
     """The content of a torch file, its tensors without memory.
 
@@ -55,7 +70,7 @@ def unpickle(file: Path | IO[bytes], allowed: Sequence[tuple[Any, str]] = (), *,
     """
     name = where or file
     try:
-        with _allowed, safe_globals(list(allowed)):
+        with _allow_only(allowed):
             return torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged zip or pickle raises almost anything
         text = str(error)
