@@ -147,7 +147,12 @@ def _survey_options(command: argparse.ArgumentParser) -> None:
         "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
     )
     command.add_argument(
-        "--engine", choices=("local",), default="local", help="where matrices are measured (default: local)"
+        "--engine", choices=("local", "ray"), default="local", help="where matrices are measured (default: local)"
+    )
+    command.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="the Ray cluster of --engine ray; its nodes see the checkpoints at the same paths (default: $RAY_ADDRESS, else one on this machine)",
     )
     command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -207,6 +212,8 @@ def _survey_arguments(args: argparse.Namespace) -> dict:
     return dict(
         roles=args.roles,
         settings=_settings(args),
+        engine=args.engine,
+        ray_address=args.ray_address,
         workers=args.workers,
         device=args.device,
         cache=not args.no_cache,
@@ -220,6 +227,8 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
     result.save(args.out)
     print_summary(result.summary)
+    if reused := result.run["reused"]:
+        print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
     pairing = result.run["pairing"]
     for label in ("base_only", "tuned_only", "unrecognised"):
         if names := pairing[label]:
