@@ -168,7 +168,7 @@ def _build(
         max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
         bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer: Any
     if demonstrations:
