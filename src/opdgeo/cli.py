@@ -82,6 +82,21 @@ def parser() -> argparse.ArgumentParser:
         "--token-choice", choices=("top", "random"), help="which tokens: largest student-teacher gap, or random"
     )
     train.add_argument("--rollouts", choices=("student", "teacher"), help="who writes the tokens of opd and rlvr")
+    train.add_argument("--channel", help="hold the update in this channel: what `opdgeo channel` wrote")
+    train.add_argument(
+        "--constrain",
+        choices=("gradient", "update", "adapter"),
+        help="project gradients (the paper), the update too (exact), or train a LoRA with a frozen A (exact, less memory)",
+    )
+    train.add_argument(
+        "--moments", choices=("reset", "project", "keep"), help="Adam's moments at the start (default: reset)"
+    )
+    train.add_argument(
+        "--unconstrained", choices=("free", "frozen"), help="parameters that the channel does not hold (default: free)"
+    )
+    train.add_argument(
+        "--keep-moments", action="store_true", default=None, help="save Adam's moments with every checkpoint"
+    )
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     train.set_defaults(run=_train)
 
@@ -265,7 +280,10 @@ def _train(args: argparse.Namespace) -> int:
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
-    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts")
+    names = (
+        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "channel", "constrain", "moments", "unconstrained",
+        "keep_moments",
+    )  # fmt: skip
     overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
+from opdgeo.training import constrain, models
+from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,12 +44,19 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; an existing one is replaced."""
+def save_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None,
+    beside: Callable[[Path], Any] = lambda folder: None,
+) -> None:  # fmt: skip
+    """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced.
+
+    `beside` writes more into it before it gets its name.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
+    beside(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -138,6 +147,22 @@ class Recorder(TrainerCallback):
         if measured is not None:
             self._row({"event": "eval", "step": step, **asdict(measured)})
 
+    def _save(self, model: PreTrainedModel, optimizer: Any, step: int, main: bool) -> None:
+        """The weights, an adapter's merged ones and its factors in adapter/, and the moments where they are kept."""
+        moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
+        if not main:
+            return
+        weights, factors = constrain.merged(model.state_dict())
+
+        def beside(folder: Path) -> None:
+            if factors:
+                channel = Channel.load(self.out)
+                channel.to_adapter(models.resolve(self.config.origin), folder / "adapter", factors)
+            if moments:
+                constrain.save_moments(moments, folder)
+
+        save_weights(model, self.tokenizer, step_folder(self.out, step), weights if factors else None, beside)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -193,6 +218,7 @@ class Recorder(TrainerCallback):
                 "learning_rate": logs["learning_rate"],
                 "tokens": int(tokens - self.tokens_before),
                 "seconds": round(self.seconds, 4),
+                **({"channel/outside": logs.get("channel/outside")} if self.config.constrain else {}),
             }
         )
         self.tokens_before = tokens
@@ -203,8 +229,7 @@ class Recorder(TrainerCallback):
             self.bar.update(self.bar_task, completed=step, note=note)
         if step in self.saved_at:
             model = kwargs["model"]
-            if state.is_world_process_zero:
-                save_weights(model, self.tokenizer, step_folder(self.out, step))
+            self._save(model, kwargs["optimizer"], step, state.is_world_process_zero)
             self._measure(model, step)
 
     def close(self) -> None:
