@@ -6,20 +6,18 @@ channel_worker.py ORIGIN CHANNEL OUT MODE…     writes OUT/MODE/{whole,resumed}
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import DistributedType, PartialState
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from opdgeo import Channel, tasks
-from opdgeo.training import constrain, models
+from opdgeo.training import constrain, engine, models
 from opdgeo.training.sft import tokenized
 
 STEPS, BATCH = 50, 4
@@ -40,13 +38,12 @@ def trainer(origin: Path, out: Path, callbacks: list[Any], steps: int = STEPS, m
     examples = tasks.load("arithmetic", {"operands": 2}).examples(BATCH * steps, 0, held_out=False)
     args = SFTConfig(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=1, use_cpu=True, bf16=False,
-        gradient_accumulation_steps=BATCH // int(os.environ.get("WORLD_SIZE", "1")), learning_rate=1e-3,
+        gradient_accumulation_steps=BATCH // engine.processes(), learning_rate=1e-3,
         lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, optim="adamw_torch", report_to="none",
         logging_steps=10, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
         packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # accelerate offers FSDP to GPUs only; torch has no such limit
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    engine.shard_without_gpu()
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(
@@ -75,10 +72,6 @@ def main(origin: Path, channel: Path, out: Path, modes: list[str]) -> None:
         constrain.constrain(whole, held, mode)
         whole.train()
         save(whole, folder / "whole.safetensors")
-        resumed = trainer(origin, folder / "states", [])
-        constrain.constrain(resumed, held, mode)
-        resumed.train(resume_from_checkpoint=str(folder / "states" / f"checkpoint-{STEPS // 2}"))
-        save(resumed, folder / "resumed.safetensors")
         if whole.accelerator.is_main_process:
             facts = {
                 "outside": [row["channel/outside"] for row in whole.state.log_history if "channel/outside" in row],
@@ -86,6 +79,10 @@ def main(origin: Path, channel: Path, out: Path, modes: list[str]) -> None:
                 "parameters": type(next(whole.model.parameters()).data).__name__,
             }
             (folder / "log.json").write_text(json.dumps(facts))
+        resumed = trainer(origin, folder / "states", [])
+        constrain.constrain(resumed, held, mode)
+        resumed.train(resume_from_checkpoint=str(folder / "states" / f"checkpoint-{STEPS // 2}"))
+        save(resumed, folder / "resumed.safetensors")
 
 
 if __name__ == "__main__":

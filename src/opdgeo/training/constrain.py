@@ -77,7 +77,7 @@ def constrain(
     Args:
         trainer: not trained yet; DDP, FSDP2 or one process (DeepSpeed: `adapter` alone).
         moments: see above.
-        moments_from: a checkpoint folder with `moments.safetensors` (`save_moments`, `--keep-moments`), for a trainer that starts from weights.
+        moments_from: a checkpoint folder with `moments.safetensors` (`keep_moments` of a run), for a trainer that starts from weights.
 
     Raises:
         ConfigError: the channel does not fit the model, or the choices contradict each other; the message names them.
@@ -414,8 +414,8 @@ def load_moments(
     path = folder / MOMENTS
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no {MOMENTS}; expected a checkpoint saved with Adam's moments. Train it with --keep-moments, or use "
-            "--moments reset."
+            f"{folder} holds no {MOMENTS}; expected a checkpoint saved with Adam's moments. Train it with --set keep_moments=true, or "
+            "use --moments reset."
         )
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     bases = {s.matrix.tensor: s.basis for s in channel.open()} if channel else {}
