@@ -25,7 +25,7 @@ SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, a
 
 def gaussian_null(update: Update, *key: object) -> Null:
     """The null of every diagnostic that has a cheap one; `key` seeds the draws."""
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     scale = update.norm / math.sqrt(rows * cols)
     found: Null = {("frobenius_norm", ""): (update.norm, 0.0)}
     if update.base.norm > 0:
@@ -43,7 +43,7 @@ def gaussian_null(update: Update, *key: object) -> Null:
 
 
 def _top(update: Update) -> int:
-    return min(update.settings.top_k, *update.weights.shape)
+    return min(update.settings.top_k, *update.base.weights.shape)
 
 
 def _visibility(update: Update, scale: float) -> Null:
@@ -76,7 +76,7 @@ def _visibility(update: Update, scale: float) -> Null:
 
 
 def _energy(update: Update) -> Null:
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     k, _ = update.base.cut(update.settings.mask_rank)
     inside = {"left": k * cols, "right": k * rows, "both": k * k}
     return {
@@ -100,7 +100,7 @@ def _spectrum(update: Update, draws: np.ndarray) -> Null:
 
 def _perturbation(update: Update, scale: float, largest: float, *key: object) -> Null:
     """What a small Gaussian update does to W₀'s singular values and subspaces; `largest` is its ‖·‖₂."""
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     before = update.base.spectrum
     sigma = before.sigma
     moved = nulls.shifts(sigma, rows, cols, scale, SHIFTS, nulls.generator("shifts", *key))

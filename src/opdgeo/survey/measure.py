@@ -14,7 +14,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
 from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum, leading
+from opdgeo.numerics.spectra import Factors, Spectrum, leading
 from opdgeo.survey.cache import SpectrumCache
 
 
@@ -57,15 +57,16 @@ def measure(
     last = before.weights
     for index, checkpoint in enumerate(checkpoints):
         with clock("read"):
-            tuned = checkpoint.read(matrix).to(device)
-        reason = blocked or _non_finite(tuned, checkpoint)
+            near = next((s.right for s in reversed(spectra.values()) if s), None)
+            factors = checkpoint.factors(matrix)
+            tuned = Factors(*(f.to(device) for f in factors)) if factors else checkpoint.read(matrix).to(device)
+            update = Update(before, tuned, directions=trajectory, start=near)
+        reason = blocked or _non_finite(update.weights, checkpoint)
         if reason:
             values = {(d, v): Value(None, status="skipped", reason=reason) for d, v in _row_names(settings)}
             null: Null = {}
         else:
             with clock("measure"):
-                near = next((s.right for s in reversed(spectra.values()) if s), None)
-                update = Update(before, tuned, directions=trajectory, start=near)
                 values = _values(update)
                 out.curves += [
                     {
@@ -79,8 +80,8 @@ def measure(
                 ]
                 if trajectory:
                     spectra[index] = update.delta_spectrum if update.moved else None
-                    increments[index] = Update(Base(last, settings), tuned).norm
-                    last = tuned
+                    increments[index] = Update(Base(last, settings), update.weights).norm
+                    last = update.weights
             with clock("nulls"):
                 null = _null(update, matrix, checkpoint)
         out.rows += [_row(checkpoint, matrix, d, v, value, null.get((d, v))) for (d, v), value in values.items()]

@@ -34,7 +34,8 @@ def compare(
     """Measure one update.
 
     Args:
-        base, tuned: Hugging Face folders or safetensors files, before and after training.
+        base, tuned: Hugging Face folders or safetensors files, before and after training; `tuned` may be a PEFT adapter
+            of `base`, and is then measured from its factors.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         workers: matrices measured at a time; default one per CPU core.
@@ -46,9 +47,18 @@ def compare(
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
-    opened = [open_checkpoint(tuned)]
+    before = open_checkpoint(base)
     return _survey(
-        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=False
+        before,
+        [open_checkpoint(tuned, before)],
+        roles,
+        settings,
+        workers,
+        device,
+        cache,
+        progress,
+        out,
+        trajectory=False,
     )
 
 
@@ -62,10 +72,9 @@ def track(
     `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
     arguments and errors are those of `compare`.
     """
-    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints))
-    return _survey(
-        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=True
-    )
+    before = open_checkpoint(base)
+    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints), before)
+    return _survey(before, opened, roles, settings, workers, device, cache, progress, out, trajectory=True)
 
 
 def _survey(
@@ -120,7 +129,7 @@ def _survey(
         try:
             # The largest first, so that the workers end together.
             jobs = {m.name: pool.submit(task, m) for m in sorted(work, key=_cost, reverse=True)}
-            manifests = list(pool.map(Checkpoint.manifest, [base, *checkpoints]))
+            manifests = list(pool.map(lambda c: c.manifest(), [base, *checkpoints]))
             measured = [jobs[m.name].result() for m in work]
         finally:
             pool.shutdown(cancel_futures=True)
@@ -159,11 +168,14 @@ def plan_text(
 
     settings, workers = settings or Settings(), workers or cpu_cores()
     before = open_checkpoint(base)
-    after = run_checkpoints(list(checkpoints)) if trajectory else [open_checkpoint(c) for c in checkpoints]
+    after = (
+        run_checkpoints(list(checkpoints), before) if trajectory else [open_checkpoint(c, before) for c in checkpoints]
+    )
     pairings = [pair(before, c, roles) for c in after]
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
-    return describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in after for note in c.notes)])
 
 
 def cpu_cores() -> int:
