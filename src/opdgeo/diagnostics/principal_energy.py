@@ -21,9 +21,8 @@ def measure(update: Update) -> dict[str, Value]:
     k, reason = update.base.cut(update.settings.mask_rank)
     spectrum = update.base.spectrum
     left, right = spectrum.left[:, :k], spectrum.right[:, :k]
-    delta = update.delta
-    inside_left = (delta.T @ left).T
-    inside = {"left": inside_left, "right": delta @ right, "both": inside_left @ right}
+    inside_left, inside_right = update.delta.onto(left, right)
+    inside = {"left": inside_left, "right": inside_right, "both": inside_left @ right}
     lost = {side: spectrum.subspace_error(k, side) for side in ("left", "right")}
     lost["both"] = lost["left"] + lost["right"]
     values: dict[str, Value] = {}

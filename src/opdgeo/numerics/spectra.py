@@ -220,7 +220,7 @@ class Difference:
 
     def blocks(self) -> Iterator[Tensor]:
         """Blocks of rows of the matrix that is not transposed."""
-        step = max(1, (1 << 20) // self.before.shape[1])
+        step = max(1, (1 << 17) // self.before.shape[1])
         for before, after in zip(self.before.split(step), self.after.split(step), strict=True):
             yield after.double() - before.double()
 
@@ -234,14 +234,24 @@ class Difference:
             start += len(block)
         return product
 
-    def single(self) -> Tensor:
-        """The matrix over its norm, in float32."""
-        whole = torch.empty(self.before.shape, dtype=torch.float32, device=self.before.device)
-        start = 0
+    def onto(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """leftᵀ·self and self·right, (rows, k)ᵀ and (cols, l), in one pass; of the matrix that is not transposed."""
+        above = left.new_zeros(left.shape[1], self.before.shape[1])
+        beside, start = [], 0
         for block in self.blocks():
-            whole[start : start + len(block)] = block / self.norm
+            above.addmm_(left[start : start + len(block)].T, block)
+            beside.append(block @ right)
             start += len(block)
-        return whole.T if self.transposed else whole
+        return above, torch.cat(beside)
+
+    def single(self) -> Tensor:
+        """The matrix over its norm, in float32, contiguous."""
+        whole = torch.empty(self.shape, dtype=torch.float32, device=self.before.device)
+        target, start = whole.T if self.transposed else whole, 0
+        for block in self.blocks():
+            target[start : start + len(block)] = block / self.norm
+            start += len(block)
+        return whole
 
     def whole(self) -> Tensor:
         """The matrix in float64."""
@@ -370,9 +380,7 @@ def _ritz(
         basis[:, used : used + width] = block
         used += width
         known = basis[:, :used]
-        image = tall @ block
-        # In float32 both products read `tall` along its rows.
-        image = (image.T @ tall).T if isinstance(tall, Tensor) else tall.T @ image
+        image = _squared(tall, block)
         inside = known.T @ image
         inner[:used, used - width : used], inner[used - width : used, :used] = inside.double(), inside.T.double()
         image = image - known @ inside
@@ -399,6 +407,16 @@ def _ritz(
             yield known @ mixing.to(known.dtype), float(sigma[width])
             if exhausted:
                 return
+
+
+def _squared(tall: Tensor | Difference, block: Tensor) -> Tensor:
+    """tallᵀ(tall block), reading a tensor once: both products of a few rows at a time, while they are in the cache."""
+    if isinstance(tall, Difference):
+        return tall.T @ (tall @ block)
+    product = block.new_zeros(block.shape[1], block.shape[0])
+    for rows in tall.split(64 if tall.device.type == "cpu" else len(tall)):
+        product.addmm_((rows @ block).T, rows)
+    return product.T
 
 
 def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float]:
