@@ -280,6 +280,10 @@ class Factors:
     def __matmul__(self, other: Tensor) -> Tensor:
         return self.left @ (self.right.T @ other)
 
+    def onto(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """leftᵀ M and M right."""
+        return (left.T @ self.left) @ self.right.T, self @ right
+
     def blocks(self) -> Iterator[Tensor]:
         """Blocks of rows."""
         return (part @ self.right.T for part in self.left.split(max(1, (1 << 20) // self.shape[1])))
