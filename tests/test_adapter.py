@@ -24,7 +24,7 @@ import opdgeo
 from opdgeo import checkpoints
 from opdgeo.checkpoints import open_checkpoint
 from opdgeo.errors import CheckpointError, PairingError
-from opdgeo.survey import measure as measuring
+from opdgeo.survey import engines
 from opdgeo.survey.run import plan_text
 from test_compare import program
 
@@ -180,15 +180,15 @@ def test_a_killed_run_goes_on_and_another_scale_is_another_run(
 ) -> None:
     base, adapter, _ = pair
     measured: list[str] = []
-    original = measuring.measure
+    original = engines.measure
 
-    def counted(matrix, *arguments, **options):  # type: ignore[no-untyped-def]
+    def counted(job, matrix, *arguments):  # type: ignore[no-untyped-def]
         if len(measured) == 9:
             raise KeyboardInterrupt
         measured.append(matrix.name)
-        return original(matrix, *arguments, **options)
+        return original(job, matrix, *arguments)
 
-    monkeypatch.setattr(measuring, "measure", counted)
+    monkeypatch.setattr(engines, "measure", counted)
     mine = copied(adapter, tmp_path / "adapter")
     with pytest.raises(KeyboardInterrupt):
         opdgeo.compare(base, mine, settings=SETTINGS, workers=1, out=tmp_path / "out")
@@ -333,6 +333,16 @@ def test_an_adapter_needs_the_base_it_was_made_for(pair: tuple[Path, Path, Path]
     transformers.AutoModelForCausalLM.from_config(wider).save_pretrained(folder)
     with pytest.raises(PairingError, match=r"= \(48, 80\), which is \(40, 80\)"):
         opdgeo.compare(folder, adapter)
+
+
+def test_a_broken_factor_skips_its_matrix(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, _ = pair
+    broken = copied(adapter, tmp_path / "broken")
+    factors = load_file(broken / "adapter_model.safetensors")
+    factors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][3, 2] = float("nan")
+    save_file(factors, broken / "adapter_model.safetensors")
+    result = opdgeo.compare(base, broken, roles="q_proj", settings=SETTINGS)
+    assert result.skipped == ["model.layers.0.self_attn.q_proj.weight"]
 
 
 def test_every_entry_of_an_adapter_reads_as_merged(pair: tuple[Path, Path, Path]) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
 
+READS = ("rank", "mask_rank")
+
 
 def variants(settings: Settings) -> list[str]:
     return [f"{side}.{settings.mask_rank}" for side in ("left", "right", "both")]

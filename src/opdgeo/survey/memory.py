@@ -11,6 +11,8 @@ from threading import Condition
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 
+PROGRAM = 500 << 20  # bytes of the program with torch and polars
+
 
 def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings) -> int:
     """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read,
