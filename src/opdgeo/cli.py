@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
     )
-    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training")
+    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training, or a PEFT adapter of BASE")
     _survey_options(compare)
     compare.set_defaults(run=_compare)
 
@@ -283,6 +283,8 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
             print(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
             )
+    for note in dict.fromkeys(n for c in result.run["checkpoints"] for n in c.get("notes", [])):
+        print(f"note: {note}")
     if not args.no_report:
         from opdgeo.report import write_report
 
