@@ -278,9 +278,9 @@ def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: 
     shutil.copytree(ranks / "dcp-twice", checkpoint / "optimizer_0")
     shutil.copy(pair / "base" / "model.safetensors", checkpoint / "adapter_model.safetensors")
     (opened,) = run_checkpoints([tmp_path / "run"])
-    assert opened.notices == ()
+    assert opened.notes == ()
     check(pair, checkpoint)
     shutil.copy(pair / "base" / "model.safetensors", checkpoint)
-    (noticed,) = open_checkpoint(checkpoint).notices
+    (noticed,) = open_checkpoint(checkpoint).notes
     assert "also holds safetensors weights (model.safetensors), which were not read" in noticed
     check(pair, checkpoint)

@@ -59,14 +59,14 @@ _CONFIGS = ("config.json", "huggingface/config.json")
 class Checkpoint:
     """An open checkpoint: tensor headers by name, nothing of the weights in memory.
 
-    `notices` say what a reader of the results should know: what was left aside, what was de-quantised.
+    `notes` say what a reader of the results should know: what was left aside, what was de-quantised.
     """
 
     path: Path
     tensors: dict[str, Stored]
     config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     format: str = "safetensors"
-    notices: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -101,6 +101,10 @@ class Checkpoint:
             )
         return matrix.cut(stored)
 
+    def factors(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(rows, r) and (cols, r) float64 factors of ΔW, where the checkpoint is an update that is stored as such."""
+        return None
+
     def itemsize(self, tensor: str) -> int:
         """Bytes of an entry of a tensor in memory."""
         return SIZES.get(self.tensors[tensor].dtype, 1)
@@ -120,13 +124,13 @@ class Checkpoint:
         ]
         manifest = {"path": str(self.path), "format": self.format, "dtypes": dict(dtypes), "files": files}
         manifest |= {"quantised": dict(quantised)} if quantised else {}
-        return manifest | ({"notices": list(self.notices)} if self.notices else {})
+        return manifest | ({"notes": list(self.notes)} if self.notes else {})
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of any known format, reading headers only.
+def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
+    """Open a checkpoint of any known format, or a PEFT adapter on `base`, reading headers only.
 
-    A folder that holds weights in several formats is opened in the first of `FORMATS`; `notices` name the others.
+    A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
 
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
@@ -136,6 +140,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."
         )
+    if is_adapter(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a PEFT adapter, which has no weights without its base. Give the base first and the adapter "
+                "as what was tuned: opdgeo compare BASE ADAPTER, or open_checkpoint(ADAPTER, base=…)."
+            )
+        from opdgeo.checkpoints.adapter import open_adapter
+
+        return open_adapter(path, base)
     found = _find(path)
     if not found:
         if path.is_file():
@@ -150,16 +163,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tensors = chosen.read(place, config)
     if not tensors:
         raise CheckpointError(f"{place} holds no tensors; expected a model's weights.")
-    notices = tuple(
+    notes = tuple(
         f"{path} also holds {other.name} weights ({where.relative_to(path).as_posix()}), which were not read; give "
         "them as the checkpoint to measure those"
         for other, where in others
     )
-    return Checkpoint(path, canonical(tensors), config, chosen.name, notices)
+    return Checkpoint(path, canonical(tensors), config, notes, chosen.name)
 
 
-def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no whole model."""
+    return (path / "adapter_config.json").is_file() and not _find(path)
+
+
+def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
     """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
+
+    A run may hold its last weights beside the folders of its steps; a folder that is named like a step is one checkpoint.
+    `base` is what adapters among them are added to.
 
     Raises:
         CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.
@@ -168,10 +189,10 @@ def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
     if len(paths) == 1 and run.is_dir():
         steps = {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
         if steps and _step(run.name) is None:
-            return [open_checkpoint(steps[step]) for step in sorted(steps)]
-        if not _find(run):
+            return [open_checkpoint(steps[step], base) for step in sorted(steps)]
+        if not _find(run) and not is_adapter(run):
             raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
-    opened = [open_checkpoint(p) for p in paths]
+    opened = [open_checkpoint(p, base) for p in paths]
     names = [c.name for c in opened]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise CheckpointError(

@@ -34,12 +34,12 @@ def read_safetensors(place: Path, _: dict[str, Any]) -> dict[str, Stored]:
     Raises:
         CheckpointError: a damaged file or index, a shard that is missing or outside of the folder.
     """
-    return _read(place, ".safetensors", _headers)
+    return _read(place, ".safetensors", headers)
 
 
 def read_bin(place: Path, _: dict[str, Any]) -> dict[str, Stored]:
     """Names and headers of files of `torch.save`; errors as above, and code in the pickle."""
-    return _read(place, ".bin", _bin)
+    return _read(place, ".bin", bin_headers)
 
 
 def _find(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
@@ -48,9 +48,9 @@ def _find(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
     return next((path / name for name in names if (path / name).is_file()), None)
 
 
-def _read(place: Path, suffix: str, headers: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+def _read(place: Path, suffix: str, each: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     if place.suffix != ".json":
-        return headers(place)
+        return each(place)
     listed, folder = read_json(place).get("weight_map"), place.parent
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{place} has no weight_map; expected tensor names mapped to shard files.")
@@ -61,7 +61,7 @@ def _read(place: Path, suffix: str, headers: Callable[[Path], dict[str, Stored]]
             raise CheckpointError(f"{place} names the shard {shard!r}; expected a {suffix} file in the folder.")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{place} names {shard}, which is missing from {folder}. Download it again.")
-        found = headers(folder / shard)
+        found = each(folder / shard)
         for name in (n for n, where in listed.items() if where == shard):
             if name not in found:
                 raise CheckpointError(f"{place} places {name} in {shard}, which does not hold it.")
@@ -69,7 +69,8 @@ def _read(place: Path, suffix: str, headers: Callable[[Path], dict[str, Stored]]
     return tensors
 
 
-def _headers(file: Path) -> dict[str, Stored]:
+def headers(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     def stored() -> Iterator[tuple[str, Stored]]:
@@ -87,7 +88,8 @@ def _headers(file: Path) -> dict[str, Stored]:
         ) from error
 
 
-def _bin(file: Path) -> dict[str, Stored]:
+def bin_headers(file: Path) -> dict[str, Stored]:
+    """The tensors of one file of `torch.save`."""
     return {name: raw(tensor, file) for name, tensor in tensors_of(unpickle(file), file)}
 
 

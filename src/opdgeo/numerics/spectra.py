@@ -6,6 +6,7 @@ Everything is float64. Three roads to a `Spectrum`:
     gram     eigenvalues λ = σ² and top eigenvectors of the smaller WᵀW, the other side as W V. Exact for a Gram matrix
              within δ = γσ₁² of the given one. Values so small that δ would drown them come from an inverse iteration on
              W itself, with the residual R = WᵀU − VΣ of their triplets (`gram, inverse iteration`).
+    factors  a product of two thin matrices (`Factors`): the SVD of its core. Exact for a core within ‖E‖₂ ≤ ε of the given one.
     krylov   the top k alone (`leading`), found in float32, finished in float64, with R measured at the end.
 
 What follows from them, by perturbation theorems:
@@ -258,8 +259,56 @@ class Difference:
         return found.T if self.transposed else found
 
 
+class Factors:
+    """left rightᵀ in float64, of (rows, r) and (cols, r) factors: a (rows, cols) matrix of rank r that is never formed.
+
+    Both factors are split into an orthonormal basis and a triangle; everything spectral is in the r × r core of the
+    triangles. `error` bounds what rounding does to the core, and so to the norm and to every singular value.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self.left, self.right = left, right
+        self.shape = (left.shape[0], right.shape[0])
+        outer, inner = (torch.linalg.qr(factor, mode="r").R for factor in (left, right))
+        self.norm = float(torch.linalg.vector_norm(outer @ inner.T))
+        self.error = svd_error(*self.shape, float(torch.linalg.vector_norm(outer) * torch.linalg.vector_norm(inner)))
+
+    @property
+    def T(self) -> Factors:
+        return Factors(self.right, self.left)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.left @ (self.right.T @ other)
+
+    def onto(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """leftᵀ M and M right."""
+        return (left.T @ self.left) @ self.right.T, self @ right
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Blocks of rows."""
+        return (part @ self.right.T for part in self.left.split(max(1, (1 << 20) // self.shape[1])))
+
+    def whole(self) -> Tensor:
+        """The matrix itself."""
+        return self.left @ self.right.T
+
+    def spectrum(self, k: int) -> Spectrum:
+        """The top max(k, r) singular values, zero beyond the rank, and the vectors of the top k."""
+        more = (0, max(0, k - self.left.shape[1]))  # zero columns; `qr` completes the bases
+        outer, first = torch.linalg.qr(torch.nn.functional.pad(self.left, more))
+        inner, second = torch.linalg.qr(torch.nn.functional.pad(self.right, more))
+        turn, sigma, back = torch.linalg.svd(first @ second.T, full_matrices=False)
+        left, right = (outer @ turn)[:, :k].contiguous(), (inner @ back.T)[:, :k].contiguous()
+        return Spectrum(sigma, left, right, self.error, "factors", torch.full_like(sigma, self.error), self.error)
+
+
 def leading(
-    matrix: Tensor | Difference, k: int, *, tolerance: float = 3e-10, angle: float = 1e-5, start: Tensor | None = None
+    matrix: Tensor | Difference | Factors,
+    k: int,
+    *,
+    tolerance: float = 3e-10,
+    angle: float = 1e-5,
+    start: Tensor | None = None,
 ) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
@@ -273,6 +322,8 @@ def leading(
         angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
         start: (cols, any) directions expected near the leading right ones, such as those of an earlier checkpoint.
     """
+    if isinstance(matrix, Factors):
+        return matrix.spectrum(k)
     size = min(matrix.shape)
     limit = min(size // 3, 64 * (k + 8))
     vectors = min(k, size) if angle < math.inf else 0

@@ -16,7 +16,7 @@ from opdgeo.diagnostics import MODULES, Base, Settings, Update, Value, diagnosti
 from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.diagnostics.update import undefined
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum, leading
+from opdgeo.numerics.spectra import Factors, Spectrum, leading
 from opdgeo.survey.cache import SpectrumCache
 
 # Which diagnostic a curve is computed with.
@@ -94,8 +94,11 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     last = before.weights
     for index, checkpoint in enumerate(job.checkpoints):
         with clock("read"):
-            tuned = checkpoint.read(matrix).to(job.device)
-        reason = blocked or _non_finite(tuned, checkpoint)
+            factors = checkpoint.factors(matrix)
+            tuned = Factors(*(f.to(job.device) for f in factors)) if factors else checkpoint.read(matrix).to(job.device)
+            near = next((s.right for s in reversed(spectra.values()) if s), None)
+            update = Update(before, tuned, directions=job.trajectory, start=near)
+        reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
         curves: dict[str, list[float]] = {}
         null: Null = {}
@@ -104,16 +107,14 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
             values = {n: dict.fromkeys(d.variants(settings), skipped) for n, d in diagnostics().items()}
         else:
             with clock("measure"):
-                near = next((s.right for s in reversed(spectra.values()) if s), None)
-                update = Update(before, tuned, directions=job.trajectory, start=near)
                 values = {n: d.measure(update) for n, d in diagnostics().items() if n in values_of}
                 curves = dict(_curves(update, values_of))
                 if directions:
                     spectra[index] = update.delta_spectrum if update.moved else None
             if job.trajectory and "subspace_similarity" in nulls_of:
                 moved[index] = update.moved
-                increments[index] = Update(Base(last, settings), tuned).norm
-                last = tuned
+                increments[index] = Update(Base(last, settings), update.weights).norm
+                last = update.weights
             with clock("nulls"):
                 null = _null(update, matrix, checkpoint, reading)
         for name in MODULES:

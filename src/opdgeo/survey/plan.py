@@ -66,9 +66,9 @@ def refuse_what_cannot_fit(work: Sequence[Matrix], checkpoints: Sequence[Checkpo
     )
 
 
-def describe(plan: Plan, pairing: Pairing, opened: Sequence[Checkpoint], workers: int) -> str:
-    """The plan as text; `opened` is the base and every checkpoint."""
-    lines = [f"{sum(g[2] for g in plan.groups)} matrices, {len(opened) - 1} checkpoint(s), {workers} at a time:", ""]
+def describe(plan: Plan, pairing: Pairing, checkpoints: int, workers: int) -> str:
+    """The plan as text."""
+    lines = [f"{sum(g[2] for g in plan.groups)} matrices, {checkpoints} checkpoint(s), {workers} at a time:", ""]
     lines.append(f"  {'shape':>16}  {'matrices':>8}  {'memory each':>11}  {'time on a core':>14}")
     for rows, cols, count, size, seconds in plan.groups:
         lines.append(f"  {f'{rows}×{cols}':>16}  {count:>8}  {size / 1e9:>8.2f} GB  {duration(seconds):>14}")
@@ -86,7 +86,7 @@ def describe(plan: Plan, pairing: Pairing, opened: Sequence[Checkpoint], workers
             lines.append(
                 f"not measured, {label.replace('_', ' ')}: {len(names)} tensors ({', '.join(names[:3])}{more})"
             )
-    return "\n".join([*lines, *(f"note: {notice}" for c in opened for notice in c.notices)])
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
