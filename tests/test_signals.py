@@ -271,7 +271,7 @@ def test_the_command_leaves_tables_a_page_and_findings(finished: tuple[Path, sub
     run = json.loads((out / "run.json").read_text())
     assert run["settings"]["seed"] == 0 and run["checkpoints"][0]["checkpoint"] == "tiny/base"
     spectra = pl.read_parquet(out / "signals_spectra.parquet")
-    for values in spectra["values"]:
+    for values in spectra["values"].to_list():
         assert sum(values) == pytest.approx(1) and values == sorted(values, reverse=True)
     page = (out / "report.html").read_text()
     assert "tiny/base" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")

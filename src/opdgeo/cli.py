@@ -124,12 +124,12 @@ def parser() -> argparse.ArgumentParser:
         "--preset", default="tiny", help="task, lengths and teacher of a checkpoint outside a run (default: tiny)"
     )
     signals.add_argument("--task", help="another task than the run's")
-    signals.add_argument("--prompts", type=int, default=32, help="held-out prompts; at least 4 (default: 32)")
+    signals.add_argument("--prompts", type=int, default=64, help="held-out prompts; at least 4 (default: 64)")
     signals.add_argument("--generations", type=int, default=8, help="samples of one prompt (default: 8)")
     signals.add_argument(
         "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
     )
-    signals.add_argument("--layers", help="such as 0,3, or all (default: the first, the middle and the last)")
+    signals.add_argument("--layers", help="such as 0,3, or all (default: the middle and the last)")
     signals.add_argument("--top-k", type=int, default=16, help="leading directions compared (default: 16)")
     signals.add_argument("--seed", type=int, default=0, help="of prompts, samples, masks and bootstrap (default: 0)")
     signals.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")

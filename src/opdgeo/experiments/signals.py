@@ -110,7 +110,7 @@ class Sample:
 
 def signals(
     checkpoints: str | Path | Sequence[str | Path], teacher: str | None = None, *, preset: str = "tiny",
-    task: str | None = None, prompts: int = 32, generations: int = 8, roles: str = "all", layers: str | None = None,
+    task: str | None = None, prompts: int = 64, generations: int = 8, roles: str = "all", layers: str | None = None,
     top_k: int = 16, seed: int = 0, out: Path | None = None, progress: bool = False,
 ) -> Signals:  # fmt: skip
     """Measure the gradients of every objective at each checkpoint.
@@ -122,7 +122,7 @@ def signals(
         task: another task than recorded.
         prompts: held-out prompts; SFT takes as many demonstrations as there are samples.
         generations: samples of one prompt.
-        roles, layers: which matrices; layers as "0,3" or "all", default the first, the middle and the last.
+        roles, layers: which matrices; layers as "0,3" or "all", default the middle and the last.
         top_k: leading directions compared in `subspace_overlap` and `weight_alignment`.
         out: where finished layers are kept until `save`, so that a killed run goes on from them.
 
@@ -214,7 +214,7 @@ def _matrices(checkpoint: Checkpoint, roles: str, layers: str | None) -> list[Ma
     if not there:
         raise ConfigError(f"{checkpoint.path} has no plain linear layer of the roles {roles!r}; expected some.")
     if layers is None:
-        wanted = {there[0], there[len(there) // 2], there[-1]}
+        wanted = {there[len(there) // 2], there[-1]}
     elif layers == "all":
         wanted = set(there)
     else:
@@ -408,8 +408,7 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
     ]
     lefts = rights[: len(objectives) + len(crosses)]
     length_B = sample.done.mask_BT.sum(1)
-    opd = [objectives.index("opd"), tokens.index("opd")] if masks else []
-    blends = [(*opd, *mask_weights(length_B, share)) for _, share in masks]
+    blends = [(objectives.index("opd"), tokens.index("opd"), *mask_weights(length_B, share)) for _, share in masks]
 
     sums: dict[str, Sums] = {}
     count = len(sample.blocks)

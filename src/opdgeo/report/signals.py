@@ -30,9 +30,9 @@ def name_of(objective: str) -> str:
     """SFT, OPD, RLVR, random credit, OPD/RLVR mixture 0.5, top gaps 25 %, random 25 %."""
     kind, _, share = objective.partition(".")
     if share:
-        return {"mixture": f"mixture α = {share}"}.get(
+        return {"mixture": f"mixture {share}"}.get(
             kind
-        ) or f"{'top-gap' if kind == 'top' else 'random'} {float(share):.0%}"
+        ) or f"{'top-gap' if kind == 'top' else 'random'} {100 * float(share):g} %"
     return NAMES.get(objective) or clean(objective)
 
 
@@ -92,13 +92,15 @@ def sentences(found: Found) -> list[str]:
         said.append(
             f"Inside the weights' own leading right directions: {', '.join(inside)}; chance is {number(chance, 'share')}."
         )
-    for o in ("opd", "rlvr", "sft"):
-        if found.get(o, "mean_share", side=""):
-            said.append(
-                f"The mean gradient is {found.text(o, 'mean_share', side='', unit='share')} of {name_of(o)}'s second moment: "
-                "the rest is spread between samples."
-            )
-            break
+    means = [
+        f"{name_of(o)} {found.text(o, 'mean_share', side='', unit='share')}"
+        for o in ("sft", "opd", "rlvr")
+        if found.get(o, "mean_share", side="")
+    ]
+    if means:
+        said.append(
+            f"The mean gradient's part of the second moment: {', '.join(means)}; the rest differs from sample to sample."
+        )
     said += _masks(found)
     said += _mixture(found)
     return said
@@ -163,57 +165,53 @@ def _mixture(found: Found) -> list[str]:
     ]
 
 
-def tables(found: Found) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of the tables of one checkpoint, as text."""
+def tables(found: Found, intervals: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of the tables of one checkpoint, as text; without `intervals` they fit a terminal."""
+
+    def text(*where: Any, **more: Any) -> str:
+        shown = found.text(*where, **more)
+        return shown if intervals else shown.partition(" [")[0]
+
+    def plain(row: dict[str, Any] | None, column: str) -> str:
+        return number(row[column] if row else None, decimals=2)
+
     objectives = dict.fromkeys(o for o, _, q, _, s in found.rows if q == "second_moment" and s == "right")
-    head = [
-        "objective",
-        "effective rank, right",
-        "left",
-        "in W's directions, right",
-        "left",
-        "tokens add up",
-        "mean gradient",
-    ]
+    head = ["objective", "rank right", "left", "in W right", "left", "add up", "mean"]
+    inside: dict[str, Any] = {"other": "weights", "unit": "share"}
     rows = [
         [
-            name_of(o), found.text(o, "effective_rank"), found.text(o, "effective_rank", side="left"),
-            found.text(o, "weight_alignment", "weights", unit="share"),
-            found.text(o, "weight_alignment", "weights", side="left", unit="share"),
-            found.text(o, "coherence"), found.text(o, "mean_share", side="", unit="share"),
+            name_of(o), text(o, "effective_rank"), text(o, "effective_rank", side="left"),
+            text(o, "weight_alignment", **inside), text(o, "weight_alignment", side="left", **inside),
+            text(o, "coherence"), text(o, "mean_share", side="", unit="share"),
         ]
         for o in objectives
     ]  # fmt: skip
     pairs = dict.fromkeys((o, p) for o, p, q, u, _ in found.rows if q == "alignment" and u == "sequence")
     lines = []
     for o, p in pairs:
+        if not intervals and o.startswith("mixture."):
+            continue  # the page and the data files hold them
         right, left = (found.get(o, "alignment", p, side=s) for s in ("right", "left"))
         overlap = found.get(o, "subspace_overlap", p)
         lines.append([
-            f"{name_of(o)} – {name_of(p)}", found.text(o, "alignment", p), number(right["chance"] if right else None),
-            number(right["reliability"] if right else None), found.text(o, "alignment", p, side="left"),
-            number(left["chance"] if left else None),
-            f"{number(overlap['value'], 'share')} ({number(overlap['chance'], 'share')})" if overlap else "–",
-            found.text(o, "mean_cosine", p, side=""),
+            f"{name_of(o)} – {name_of(p)}", text(o, "alignment", p), plain(right, "chance"), plain(right, "reliability"),
+            text(o, "alignment", p, side="left"), plain(left, "chance"), plain(overlap, "value"),
+            plain(overlap, "reliability"), text(o, "mean_cosine", p, side=""),
         ])  # fmt: skip
-    return [
-        ("Second moments of the gradients, by objective", head, rows),
-        (
-            "Alignment of second moments, by pair",
-            ["pair", "right", "chance", "reliability", "left", "chance", "top directions (chance)", "mean gradients"],
-            lines,
-        ),
-    ]
+    pair_head = ["pair", "right", "chance", "halves", "left", "chance", "top", "halves", "means"]
+    shown = range(len(pair_head)) if intervals else (0, 1, 2, 3, 4, 6, 8)
+    picked = [[line[i] for i in shown] for line in (pair_head, *lines)]
+    return [("Second moments, by objective", head, rows), ("Alignment, by pair", picked[0], picked[1:])]
 
 
 def print_signals(summary: Summary, console: Console | None = None) -> None:
     """Tables and findings of every checkpoint; numbers are means over matrices with 95 % intervals over prompts."""
     console = console or Console()
     for checkpoint, found in by_checkpoint(summary).items():
-        for title, head, rows in tables(found):
+        for title, head, rows in tables(found, intervals=False):
             table = _new_table(f"{checkpoint}: {title}")
             for i, column in enumerate(head):
-                table.add_column(column, justify="right" if i else "left")
+                table.add_column(column, justify="right" if i else "left", no_wrap=True)
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
@@ -317,8 +315,8 @@ def _mixture_chart(prefix: str, found: Found) -> list[Chart]:
         rows = [(a, found.get(f"mixture.{a:g}", quantity, "opd + rlvr")) for a in alphas]
         known = [(a, r) for a, r in rows if r is not None and r["low"] is not None]
         if known:
-            x, kept = [a for a, _ in known], [r for _, r in known]
-            series.append(Series(label, x, *([r[c] for r in kept] for c in ("value", "low", "high")), style=style))
+            value, low, high = ([r[c] for _, r in known] for c in ("value", "low", "high"))
+            series.append(Series(label, [a for a, _ in known], value, low, high, style=style))
     entry = Entry("relative error", "share", False, "", "", "", "")
     title = "Mixture formula: relative Frobenius error, %, with 95 % intervals"
     return [trajectory(f"{prefix}-mixture", title, entry, series, "α, the share of OPD")] if series else []
