@@ -21,6 +21,8 @@ from opdgeo.report.terminal import _new_table
 TABLE = "signals.parquet"
 NAMES = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR", "random_credit": "random credit", "weights": "weights"}
 STYLES = {"sft": 1, "opd": 0, "rlvr": 2, "random_credit": 6}
+OBJECTIVE_PAIRS = (("opd", "rlvr"), ("opd", "sft"), ("rlvr", "sft"))
+ALIKE = 0.8  # second moments that are aligned by more have the same shape, in words
 FAITHFUL = 0.5  # a split-half reliability below this is called noisy
 
 Summary = list[dict[str, Any]]
@@ -66,11 +68,11 @@ def by_checkpoint(summary: Summary) -> dict[str, Found]:
 
 def sentences(found: Found) -> list[str]:
     """The findings of one checkpoint in words: means over matrices, right second moments of sequence gradients."""
-    said = []
+    said = _headline(found)
     ranks = [f"{name_of(o)} {found.text(o, 'effective_rank')}" for o in ("sft", "opd", "rlvr", "random_credit")]
     said.append(f"Directions that the gradients fill (effective rank): {', '.join(ranks)}.")
     pairs = {}
-    for a, b in (("opd", "rlvr"), ("opd", "sft"), ("rlvr", "sft")):
+    for a, b in OBJECTIVE_PAIRS:
         if row := found.get(a, "alignment", b):
             pairs[a, b] = f"{name_of(a)} and {name_of(b)} {found.text(a, 'alignment', b)}{_noisy(row)}"
     if pairs:
@@ -104,6 +106,27 @@ def sentences(found: Found) -> list[str]:
     said += _masks(found)
     said += _mixture(found)
     return said
+
+
+def _headline(found: Found) -> list[str]:
+    """One verdict on the shapes, by the whole intervals of the three alignments."""
+    rows = [(a, b, found.get(a, "alignment", b)) for a, b in OBJECTIVE_PAIRS]
+    known = [(a, b, r) for a, b, r in rows if r is not None and r["low"] is not None]
+    if len(known) < len(rows):
+        missing = [f"{name_of(a)} and {name_of(b)}" for a, b, r in rows if r is None]
+        return [
+            f"Not every pair of objectives can be compared ({', '.join(missing) or 'no intervals'}): too little credit."
+        ]
+    if all(r["low"] >= ALIKE for _, _, r in known):
+        return [
+            f"The gradients of SFT, OPD and RLVR lie in the same directions: every alignment is above {ALIKE:g} by its whole "
+            "interval. The objectives differ in the size and the mean of their gradients, hardly in the shape of their spread."
+        ]
+    if apart := [f"{name_of(a)} and {name_of(b)}" for a, b, r in known if r["high"] < ALIKE]:
+        return [
+            f"The gradients of {'; of '.join(apart)} differ in shape: alignment below {ALIKE:g} by its whole interval."
+        ]
+    return [f"Whether the objectives' gradients differ in shape is open: an interval reaches across {ALIKE:g}."]
 
 
 def _noisy(row: dict[str, Any]) -> str:
