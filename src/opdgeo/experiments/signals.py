@@ -49,8 +49,9 @@ from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.experiments.presets import train_config
 from opdgeo.numerics import moments
 from opdgeo.numerics.moments import Products
+from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import PARTS, write_atomically, write_json
-from opdgeo.survey.run import cpu_cores, provenance
+from opdgeo.survey.run import provenance
 from opdgeo.training import evaluation, gradients, models, signal
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.evaluation import Completions
