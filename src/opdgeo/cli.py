@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the update from BASE to TUNED, matrix by matrix, beside null models.",
     )
     compare.add_argument(
-        "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
+        "base",
+        metavar="BASE",
+        help="checkpoint before training: a folder or file of weights in any format of docs/formats.md",
     )
     compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training, or a PEFT adapter of BASE")
     _survey_options(compare)
@@ -317,7 +319,7 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
             print(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
             )
-    for note in dict.fromkeys(n for c in result.run["checkpoints"] for n in c.get("notes", [])):
+    for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
         print(f"note: {note}")
     if not args.no_report:
         from opdgeo.report import write_report
