@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
-from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
+from opdgeo.diagnostics import Base, Settings, Update, Value, channel_energy, diagnostics, subspace_similarity
+from opdgeo.diagnostics.gaussian_null import SPECTRA, Null, gaussian_null, mean_std
+from opdgeo.diagnostics.update import cached, undefined
+from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum, leading
+from opdgeo.numerics.spectra import Spectrum
 from opdgeo.survey.cache import SpectrumCache
 
 
@@ -29,6 +33,29 @@ class Measured:
     )
 
 
+@dataclass
+class Step:
+    """What a trajectory keeps of one checkpoint: its rows, and the factors that later checkpoints are compared with.
+
+    `spectrum` holds ΔW's leading triplets, None where the matrix did not move or was skipped (`finite` tells which);
+    `increment` is ‖W_t − W_{t−1}‖_F, None where the checkpoint before is not there to read.
+    """
+
+    rows: list[dict[str, Any]]
+    curves: list[dict[str, Any]]
+    spectrum: Spectrum | None = None
+    increment: float | None = None
+    finite: bool = True
+
+
+class Kept(Protocol):
+    """Steps measured by an earlier run (`survey.trail`)."""
+
+    def load(self, matrix: Matrix, index: int) -> Step | None: ...
+
+    def save(self, matrix: Matrix, index: int, step: Step) -> None: ...
+
+
 def measure(
     matrix: Matrix,
     base: Checkpoint,
@@ -38,6 +65,7 @@ def measure(
     trajectory: bool,
     device: str = "cpu",
     cache: SpectrumCache | None = None,
+    kept: Kept | None = None,
     done: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measure `matrix` at every checkpoint against `base`; calls `done` after each checkpoint.
@@ -45,51 +73,147 @@ def measure(
     A matrix with a non-finite entry at some checkpoint is skipped there, and its rows say so.
     """
     out = Measured()
-    clock = _Clock(out.seconds)
-    with clock("read"):
-        before = Base(base.read(matrix).to(device), settings)
-    blocked = _non_finite(before.weights, base)
-    if cache and not blocked:
-        with clock("factor"):
-            _factor(before, cache, device)
-    spectra: dict[int, Spectrum | None] = {}
-    increments: dict[int, float] = {}
-    last = before.weights
-    for index, checkpoint in enumerate(checkpoints):
-        with clock("read"):
-            tuned = checkpoint.read(matrix).to(device)
-        reason = blocked or _non_finite(tuned, checkpoint)
-        if reason:
-            values = {(d, v): Value(None, status="skipped", reason=reason) for d, v in _row_names(settings)}
-            null: Null = {}
-        else:
-            with clock("measure"):
-                near = next((s.right for s in reversed(spectra.values()) if s), None)
-                update = Update(before, tuned, directions=trajectory, start=near)
-                values = _values(update)
-                out.curves += [
-                    {
-                        "checkpoint": checkpoint.name,
-                        "step": checkpoint.step,
-                        "matrix": matrix.name,
-                        "curve": c,
-                        "values": v,
-                    }
-                    for c, v in _curves(update)
-                ]
-                if trajectory:
-                    spectra[index] = update.delta_spectrum if update.moved else None
-                    increments[index] = Update(Base(last, settings), tuned).norm
-                    last = tuned
-            with clock("nulls"):
-                null = _null(update, matrix, checkpoint)
-        out.rows += [_row(checkpoint, matrix, d, v, value, null.get((d, v))) for (d, v), value in values.items()]
+    subject = _Subject(matrix, base, settings, trajectory, device, cache, _Clock(out.seconds))
+    steps: list[Step] = []
+    for index in range(len(checkpoints)):
+        step = kept.load(matrix, index) if kept else None
+        if step is None:
+            step = subject.step(checkpoints, steps)
+            if kept:
+                kept.save(matrix, index, step)
+        steps.append(step)
+        out.rows += step.rows
+        out.curves += step.curves
         done()
     if trajectory:
-        with clock("nulls"):
-            walks = _walks(matrix, settings, spectra, increments, device)
-        out.rows += _similarities(matrix, checkpoints, settings, spectra, walks)
+        with subject.clock("nulls"):
+            out.rows += _similarities(matrix, checkpoints, settings, steps)
     return out
+
+
+class _Subject:
+    """One matrix, opened where it is first needed: a step that is kept costs no reading."""
+
+    def __init__(
+        self, matrix: Matrix, base: Checkpoint, settings: Settings, trajectory: bool, device: str,
+        cache: SpectrumCache | None, clock: _Clock,
+    ):  # fmt: skip
+        self.matrix, self.base, self.settings, self.trajectory = matrix, base, settings, trajectory
+        self.device, self.cache, self.clock = device, cache, clock
+        self.last: tuple[int, Tensor] | None = None  # the newest finite weights, and whose they are
+
+    @cached
+    def before(self) -> Base:
+        with self.clock("read"):
+            return Base(self.base.read(self.matrix).to(self.device), self.settings)
+
+    @cached
+    def blocked(self) -> str | None:
+        """Why nothing can be measured; W₀'s spectrum comes from the cache where it is there."""
+        reason = _non_finite(self.before.weights, self.base)
+        if self.cache and not reason:
+            with self.clock("factor"):
+                _factor(self.before, self.cache, self.device)
+        return reason
+
+    def step(self, checkpoints: list[Checkpoint], earlier: list[Step]) -> Step:
+        """Measure the checkpoint that comes after `earlier`."""
+        index, matrix, settings, clock = len(earlier), self.matrix, self.settings, self.clock
+        checkpoint = checkpoints[index]
+        reason = self.blocked
+        with clock("read"):
+            tuned = checkpoint.read(matrix).to(self.device)
+        reason = reason or _non_finite(tuned, checkpoint)
+        if reason:
+            skipped = Value(None, status="skipped", reason=reason)
+            return Step([_row(checkpoint, matrix, d, v, skipped, None) for d, v in self._names()], [], finite=False)
+        with clock("measure"):
+            near = next((s.spectrum.right for s in reversed(earlier) if s.spectrum), None)
+            directions = max(subspace_similarity.ranks(settings)) if self.trajectory else 0
+            update = Update(self.before, tuned, directions=directions, start=near)
+            values = _values(update)
+            curves = [
+                {"checkpoint": checkpoint.name, "step": checkpoint.step, "matrix": matrix.name, "curve": c, "values": v}
+                for c, v in _curves(update)
+            ]
+        with clock("nulls"):
+            null = _null(update, matrix, checkpoint)
+        found = Step([], curves)
+        if self.trajectory:
+            found.spectrum = update.delta_spectrum if update.moved else None
+            with clock("read"):
+                found.increment = self._increment(tuned, checkpoints, earlier)
+            self.last = index, tuned
+            with clock("measure"):
+                for name, value, chance in self._energies(update, [*earlier, found]):
+                    values["channel_energy", name] = value
+                    null |= {("channel_energy", name): chance} if chance else {}
+        found.rows = [_row(checkpoint, matrix, d, v, value, null.get((d, v))) for (d, v), value in values.items()]
+        return found
+
+    def _names(self) -> list[tuple[str, str]]:
+        names = [(name, variant) for name, d in diagnostics().items() for variant in d.variants(self.settings)]
+        if self.trajectory:
+            names += [("channel_energy", variant) for variant in channel_energy.variants(self.settings)]
+        return names
+
+    def _increment(self, tuned: Tensor, checkpoints: list[Checkpoint], earlier: list[Step]) -> float | None:
+        """‖W_t − W_s‖_F from the finite checkpoint before, or from W₀."""
+        before = max((i for i, s in enumerate(earlier) if s.finite), default=None)
+        if before is None:
+            last = self.before.weights
+        elif self.last and self.last[0] == before:
+            last = self.last[1]
+        else:
+            try:
+                last = checkpoints[before].read(self.matrix).to(self.device)
+            except CheckpointError:  # gone since it was measured: a run may keep its last checkpoints only
+                return None
+        return Update(Base(last, self.settings), tuned).norm
+
+    def _energies(self, update: Update, steps: list[Step]) -> Iterator[tuple[str, Value, tuple[float, float] | None]]:
+        """Variant, value and null of the energy inside the channels of earlier steps; the last of `steps` is the update's."""
+        k, reason = self.before.cut(self.settings.top_k)
+        lengths = _lengths(steps)
+        for other, index in (("first", 0), ("previous", len(steps) - 2)):
+            for side in subspace_similarity.SIDES:
+                name = subspace_similarity.name(other, side, self.settings.top_k)
+                if len(steps) < 2:
+                    yield name, undefined("there is no earlier checkpoint"), None
+                    continue
+                if not steps[index].finite:
+                    yield (
+                        name,
+                        Value(None, status="skipped", reason="non-finite entries in the earlier checkpoint"),
+                        None,
+                    )
+                    continue
+                value, chance = channel_energy.share(update, steps[index].spectrum, k, side, reason), None
+                earlier, now = lengths[index], lengths[-1]
+                if self.settings.nulls and value.value is not None and earlier is not None and now is not None:
+                    angle = subspace_similarity.walk_angle(earlier, now)
+                    rows, cols = self.before.shape
+                    own = _own_energy(rows, cols, k)
+                    chance = channel_energy.null(own, k / (cols if side == "right" else rows), angle)
+                yield name, value, chance
+
+
+@lru_cache(maxsize=256)
+def _own_energy(rows: int, cols: int, k: int) -> tuple[float, float]:
+    """Share of a Gaussian matrix's energy in its own top k."""
+    rng = np.random.default_rng(nulls.seed("own", rows, cols, k))
+    return mean_std((nulls.top_singular_values(rows, cols, 1.0, k, SPECTRA, rng) ** 2).sum(axis=1))
+
+
+def _lengths(steps: list[Step]) -> list[float | None]:
+    """The squared length of the walk at every step: the sum of the increments' squares; None from where one is unknown."""
+    lengths: list[float | None] = []
+    total: float | None = 0.0
+    for step in steps:
+        if step.finite:
+            total = None if total is None or step.increment is None else total + step.increment**2
+        lengths.append(total if step.finite else None)
+    return lengths
 
 
 def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
@@ -100,10 +224,6 @@ def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
         before.spectrum = known
     else:
         cache.save(path, before.spectrum)
-
-
-def _row_names(settings: Settings) -> list[tuple[str, str]]:
-    return [(name, variant) for name, d in diagnostics().items() for variant in d.variants(settings)]
 
 
 def _values(update: Update) -> dict[tuple[str, str], Value]:
@@ -134,52 +254,34 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> Null:
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
-def _similarity_rank(matrix: Matrix, settings: Settings) -> int:
-    return min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2))
-
-
-def _walks(
-    matrix: Matrix, settings: Settings, spectra: dict[int, Spectrum | None], increments: dict[int, float], device: str
-) -> list[dict[int, Spectrum | None]]:
-    """Draws of the walk null: spectra of running sums of independent Gaussian increments with the observed norms."""
-    if not any(spectra.values()):
-        return []
-    k = _similarity_rank(matrix, settings)
-    walks = []
-    for draw in range(settings.nulls):
-        rng = nulls.generator("walk", matrix.name, draw)
-        position = torch.zeros(matrix.rows, matrix.cols, dtype=torch.float64)
-        walk: dict[int, Spectrum | None] = {}
-        for index, norm in increments.items():
-            position = position + nulls.gaussian(matrix.rows, matrix.cols, norm, rng)
-            walk[index] = leading(position.to(device), k, tolerance=1e-4, angle=1e-3) if spectra[index] else None
-        walks.append(walk)
-    return walks
-
-
 def _similarities(
-    matrix: Matrix,
-    checkpoints: list[Checkpoint],
-    settings: Settings,
-    spectra: dict[int, Spectrum | None],
-    walks: list[dict[int, Spectrum | None]],
+    matrix: Matrix, checkpoints: list[Checkpoint], settings: Settings, steps: list[Step]
 ) -> Iterator[dict[str, Any]]:
-    k = _similarity_rank(matrix, settings)
-    reason = None if k == settings.top_k else f"rank {settings.top_k} cut to {k}: half the smaller side"
-    names = dict(zip(("final", "previous"), subspace_similarity.variants(settings), strict=True))
+    ranks, lengths = subspace_similarity.ranks(settings), _lengths(steps)
+    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    table = nulls.pair_similarity(matrix.rows, matrix.cols, tuple(sorted({min(k, largest) for k in ranks})))
     for index, checkpoint in enumerate(checkpoints):
         for kind, other in (("final", len(checkpoints) - 1), ("previous", index - 1)):
-            null = None
+            chances: dict[tuple[str, int], tuple[float, float]] = {}
+            problem = None
             if other < 0:
-                value = Value(None, status="undefined", reason="there is no earlier checkpoint")
-            elif index not in spectra or other not in spectra:
-                value = Value(None, status="skipped", reason="non-finite entries in one of the two checkpoints")
-            else:
-                value = subspace_similarity.similarity(spectra[index], spectra[other], reason)
-                drawn = [subspace_similarity.similarity(w[index], w[other]).value for w in walks]
-                if value.value is not None and (known := [x for x in drawn if x is not None]):
-                    null = mean_std(known)
-            yield _row(checkpoint, matrix, "subspace_similarity", names[kind], value, null)
+                problem = undefined("there is no earlier checkpoint")
+            elif not (steps[index].finite and steps[other].finite):
+                problem = Value(None, status="skipped", reason="non-finite entries in one of the two checkpoints")
+            elif settings.nulls and steps[index].spectrum and steps[other].spectrum:
+                ends = lengths[min(index, other)], lengths[max(index, other)]
+                if ends[0] is not None and ends[1] is not None:
+                    chances = table(subspace_similarity.walk_angle(ends[0], ends[1]))
+            for side in subspace_similarity.SIDES:
+                for asked in ranks:
+                    k = min(asked, largest)
+                    reason = None if k == asked else f"rank {asked} cut to {k}: half the smaller side"
+                    value = problem or subspace_similarity.similarity(
+                        steps[index].spectrum, steps[other].spectrum, k, side, reason
+                    )
+                    null = chances.get((side, k)) if value.value is not None else None
+                    name = subspace_similarity.name(kind, side, asked)
+                    yield _row(checkpoint, matrix, "subspace_similarity", name, value, null)
 
 
 def _curves(update: Update) -> Iterator[tuple[str, list[float]]]:
