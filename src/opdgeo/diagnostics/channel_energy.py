@@ -14,8 +14,10 @@ import math
 import torch
 
 from opdgeo.diagnostics.subspace_similarity import SIDES, name
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, norm_error, undefined, undetermined
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
 from opdgeo.numerics.spectra import Spectrum
+
+READS = ("top_k",)
 
 
 def variants(settings: Settings) -> list[str]:
@@ -34,7 +36,7 @@ def share(update: Update, channel: Spectrum | None, k: int, side: str, reason: s
     delta = update.delta
     inside = delta @ channel.right[:, :k] if side == "right" else delta.T @ channel.left[:, :k]
     found = min(1.0, float(torch.linalg.vector_norm(inside / update.norm)) ** 2)
-    error = lost * (2 * found**0.5 + lost) + 4 * norm_error(1.0, update.weights.numel())
+    error = lost * (2 * found**0.5 + lost) + 4 * update.norm_error
     return Value(found, min(1.0, error), channel.method, reason=reason)
 
 

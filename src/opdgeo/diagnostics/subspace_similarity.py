@@ -15,6 +15,7 @@ import torch
 from opdgeo.diagnostics.update import Settings, Value, undefined, undetermined
 from opdgeo.numerics.spectra import EPS, Spectrum
 
+READS = ("top_k",)
 RANKS = (1, 2, 4, 8, 16, 32)
 SIDES = ("right", "left")
 

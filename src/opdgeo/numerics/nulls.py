@@ -93,6 +93,14 @@ def energy_share(inside: float, total: float) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / (total / 2 + 1))
 
 
+@lru_cache(maxsize=256)
+def own_energy(rows: int, cols: int, k: int) -> tuple[float, float]:
+    """Mean and standard deviation of the share of a Gaussian matrix's energy in its own top k singular directions."""
+    rng = np.random.default_rng(seed("own", rows, cols, k))
+    shares = (top_singular_values(rows, cols, 1.0, k, 16, rng) ** 2).sum(axis=1)
+    return float(shares.mean()), float(shares.std(ddof=1))
+
+
 def spacing(sigma: Tensor, scale: float) -> float:
     """`scale` relative to the median spacing of the singular values; first-order perturbation needs it well below 1."""
     gaps = sigma[:-1] - sigma[1:]

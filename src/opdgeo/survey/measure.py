@@ -2,218 +2,211 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.diagnostics import Base, Settings, Update, Value, channel_energy, diagnostics, subspace_similarity
-from opdgeo.diagnostics.gaussian_null import SPECTRA, Null, gaussian_null, mean_std
-from opdgeo.diagnostics.update import cached, undefined
+from opdgeo.diagnostics import MODULES, Base, Settings, Update, Value, channel_energy, diagnostics, subspace_similarity
+from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
+from opdgeo.diagnostics.update import undefined
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Spectrum
+from opdgeo.numerics.spectra import Factors, Spectrum
 from opdgeo.survey.cache import SpectrumCache
+
+if TYPE_CHECKING:
+    from opdgeo.survey.trail import Trail
+
+# Diagnostics that compare the checkpoints of a trajectory with each other.
+TRAJECTORY = {"subspace_similarity": subspace_similarity, "channel_energy": channel_energy}
+
+# Which diagnostic a curve is computed with.
+CURVES = {
+    "sigma_base": "spectral_shift",
+    "sigma_tuned": "spectral_shift",
+    "sigma_update": "operator_norm",
+    "angle_left": "principal_angles",
+    "angle_right": "principal_angles",
+}
 
 
 @dataclass
 class Measured:
-    """The rows of one matrix for `measurements.parquet` and `curves.parquet`, and where the seconds went."""
+    """The rows of one matrix for `measurements.parquet` and `curves.parquet`, the settings they were made with, and where
+    the seconds went."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"read": 0.0, "factor": 0.0, "measure": 0.0, "nulls": 0.0}
     )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured of every matrix: plain data, so that it can be sent to another machine.
+
+    `trajectory` compares the checkpoints' update subspaces with each other; `cache` None keeps no factors; `trail` holds
+    what was measured of earlier checkpoints of a run that is still growing.
+    """
+
+    base: Checkpoint
+    checkpoints: list[Checkpoint]
+    settings: Settings
+    trajectory: bool
+    device: str = "cpu"
+    cache: SpectrumCache | None = None
+    trail: Trail | None = None
+
+
+def outdated(known: dict[str, Any] | None, settings: Settings, trajectory: bool) -> tuple[set[str], set[str]]:
+    """The diagnostics whose values, and those whose nulls, differ between what was measured with the settings `known` and
+    what `settings` ask for: those that read a setting which changed. A null reads what its diagnostic reads, and how
+    nulls are drawn."""
+    now = json.loads(json.dumps(settings.to_json()))
+    changed = {name for name, value in now.items() if not known or known.get(name) != value}
+    reads = {name: set(d.READS) for name, d in diagnostics().items()}
+    if trajectory:
+        reads |= {name: set(_reads(name)) for name in TRAJECTORY}
+    values = set(reads) if not known else {name for name, names in reads.items() if names & changed}
+    return values, set(reads) if changed & {"nulls", "null"} else values
 
 
 @dataclass
 class Step:
     """What a trajectory keeps of one checkpoint: its rows, and the factors that later checkpoints are compared with.
 
-    `spectrum` holds ΔW's leading triplets, None where the matrix did not move or was skipped (`finite` tells which);
-    `increment` is ‖W_t − W_{t−1}‖_F, None where the checkpoint before is not there to read.
+    `spectrum` holds ΔW's leading triplets, None where the matrix did not move, was skipped (`finite` tells which) or its
+    values are taken over; `increment` is ‖W_t − W_{t−1}‖_F, None where the checkpoint before is not there to read.
     """
 
-    rows: list[dict[str, Any]]
-    curves: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
     spectrum: Spectrum | None = None
     increment: float | None = None
     finite: bool = True
 
 
-class Kept(Protocol):
-    """Steps measured by an earlier run (`survey.trail`)."""
-
-    def load(self, matrix: Matrix, index: int) -> Step | None: ...
-
-    def save(self, matrix: Matrix, index: int, step: Step) -> None: ...
-
-
-def measure(
-    matrix: Matrix,
-    base: Checkpoint,
-    checkpoints: list[Checkpoint],
-    settings: Settings,
-    *,
-    trajectory: bool,
-    device: str = "cpu",
-    cache: SpectrumCache | None = None,
-    kept: Kept | None = None,
-    done: Callable[[], None] = lambda: None,
-) -> Measured:
-    """Measure `matrix` at every checkpoint against `base`; calls `done` after each checkpoint.
+def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured:
+    """Measure `matrix` at every checkpoint against the base; what still holds of `known`, from an earlier run, is taken over.
 
     A matrix with a non-finite entry at some checkpoint is skipped there, and its rows say so.
     """
-    out = Measured()
-    subject = _Subject(matrix, base, settings, trajectory, device, cache, _Clock(out.seconds))
+    settings, base, known = job.settings, job.base, known or Measured()
+    values_of, nulls_of = outdated(known.settings, settings, job.trajectory)
+    reading = nulls_of & set(MODULES)
+    compared = job.trajectory and any("top_k" in _reads(name) for name in values_of)
+    directions = max(subspace_similarity.ranks(settings)) if job.trajectory else 0
+    old = _Old(known)
+    out = Measured(settings=settings.to_json(), seconds=dict(known.seconds))
+    clock = _Clock(out.seconds)
+    with clock("read"):
+        before = Base(base.read(matrix).to(job.device), settings)
+    blocked = _non_finite(before.weights, base)
+    if job.cache and not blocked and any("rank" in _reads(name) for name in reading):
+        with clock("factor"):
+            _factor(before, job.cache, job.device)
     steps: list[Step] = []
-    for index in range(len(checkpoints)):
-        step = kept.load(matrix, index) if kept else None
-        if step is None:
-            step = subject.step(checkpoints, steps)
-            if kept:
-                kept.save(matrix, index, step)
+    last: Tensor | None = before.weights  # the newest finite weights; None: not read yet
+    for index, checkpoint in enumerate(job.checkpoints):
+        if job.trail and (kept := job.trail.load(matrix, index)):
+            steps.append(kept)
+            last = None if kept.finite else last
+            continue
+        step = Step()
         steps.append(step)
-        out.rows += step.rows
-        out.curves += step.curves
-        done()
-    if trajectory:
-        with subject.clock("nulls"):
-            out.rows += _similarities(matrix, checkpoints, settings, steps)
+        with clock("read"):
+            factors = checkpoint.factors(matrix)
+            tuned = Factors(*(f.to(job.device) for f in factors)) if factors else checkpoint.read(matrix).to(job.device)
+            near = next((s.spectrum.right for s in reversed(steps) if s.spectrum), None)
+            update = Update(before, tuned, directions=directions, start=near)
+        reason = blocked or _non_finite(update.weights, checkpoint)
+        values: dict[str, dict[str, Value]] = {}
+        curves: dict[str, list[float]] = {}
+        null: Null = {}
+        if reason:
+            step.finite = False
+            skipped = Value(None, status="skipped", reason=reason)
+            values = {n: dict.fromkeys(d.variants(settings), skipped) for n, d in diagnostics().items()}
+            if job.trajectory:
+                values["channel_energy"] = dict.fromkeys(channel_energy.variants(settings), skipped)
+        else:
+            with clock("measure"):
+                values = {n: d.measure(update) for n, d in diagnostics().items() if n in values_of}
+                curves = dict(_curves(update, values_of))
+                if compared:
+                    step.spectrum = update.delta_spectrum if update.moved else None
+                    values["channel_energy"] = dict(_energies(update, steps))
+            if job.trajectory and nulls_of.intersection(TRAJECTORY):
+                with clock("read"):
+                    last = _before(job, matrix, steps, before.weights) if last is None else last
+                step.increment = None if last is None else Update(Base(last, settings), update.weights).norm
+                last = update.weights
+            with clock("nulls"):
+                null = _null(update, matrix, checkpoint, reading)
+                if job.trajectory and settings.nulls:
+                    null |= _energy_nulls(matrix, settings, steps)
+        for name in (*MODULES, *(["channel_energy"] if job.trajectory else [])):
+            found = values[name] if name in values_of else old.values(checkpoint, name)
+            for variant, value in found.items():
+                beside = null.get((name, variant)) if name in nulls_of else old.null(checkpoint, name, variant)
+                beside = beside if value.value is not None or name in MODULES else None
+                step.rows.append(_row(checkpoint, matrix, name, variant, value, beside))
+        for curve, diagnostic in CURVES.items():
+            points = curves.get(curve) if diagnostic in values_of else old.curves.get((checkpoint.name, curve))
+            if points is not None:
+                place = {"checkpoint": checkpoint.name, "step": checkpoint.step, "matrix": matrix.name}
+                step.curves.append(place | {"curve": curve, "values": points})
+        if job.trail:
+            job.trail.save(matrix, index, step)
+    out.rows = [row for step in steps for row in step.rows]
+    out.curves = [curve for step in steps for curve in step.curves]
+    if job.trajectory:
+        with clock("nulls"):
+            walk = _walk(matrix, settings, steps) if settings.nulls and "subspace_similarity" in nulls_of else {}
+        for index, checkpoint in enumerate(job.checkpoints):
+            found = (
+                dict(_similarities(matrix, index, settings, steps))
+                if "subspace_similarity" in values_of
+                else old.values(checkpoint, "subspace_similarity")
+            )
+            for variant, value in found.items():
+                if "subspace_similarity" not in nulls_of:
+                    beside = old.null(checkpoint, "subspace_similarity", variant)
+                else:
+                    beside = walk.get((index, variant)) if value.value is not None else None
+                out.rows.append(_row(checkpoint, matrix, "subspace_similarity", variant, value, beside))
     return out
 
 
-class _Subject:
-    """One matrix, opened where it is first needed: a step that is kept costs no reading."""
+class _Old:
+    """What an earlier run measured, by place."""
 
-    def __init__(
-        self, matrix: Matrix, base: Checkpoint, settings: Settings, trajectory: bool, device: str,
-        cache: SpectrumCache | None, clock: _Clock,
-    ):  # fmt: skip
-        self.matrix, self.base, self.settings, self.trajectory = matrix, base, settings, trajectory
-        self.device, self.cache, self.clock = device, cache, clock
-        self.last: tuple[int, Tensor] | None = None  # the newest finite weights, and whose they are
+    def __init__(self, known: Measured):
+        self.curves = {(c["checkpoint"], c["curve"]): c["values"] for c in known.curves}
+        self.rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        for row in known.rows:
+            self.rows.setdefault((row["checkpoint"], row["diagnostic"]), {})[row["variant"]] = row
 
-    @cached
-    def before(self) -> Base:
-        with self.clock("read"):
-            return Base(self.base.read(self.matrix).to(self.device), self.settings)
+    def values(self, checkpoint: Checkpoint, diagnostic: str) -> dict[str, Value]:
+        fields = ("value", "error", "method", "status", "reason")
+        rows = self.rows.get((checkpoint.name, diagnostic), {})
+        return {variant: Value(*(row[f] for f in fields)) for variant, row in rows.items()}
 
-    @cached
-    def blocked(self) -> str | None:
-        """Why nothing can be measured; W₀'s spectrum comes from the cache where it is there."""
-        reason = _non_finite(self.before.weights, self.base)
-        if self.cache and not reason:
-            with self.clock("factor"):
-                _factor(self.before, self.cache, self.device)
-        return reason
-
-    def step(self, checkpoints: list[Checkpoint], earlier: list[Step]) -> Step:
-        """Measure the checkpoint that comes after `earlier`."""
-        index, matrix, settings, clock = len(earlier), self.matrix, self.settings, self.clock
-        checkpoint = checkpoints[index]
-        reason = self.blocked
-        with clock("read"):
-            tuned = checkpoint.read(matrix).to(self.device)
-        reason = reason or _non_finite(tuned, checkpoint)
-        if reason:
-            skipped = Value(None, status="skipped", reason=reason)
-            return Step([_row(checkpoint, matrix, d, v, skipped, None) for d, v in self._names()], [], finite=False)
-        with clock("measure"):
-            near = next((s.spectrum.right for s in reversed(earlier) if s.spectrum), None)
-            directions = max(subspace_similarity.ranks(settings)) if self.trajectory else 0
-            update = Update(self.before, tuned, directions=directions, start=near)
-            values = _values(update)
-            curves = [
-                {"checkpoint": checkpoint.name, "step": checkpoint.step, "matrix": matrix.name, "curve": c, "values": v}
-                for c, v in _curves(update)
-            ]
-        with clock("nulls"):
-            null = _null(update, matrix, checkpoint)
-        found = Step([], curves)
-        if self.trajectory:
-            found.spectrum = update.delta_spectrum if update.moved else None
-            with clock("read"):
-                found.increment = self._increment(tuned, checkpoints, earlier)
-            self.last = index, tuned
-            with clock("measure"):
-                for name, value, chance in self._energies(update, [*earlier, found]):
-                    values["channel_energy", name] = value
-                    null |= {("channel_energy", name): chance} if chance else {}
-        found.rows = [_row(checkpoint, matrix, d, v, value, null.get((d, v))) for (d, v), value in values.items()]
-        return found
-
-    def _names(self) -> list[tuple[str, str]]:
-        names = [(name, variant) for name, d in diagnostics().items() for variant in d.variants(self.settings)]
-        if self.trajectory:
-            names += [("channel_energy", variant) for variant in channel_energy.variants(self.settings)]
-        return names
-
-    def _increment(self, tuned: Tensor, checkpoints: list[Checkpoint], earlier: list[Step]) -> float | None:
-        """‖W_t − W_s‖_F from the finite checkpoint before, or from W₀."""
-        before = max((i for i, s in enumerate(earlier) if s.finite), default=None)
-        if before is None:
-            last = self.before.weights
-        elif self.last and self.last[0] == before:
-            last = self.last[1]
-        else:
-            try:
-                last = checkpoints[before].read(self.matrix).to(self.device)
-            except CheckpointError:  # gone since it was measured: a run may keep its last checkpoints only
-                return None
-        return Update(Base(last, self.settings), tuned).norm
-
-    def _energies(self, update: Update, steps: list[Step]) -> Iterator[tuple[str, Value, tuple[float, float] | None]]:
-        """Variant, value and null of the energy inside the channels of earlier steps; the last of `steps` is the update's."""
-        k, reason = self.before.cut(self.settings.top_k)
-        lengths = _lengths(steps)
-        for other, index in (("first", 0), ("previous", len(steps) - 2)):
-            for side in subspace_similarity.SIDES:
-                name = subspace_similarity.name(other, side, self.settings.top_k)
-                if len(steps) < 2:
-                    yield name, undefined("there is no earlier checkpoint"), None
-                    continue
-                if not steps[index].finite:
-                    yield (
-                        name,
-                        Value(None, status="skipped", reason="non-finite entries in the earlier checkpoint"),
-                        None,
-                    )
-                    continue
-                value, chance = channel_energy.share(update, steps[index].spectrum, k, side, reason), None
-                earlier, now = lengths[index], lengths[-1]
-                if self.settings.nulls and value.value is not None and earlier is not None and now is not None:
-                    angle = subspace_similarity.walk_angle(earlier, now)
-                    rows, cols = self.before.shape
-                    own = _own_energy(rows, cols, k)
-                    chance = channel_energy.null(own, k / (cols if side == "right" else rows), angle)
-                yield name, value, chance
+    def null(self, checkpoint: Checkpoint, diagnostic: str, variant: str) -> tuple[float, float] | None:
+        row = self.rows[checkpoint.name, diagnostic][variant]
+        return None if row["null_mean"] is None else (row["null_mean"], row["null_std"])
 
 
-@lru_cache(maxsize=256)
-def _own_energy(rows: int, cols: int, k: int) -> tuple[float, float]:
-    """Share of a Gaussian matrix's energy in its own top k."""
-    rng = np.random.default_rng(nulls.seed("own", rows, cols, k))
-    return mean_std((nulls.top_singular_values(rows, cols, 1.0, k, SPECTRA, rng) ** 2).sum(axis=1))
-
-
-def _lengths(steps: list[Step]) -> list[float | None]:
-    """The squared length of the walk at every step: the sum of the increments' squares; None from where one is unknown."""
-    lengths: list[float | None] = []
-    total: float | None = 0.0
-    for step in steps:
-        if step.finite:
-            total = None if total is None or step.increment is None else total + step.increment**2
-        lengths.append(total if step.finite else None)
-    return lengths
+def _reads(name: str) -> tuple[str, ...]:
+    return TRAJECTORY[name].READS if name in TRAJECTORY else diagnostics()[name].READS
 
 
 def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
@@ -226,18 +219,16 @@ def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
         cache.save(path, before.spectrum)
 
 
-def _values(update: Update) -> dict[tuple[str, str], Value]:
-    return {(name, v): value for name, d in diagnostics().items() for v, value in d.measure(update).items()}
-
-
-def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> Null:
-    """Mean and standard deviation of every diagnostic over null updates of the same Frobenius norm."""
+def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collection[str] = MODULES) -> Null:
+    """Mean and standard deviation of the wanted diagnostics over null updates of the same Frobenius norm."""
     settings = update.settings
-    if not update.moved or settings.nulls == 0:
+    if not update.moved or settings.nulls == 0 or not wanted:
         return {}
-    found = gaussian_null(update, matrix.name, checkpoint.name) if settings.null == "gaussian" else {}
+    found = gaussian_null(update, wanted, matrix.name, checkpoint.name) if settings.null == "gaussian" else {}
     missing = {
-        name: d for name, d in diagnostics().items() if any((name, v) not in found for v in d.variants(settings))
+        name: d
+        for name, d in diagnostics().items()
+        if name in wanted and any((name, v) not in found for v in d.variants(settings))
     }
     draws: dict[tuple[str, str], list[float]] = {}
     for draw in range(settings.nulls if missing else 0):
@@ -254,41 +245,116 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint) -> Null:
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
-def _similarities(
-    matrix: Matrix, checkpoints: list[Checkpoint], settings: Settings, steps: list[Step]
-) -> Iterator[dict[str, Any]]:
+def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor | None:
+    """The finite weights before the newest step, W₀ where there are none; None where they are gone: a run may keep its last
+    checkpoints only."""
+    index = max((i for i, s in enumerate(steps[:-1]) if s.finite), default=None)
+    if index is None:
+        return base
+    try:
+        checkpoint = job.checkpoints[index]
+        factors = checkpoint.factors(matrix)
+        if factors:
+            return Update(Base(base, job.settings), Factors(*(f.to(job.device) for f in factors))).weights
+        return checkpoint.read(matrix).to(job.device)
+    except CheckpointError:
+        return None
+
+
+def _lengths(steps: list[Step]) -> list[float | None]:
+    """The squared length of the walk at every step, the sum of the squared increments; None where one is unknown."""
+    lengths: list[float | None] = []
+    total: float | None = 0.0
+    for step in steps:
+        if step.finite:
+            total = None if total is None or step.increment is None else total + step.increment**2
+        lengths.append(total if step.finite else None)
+    return lengths
+
+
+def _walk_angle(lengths: list[float | None], index: int, other: int) -> float | None:
+    """The angle between two points of the walk, the earlier and the later of two steps."""
+    earlier, later = lengths[min(index, other)], lengths[max(index, other)]
+    return None if earlier is None or later is None else subspace_similarity.walk_angle(earlier, later)
+
+
+def _energies(update: Update, steps: list[Step]) -> Iterator[tuple[str, Value]]:
+    """The energy of the newest step's update inside the channels of the first step and of the one before."""
+    k, reason = update.base.cut(update.settings.top_k)
+    for other, index in (("first", 0), ("previous", len(steps) - 2)):
+        for side in subspace_similarity.SIDES:
+            name = subspace_similarity.name(other, side, update.settings.top_k)
+            if len(steps) < 2:
+                yield name, undefined("there is no earlier checkpoint")
+            elif not steps[index].finite:
+                yield name, Value(None, status="skipped", reason="non-finite entries in the earlier checkpoint")
+            else:
+                yield name, channel_energy.share(update, steps[index].spectrum, k, side, reason)
+
+
+def _energy_nulls(matrix: Matrix, settings: Settings, steps: list[Step]) -> Null:
+    """The walk null of `_energies`, in closed form."""
+    found: Null = {}
+    k, lengths = min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2)), _lengths(steps)
+    for other, index in (("first", 0), ("previous", len(steps) - 2)):
+        angle = _walk_angle(lengths, index, len(steps) - 1) if len(steps) > 1 else None
+        for side, size in (("right", matrix.cols), ("left", matrix.rows)):
+            if angle is not None:
+                own = nulls.own_energy(matrix.rows, matrix.cols, k)
+                name = subspace_similarity.name(other, side, settings.top_k)
+                found["channel_energy", name] = channel_energy.null(own, k / size, angle)
+    return found
+
+
+def _others(index: int, count: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """What checkpoint `index` of `count` is compared with."""
+    return ("final", count - 1), ("previous", index - 1)
+
+
+def _similarities(matrix: Matrix, index: int, settings: Settings, steps: list[Step]) -> Iterator[tuple[str, Value]]:
+    """Similarity of the step `index` with the last and with the one before, for every K and both sides."""
+    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    for kind, other in _others(index, len(steps)):
+        for side in subspace_similarity.SIDES:
+            for asked in subspace_similarity.ranks(settings):
+                k = min(asked, largest)
+                name = subspace_similarity.name(kind, side, asked)
+                reason = None if k == asked else f"rank {asked} cut to {k}: half the smaller side"
+                if other < 0:
+                    yield name, undefined("there is no earlier checkpoint")
+                elif not (steps[index].finite and steps[other].finite):
+                    problem = "non-finite entries in one of the two checkpoints"
+                    yield name, Value(None, status="skipped", reason=problem)
+                else:
+                    pair = steps[index].spectrum, steps[other].spectrum
+                    yield name, subspace_similarity.similarity(*pair, k, side, reason)
+
+
+def _walk(matrix: Matrix, settings: Settings, steps: list[Step]) -> dict[tuple[int, str], tuple[float, float]]:
+    """The walk null of `_similarities`, by (index, variant)."""
     ranks, lengths = subspace_similarity.ranks(settings), _lengths(steps)
     largest = max(1, min(matrix.rows, matrix.cols) // 2)
     table = nulls.pair_similarity(matrix.rows, matrix.cols, tuple(sorted({min(k, largest) for k in ranks})))
-    for index, checkpoint in enumerate(checkpoints):
-        for kind, other in (("final", len(checkpoints) - 1), ("previous", index - 1)):
-            chances: dict[tuple[str, int], tuple[float, float]] = {}
-            problem = None
-            if other < 0:
-                problem = undefined("there is no earlier checkpoint")
-            elif not (steps[index].finite and steps[other].finite):
-                problem = Value(None, status="skipped", reason="non-finite entries in one of the two checkpoints")
-            elif settings.nulls and steps[index].spectrum and steps[other].spectrum:
-                ends = lengths[min(index, other)], lengths[max(index, other)]
-                if ends[0] is not None and ends[1] is not None:
-                    chances = table(subspace_similarity.walk_angle(ends[0], ends[1]))
-            for side in subspace_similarity.SIDES:
-                for asked in ranks:
-                    k = min(asked, largest)
-                    reason = None if k == asked else f"rank {asked} cut to {k}: half the smaller side"
-                    value = problem or subspace_similarity.similarity(
-                        steps[index].spectrum, steps[other].spectrum, k, side, reason
-                    )
-                    null = chances.get((side, k)) if value.value is not None else None
-                    name = subspace_similarity.name(kind, side, asked)
-                    yield _row(checkpoint, matrix, "subspace_similarity", name, value, null)
+    found = {}
+    for index in range(len(steps)):
+        for kind, other in _others(index, len(steps)):
+            angle = _walk_angle(lengths, index, other) if other >= 0 else None
+            if angle is not None:
+                chances = table(angle)
+                for side in subspace_similarity.SIDES:
+                    for k in ranks:
+                        found[index, subspace_similarity.name(kind, side, k)] = chances[side, min(k, largest)]
+    return found
 
 
-def _curves(update: Update) -> Iterator[tuple[str, list[float]]]:
-    yield "sigma_base", update.base.spectrum.sigma.tolist()
-    yield "sigma_tuned", update.tuned_spectrum.sigma.tolist()
-    if update.moved:
+def _curves(update: Update, wanted: Collection[str]) -> Iterator[tuple[str, list[float]]]:
+    """The curves that are computed with the wanted diagnostics."""
+    if CURVES["sigma_base"] in wanted:
+        yield "sigma_base", update.base.spectrum.sigma.tolist()
+        yield "sigma_tuned", update.tuned_spectrum.sigma.tolist()
+    if update.moved and CURVES["sigma_update"] in wanted:
         yield "sigma_update", update.delta_spectrum.sigma.tolist()
+    if update.moved and CURVES["angle_left"] in wanted:
         for side, angles in update.angles.items():
             yield f"angle_{side}", torch.rad2deg(angles).tolist()
 

@@ -1,7 +1,7 @@
 """What one training run is: a frozen value, saved beside its results as `config.json`.
 
-An arm of the experiment is one choice on each of two axes: who writes the tokens (`rollouts`) and what credit a token
-gets (`alpha`, `token_share`, `token_choice`). Everything else is the task, the optimizer and the bookkeeping.
+An arm of the experiment is one choice on each of three axes: who writes the tokens (`rollouts`), what credit a token gets
+(`alpha`, `token_share`, `token_choice`) and where the update may go (`channel`, `constrain`). Everything else is the task, the optimizer and the bookkeeping.
 Presets (`opdgeo.experiments.presets`) own the values; this module owns their meaning and their limits.
 """
 
@@ -11,11 +11,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from opdgeo.errors import ConfigError
-
-Rollouts = Literal["demonstrations", "student", "teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +35,34 @@ class TrainConfig:
     """Gives the token credit when `alpha` > 0; otherwise only measured against."""
 
     # who writes the tokens, and what credit each gets
-    rollouts: Rollouts
+    rollouts: str
+    """demonstrations, student, teacher, or the rollouts.jsonl of a run with `record_rollouts`, which is replayed."""
     alpha: float = 1.0
     """A = alpha·A_OPD + (1 − alpha)·A_RLVR. Not used with demonstrations, where every completion token counts 1."""
     token_share: float = 1.0
     """Share of each completion's tokens that keep their OPD credit."""
     token_choice: Literal["top", "random"] = "top"
 
+    # where the update may go (`constrain.py` says what each choice means)
+    channel: str | None = None
+    """A channel's file or folder; the run keeps a copy in channel.safetensors."""
+    constrain: Literal["gradient", "update", "adapter"] | None = None
+    moments: Literal["reset", "project", "keep"] = "reset"
+    """Adam's moments at the start. All but reset need an `origin` saved with `keep_moments`."""
+    unconstrained: Literal["free", "frozen"] = "free"
+    """Parameters that the channel does not hold: embeddings, norms, matrices of other roles."""
+
     # size of the run
     steps: int
     sequences_per_step: int
     generations: int = 8
     """Completions of one prompt; sequences_per_step / generations prompts a step. Not used with demonstrations."""
+    rollout_prompts: int = 0
+    """Prompts completed before the updates that use them, one whole batch each; 0 = one update per rollout."""
+    drop_flat_groups: bool = False
+    """Replace groups in which all completions have the same reward by other prompts (dynamic sampling)."""
     micro_batch: int = 0
-    """Sequences in memory at once; 0 = all of a step."""
+    """Sequences that a process holds at once; 0 = all of its share of a step."""
     max_prompt_tokens: int = 64
     """Evaluation and rollouts refuse longer prompts rather than cut them."""
     max_tokens: int = 64
@@ -82,6 +95,10 @@ class TrainConfig:
     eval_batch: int = 1024
     resume_every: int = 0
     """Steps between trainer states to resume from; 0 = at the checkpoints."""
+    keep_moments: bool = False
+    """Adam's moments beside the weights of every checkpoint, twice their size, for a run that goes on from there."""
+    record_rollouts: bool = False
+    """Keep every completion in rollouts.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -94,11 +111,27 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
         need(
-            self.rollouts in ("demonstrations", "student", "teacher"), "rollouts", "demonstrations, student or teacher"
+            self.rollouts in ("demonstrations", "student", "teacher") or self.replays is not None,
+            "rollouts",
+            "demonstrations, student, teacher or a recorded .jsonl file",
         )
         need(self.token_choice in ("top", "random"), "token_choice", "top or random")
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        need(self.constrain in (None, "gradient", "update", "adapter"), "constrain", "gradient, update or adapter")
+        need(self.moments in ("reset", "project", "keep"), "moments", "reset, project or keep")
+        need(self.unconstrained in ("free", "frozen"), "unconstrained", "free or frozen")
+        need(
+            (self.channel is None) == (self.constrain is None),
+            "channel",
+            "a channel and a way to constrain, or neither",
+        )
+        need(
+            self.moments != "keep" or self.constrain != "adapter",
+            "moments",
+            "reset or project, for an adapter has none",
+        )
+        need(self.moments != "project" or self.channel is not None, "moments", "a channel to project them on")
         need(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 (RLVR) to 1 (OPD)")
         need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
         for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):
@@ -107,6 +140,7 @@ class TrainConfig:
             "micro_batch",
             "eval_prompts",
             "eval_prompts_between",
+            "rollout_prompts",
             "resume_every",
             "weight_decay",
             "max_grad_norm",
@@ -124,6 +158,16 @@ class TrainConfig:
         if self.rollouts != "demonstrations":
             need(self.generations >= 2, "generations", "at least 2, because advantages are relative to a group")
             need(self.sequences_per_step % self.generations == 0, "generations", "a divisor of sequences_per_step")
+            if self.rollout_prompts:
+                fits = self.rollout_prompts * self.generations >= self.sequences_per_step
+                need(
+                    fits, "rollout_prompts", f"0, or at least {self.sequences_per_step // self.generations}, one step's"
+                )
+            need(
+                not (self.drop_flat_groups and self.alpha == 1.0),
+                "drop_flat_groups",
+                "false when alpha is 1, because the reward counts for nothing there",
+            )
             if self.teacher is None and (self.alpha > 0 or self.rollouts == "teacher"):
                 raise ConfigError(
                     f"alpha is {self.alpha:g} and rollouts is {self.rollouts!r} but no teacher is given; expected a teacher "
@@ -131,9 +175,14 @@ class TrainConfig:
                 )
 
     @property
-    def step_batch(self) -> int:
-        """Sequences in memory at once."""
-        return self.micro_batch or self.sequences_per_step
+    def replays(self) -> Path | None:
+        """The file of recorded rollouts, if the run takes its tokens from one."""
+        return Path(self.rollouts).expanduser() if self.rollouts.endswith(".jsonl") else None
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that share the completions of one rollout: as many whole batches as it fills."""
+        return max(1, self.rollout_prompts * self.generations // self.sequences_per_step)
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
