@@ -86,8 +86,13 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "title_of": lambda name: entry(name).title,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    source = resources.files("opdgeo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(context), made.all
+    return environment.from_string(_resource("page.html.j2")).render(
+        context, style=Markup(_resource("style.css"))
+    ), made.all
+
+
+def _resource(name: str) -> str:
+    return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
 
 
 class _Charts:
