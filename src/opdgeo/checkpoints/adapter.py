@@ -102,7 +102,7 @@ class Adapter(Checkpoint):
         if change.lora.magnitude:
             import torch
 
-            length = _tensors(change.lora.magnitude)[0].flatten()[change.start : change.start + matrix.rows].double()
+            length = _tensor(change.lora.magnitude).flatten()[change.start : change.start + matrix.rows].double()
             merged.mul_((length / torch.linalg.vector_norm(merged, dim=1))[:, None])
         return merged
 
@@ -251,7 +251,7 @@ def _shape(inside: list[tuple[Matrix, int]]) -> tuple[int, int]:
 
 def _factors(change: Change, matrix: Matrix) -> tuple[Tensor, Tensor]:
     lora, rows = change.lora, slice(change.start, change.start + matrix.rows)
-    down, up = _tensors(lora.down, lora.up)
+    down, up = _tensor(lora.down), _tensor(lora.up)
     if change.expert is not None:  # A is stacked by expert and rank, B by rank and expert
         down = down.reshape(lora.experts, -1, down.shape[1])[change.expert]
         up = up.reshape(up.shape[0], -1, lora.experts)[:, :, change.expert]
@@ -300,18 +300,11 @@ def _open_file(path: Path) -> dict[str, Stored]:
     return headers(file) if file.suffix == ".safetensors" else bin_headers(file)
 
 
-def _tensors(*stored: Stored) -> list[Tensor]:
-    """Tensors of one file."""
-    from safetensors import SafetensorError, safe_open
+def _tensor(stored: Stored) -> Tensor:
+    return _known(stored)[(slice(None),) * len(stored.shape)]
 
-    file = stored[0].file
-    if odd := [s for s in stored if s.dtype not in DTYPES]:
-        raise CheckpointError(f"{odd[0].name} in {file} is {odd[0].dtype}; expected {', '.join(DTYPES)}.")
-    if file.suffix != ".safetensors":
-        found = _load(file)
-        return [found[s.name] for s in stored]
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return [opened.get_tensor(s.name) for s in stored]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {stored[0].name} from {file}: {error}") from error
+
+def _known(stored: Stored) -> Stored:
+    if stored.dtype not in SIZES:
+        raise CheckpointError(f"a tensor in {stored.files[0]} is {stored.dtype}; expected {', '.join(SIZES)}.")
+    return stored
