@@ -68,9 +68,13 @@ def parser() -> argparse.ArgumentParser:
         "writes the tokens and what credit a token gets.",
     )
     train.add_argument(
-        "paradigm", choices=("sft", "opd", "rlvr"), help="demonstrations, teacher gap, or verifier reward"
+        "paradigm",
+        metavar="{sft|opd|rlvr}",
+        help="demonstrations, teacher gap, or verifier reward; or another arm of the preset, such as sft-matched",
     )
-    train.add_argument("--preset", default="tiny", help="models, task and settings: tiny (default) or smollm2")
+    train.add_argument(
+        "--preset", default="tiny", help="models, task and settings: tiny (default), smollm2 or qwen3-8b"
+    )
     train.add_argument("-o", "--out", type=Path, help="the arm's folder (default: opdgeo-PARADIGM)")
     train.add_argument("--model", help="start from this checkpoint instead of the preset's")
     train.add_argument("--steps", type=int, help="optimizer steps")
@@ -86,6 +90,11 @@ def parser() -> argparse.ArgumentParser:
         "--rollouts",
         metavar="student|teacher|FILE",
         help="who writes the tokens of opd and rlvr: student, teacher, or the rollouts.jsonl of an earlier run",
+    )
+    train.add_argument(
+        "--vllm",
+        choices=("off", "colocate", "server"),
+        help="let vLLM write the student's rollouts, here or on a server",
     )
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
@@ -286,16 +295,17 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
 
 def _train(args: argparse.Namespace) -> int:
-    from opdgeo.experiments.presets import train_config
+    from opdgeo.experiments.presets import make_teacher, train_config
     from opdgeo.training.engine import is_main
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
-    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts")
+    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "vllm")
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")
+    make_teacher(config, progress=sys.stderr.isatty())
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
     if not is_main():
         return DONE
