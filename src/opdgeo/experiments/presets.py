@@ -26,6 +26,7 @@ from typing import Any
 
 from opdgeo.errors import ConfigError
 from opdgeo.training.config import TrainConfig
+from opdgeo.training.models import SMOLLM2_TEACHER_STEPS
 
 TINY_TASK: dict[str, Any] = {
     "task": "arithmetic",
@@ -53,14 +54,14 @@ SMOLLM2_TASK: dict[str, Any] = {
     "sequences_per_step": 8,
     "micro_batch": 4,
     "max_prompt_tokens": 96,
-    "eval_prompts": 32,
-    "eval_prompts_between": 32,
-    "eval_batch": 16,
+    "eval_prompts": 16,
+    "eval_prompts_between": 8,
+    "eval_batch": 8,
 }
 SMOLLM2_SFT: dict[str, Any] = {
     **SMOLLM2_TASK,
     "rollouts": "demonstrations",
-    "max_tokens": 24,
+    "max_tokens": 16,
     "learning_rate": 2e-5,
     "schedule": "cosine",
     "betas": (0.9, 0.95),
@@ -70,8 +71,8 @@ SMOLLM2_AFTER_ANCHOR: dict[str, Any] = {
     "teacher": "smollm2/teacher",
     "generations": 4,
     "steps": 48,
-    "max_tokens": 24,
-    "learning_rate": 1e-5,
+    "max_tokens": 16,
+    "learning_rate": 3e-5,
     "schedule": "constant",
     "betas": (0.9, 0.98),
     "checkpoints": (1 / 3, 2 / 3, 1.0),
@@ -133,8 +134,6 @@ QWEN3_OPD: dict[str, Any] = {
     "checkpoints": tuple(step / 299 for step in (63, 127, 191, 255, 299)),
 }
 
-SMOLLM2_TEACHER_STEPS = 60  # `models.smollm2_teacher` looks for this checkpoint
-
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "sft": {
@@ -156,7 +155,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sft-matched": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "demonstrations"},
         "opd": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 1.0},
         "rlvr": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 0.0, "sequences_per_step": 16},
-        "teacher": {**SMOLLM2_SFT, "steps": SMOLLM2_TEACHER_STEPS, "learning_rate": 1e-4, "checkpoints": (1.0,)},
+        "teacher": {**SMOLLM2_SFT, "steps": SMOLLM2_TEACHER_STEPS, "learning_rate": 1e-4, "checkpoints": (1.0,), "eval_prompts": 0},
     },
     "qwen3-8b": {
         "sft": QWEN3_SFT,

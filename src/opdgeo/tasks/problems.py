@@ -59,7 +59,7 @@ class Problems:
 
     @property
     def verifiable(self) -> bool:
-        return bool(self._examples[False][0].answer)
+        return any(examples and examples[0].answer for examples in self._examples.values())
 
     @property
     def prompted(self) -> bool:
@@ -101,6 +101,10 @@ class Problems:
         found = list(self._examples[held_out])
         random.Random(f"{seed}-{held_out}").shuffle(found)
         return found[:count]
+
+    def all(self) -> list[Example]:
+        """Every problem of the source, in its order: for evaluation."""
+        return self._read(self.source)
 
     def verify(self, completion: str, answer: str) -> float:
         return verify(completion, answer)
