@@ -19,12 +19,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "opdgeo", *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], ["signals", "--help"], []]
+)
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom opdgeo.cli import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
-        "assert not {'torch', 'numpy', 'polars', 'transformers'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'polars', 'transformers', 'ray'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

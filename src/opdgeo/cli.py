@@ -40,9 +40,11 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the update from BASE to TUNED, matrix by matrix, beside null models.",
     )
     compare.add_argument(
-        "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
+        "base",
+        metavar="BASE",
+        help="checkpoint before training: a folder or file of weights in any format of docs/formats.md",
     )
-    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training")
+    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training, or a PEFT adapter of BASE")
     _survey_options(compare)
     compare.set_defaults(run=_compare)
 
@@ -99,6 +101,18 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
     )
+    train.add_argument("--channel", help="hold the update in this channel: what `opdgeo channel` wrote")
+    train.add_argument(
+        "--constrain",
+        choices=("gradient", "update", "adapter"),
+        help="project gradients (the paper), the update too (exact), or train a LoRA with a frozen A (exact, less memory)",
+    )
+    train.add_argument(
+        "--moments", choices=("reset", "project", "keep"), help="Adam's moments at the start (default: reset)"
+    )
+    train.add_argument(
+        "--unconstrained", choices=("free", "frozen"), help="parameters that the channel does not hold (default: free)"
+    )
     train.add_argument(
         "--set",
         metavar="NAME=VALUE",
@@ -150,6 +164,40 @@ def parser() -> argparse.ArgumentParser:
     )
     reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
     reproduce.set_defaults(run=_reproduce)
+
+    signals = commands.add_parser(
+        "signals",
+        help="compare the gradients that SFT, OPD and RLVR give a checkpoint",
+        description="At each checkpoint, sample held-out prompts and take the gradient of every token under every objective (SFT, OPD, "
+        "RLVR, their mixtures, token masks). Says how many directions the gradients of an objective fill, how far the objectives' "
+        "second moments agree with each other, with chance, with credit of random sign and with the weights' principal directions, what "
+        "masking tokens does, and whether mixtures follow the paper's formula.",
+        epilog="example: opdgeo signals runs/opd/step-000020 runs/opd/step-000100 -o signals",
+    )
+    signals.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT | RUN_DIR",
+        nargs="+",
+        help="Hugging Face folders, a run's folder (all its checkpoints), or tiny/base",
+    )
+    signals.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-signals"), help="results folder (default: opdgeo-signals)"
+    )
+    signals.add_argument("--teacher", help="gives OPD's credit (default: the run's own, else the preset's)")
+    signals.add_argument(
+        "--preset", default="tiny", help="task, lengths and teacher of a checkpoint outside a run (default: tiny)"
+    )
+    signals.add_argument("--task", help="another task than the run's")
+    signals.add_argument("--prompts", type=int, default=64, help="held-out prompts; at least 4 (default: 64)")
+    signals.add_argument("--generations", type=int, default=8, help="samples of one prompt (default: 8)")
+    signals.add_argument(
+        "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
+    )
+    signals.add_argument("--layers", help="such as 0,3, or all (default: the middle and the last)")
+    signals.add_argument("--top-k", type=int, default=16, help="leading directions compared (default: 16)")
+    signals.add_argument("--seed", type=int, default=0, help="of prompts, samples, masks and bootstrap (default: 0)")
+    signals.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
+    signals.set_defaults(run=_signals)
 
     channel = commands.add_parser(
         "channel",
@@ -305,6 +353,8 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
             print(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
             )
+    for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
+        print(f"note: {note}")
     if not args.no_report:
         from opdgeo.report import write_report
 
@@ -325,7 +375,10 @@ def _train(args: argparse.Namespace) -> int:
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
-    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "vllm")
+    names = (
+        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "channel", "constrain",
+        "moments", "unconstrained", "vllm",
+    )  # fmt: skip
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
@@ -373,6 +426,23 @@ def _reproduce(args: argparse.Namespace) -> int:
     claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
+    return DONE
+
+
+def _signals(args: argparse.Namespace) -> int:
+    from opdgeo.experiments.signals import signals
+    from opdgeo.report import write_report
+    from opdgeo.report.signals import print_signals
+
+    names = ("preset", "task", "prompts", "generations", "roles", "layers", "top_k", "seed", "out")
+    result = signals(
+        args.checkpoints, args.teacher, progress=sys.stderr.isatty(), **{name: getattr(args, name) for name in names}
+    )
+    result.save(args.out)
+    print_signals(result.summary)
+    if not args.no_report:
+        print(f"report: {write_report(args.out)}")
+    print(f"data:   {args.out}/signals.parquet, signals_spectra.parquet, signals.json, run.json")
     return DONE
 
 

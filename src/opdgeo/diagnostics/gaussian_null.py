@@ -26,7 +26,7 @@ SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, a
 def gaussian_null(update: Update, wanted: Collection[str], *key: object) -> Null:
     """The null of every wanted diagnostic that has a cheap one, each from no more settings than the diagnostic reads; `key`
     seeds the draws."""
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     scale = update.norm / math.sqrt(rows * cols)
     found: Null = {("frobenius_norm", ""): (update.norm, 0.0)}
     if update.base.norm > 0:
@@ -49,7 +49,7 @@ def gaussian_null(update: Update, wanted: Collection[str], *key: object) -> Null
 
 
 def _top(update: Update) -> int:
-    return min(update.settings.top_k, *update.weights.shape)
+    return min(update.settings.top_k, *update.base.weights.shape)
 
 
 def _visibility(update: Update, scale: float, *, overlap: bool) -> Null:
@@ -85,7 +85,7 @@ def _visibility(update: Update, scale: float, *, overlap: bool) -> Null:
 
 
 def _energy(update: Update) -> Null:
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     k, _ = update.base.cut(update.settings.mask_rank)
     inside = {"left": k * cols, "right": k * rows, "both": k * k}
     return {
@@ -110,7 +110,7 @@ def _spectrum(update: Update, draws: np.ndarray) -> Null:
 def _perturbation(update: Update, scale: float, largest: float | None, *key: object) -> Null:
     """What a small Gaussian update does to W₀'s singular values and subspaces; what is relative to its ‖·‖₂, `largest`, only
     where that is given."""
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     before = update.base.spectrum
     sigma = before.sigma
     moved = nulls.shifts(sigma, rows, cols, scale, SHIFTS, nulls.generator("shifts", *key))

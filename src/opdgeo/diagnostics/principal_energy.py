@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, norm_error, undefined, undetermined
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
 
 READS = ("rank", "mask_rank")
 
@@ -31,7 +31,7 @@ def measure(update: Update) -> dict[str, Value]:
     for side, part in inside.items():
         share = min(1.0, float(torch.linalg.vector_norm(part / update.norm)) ** 2)
         # ‖P′x‖² − ‖Px‖² ≤ ‖(P′ − P)x‖ (‖P′x‖ + ‖Px‖) for a unit x
-        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.weights.numel())
+        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * update.norm_error
         name = f"{side}.{update.settings.mask_rank}"
         values[name] = (
             undefined(undetermined(k))

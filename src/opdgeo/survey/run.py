@@ -34,7 +34,8 @@ def compare(
     """Measure one update.
 
     Args:
-        base, tuned: Hugging Face folders or safetensors files, before and after training.
+        base, tuned: checkpoints before and after training, in any format of docs/formats.md; `tuned` may be a PEFT adapter of
+            `base`, and is then measured from its factors.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
@@ -49,9 +50,9 @@ def compare(
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
-    opened = [open_checkpoint(tuned)]
+    before = open_checkpoint(base)
     return _survey(
-        open_checkpoint(base), opened, roles, settings, engine, ray_address, workers, device, cache, progress, out,
+        before, [open_checkpoint(tuned, before)], roles, settings, engine, ray_address, workers, device, cache, progress, out,
         trajectory=False,
     )  # fmt: skip
 
@@ -66,9 +67,10 @@ def track(
     `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
     arguments and errors are those of `compare`.
     """
-    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints))
+    before = open_checkpoint(base)
+    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints), before)
     return _survey(
-        open_checkpoint(base), opened, roles, settings, engine, ray_address, workers, device, cache, progress, out,
+        before, opened, roles, settings, engine, ray_address, workers, device, cache, progress, out,
         trajectory=True,
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def _survey(
     runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(Checkpoint.manifest, [base, *checkpoints])
+        manifests = beside.map(lambda c: c.manifest(), [base, *checkpoints])
         with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
@@ -163,11 +165,14 @@ def plan_text(
     """
     settings, workers = settings or Settings(), workers or engines.cpu_cores()
     before = open_checkpoint(base)
-    after = run_checkpoints(list(checkpoints)) if trajectory else [open_checkpoint(c) for c in checkpoints]
+    after = (
+        run_checkpoints(list(checkpoints), before) if trajectory else [open_checkpoint(c, before) for c in checkpoints]
+    )
     pairings = [pair(before, c, roles) for c in after]
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
-    return describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in (before, *after) for note in c.notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:

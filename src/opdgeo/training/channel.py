@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError
 from opdgeo.numerics import subspaces
-from opdgeo.numerics.spectra import Spectrum, leading, principal_angles
+from opdgeo.numerics.spectra import Factors, Spectrum, leading, principal_angles
 from opdgeo.numerics.subspaces import Side
 
 FILE = "channel.safetensors"
@@ -108,7 +108,8 @@ class Channel:
         """
         _check_choice(k)
         _check_side(side)
-        opened, tuned = _open(base), _open(tuned)
+        opened = _open(base)
+        tuned = _open(tuned, opened)
         found: dict[str, Subspace] = {}
         matrices = pair(opened, tuned, roles).matrices
         for matrix in progress(matrices) if progress else matrices:
@@ -200,7 +201,8 @@ class Channel:
 
         None where a matrix did not move; 1 where it moved and K = 0. Raises as `extract`.
         """
-        opened, tuned = _open(base), _open(tuned)
+        opened = _open(base)
+        tuned = _open(tuned, opened)
         there = {m.name: m for m in pair(opened, tuned).matrices}
         shares: dict[str, float | None] = {}
         for name, of in self.subspaces.items():
@@ -246,8 +248,10 @@ class Channel:
             raise PairingError("the two channels have no matrix in common; expected channels of the same model.")
         return angles
 
-    def to_adapter(self, base: str | Path, folder: str | Path) -> Path:
-        """Write the channel as a PEFT LoRA adapter of `base`: A = Vᵀ, B = 0, scale 1, so it changes nothing yet.
+    def to_adapter(self, base: str | Path, folder: str | Path, factors: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the channel as a PEFT LoRA adapter of `base`: A = Vᵀ, scale 1, and B = 0, so that it changes nothing yet.
+
+        `factors` gives other B (rows, K) by tensor name.
 
         Trained with A frozen (`constrain.freeze_directions`), ΔW = B Vᵀ stays in the channel exactly. Matrices with K = 0 are
         left out, which freezes them. Only for right channels of plain linear layers.
@@ -259,12 +263,15 @@ class Channel:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         lora_config(self, str(base)).save_pretrained(partial)
-        factors = {}
+        tensors, factors = {}, factors or {}
         for s in self.open():
             module = f"base_model.model.{s.matrix.tensor.removesuffix('.weight')}"
-            factors[f"{module}.lora_A.weight"] = s.basis.T.contiguous()
-            factors[f"{module}.lora_B.weight"] = torch.zeros(s.matrix.rows, s.k)
-        save_file(factors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            tensors[f"{module}.lora_A.weight"] = s.basis.T.contiguous()
+            given = factors.get(s.matrix.tensor)
+            tensors[f"{module}.lora_B.weight"] = (
+                torch.zeros(s.matrix.rows, s.k) if given is None else given.contiguous()
+            )
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         folder.mkdir(exist_ok=True)
         for written in partial.iterdir():
             written.replace(folder / written.name)
@@ -296,8 +303,10 @@ class Channel:
         return rows
 
 
-def lora_config(channel: Channel, base: str) -> Any:
+def lora_config(channel: Channel, base: str, names: Mapping[str, str] | None = None) -> Any:
     """The `peft.LoraConfig` of a channel: rank K and scale 1 for every matrix with K > 0, by its full module name.
+
+    `names` gives the modules' names by tensor where they are not the tensor's own.
 
     Raises:
         ConfigError: as `Channel.to_adapter`.
@@ -313,7 +322,7 @@ def lora_config(channel: Channel, base: str) -> Any:
             f"{fused[0]} is a part of a larger tensor, for which one adapter cannot hold several channels; expected linear "
             "layers of their own. Constrain this model with `gradient` or `update`."
         )
-    ranks = {s.matrix.tensor.removesuffix(".weight"): s.k for s in channel.open()}
+    ranks = {names[s.matrix.tensor] if names else s.matrix.tensor.removesuffix(".weight"): s.k for s in channel.open()}
     if not ranks:
         raise ConfigError("every K of the channel is 0, so an adapter would be empty; expected K ≥ 1 somewhere.")
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -326,10 +335,11 @@ def lora_config(channel: Channel, base: str) -> Any:
 
 
 def _update(base: Checkpoint, tuned: Checkpoint, matrix: Matrix) -> Update:
-    before, after = base.read(matrix), tuned.read(matrix)
-    if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
+    before, factors = base.read(matrix), tuned.factors(matrix)
+    update = Update(Base(before, Settings()), Factors(*factors) if factors else tuned.read(matrix))
+    if not bool(torch.isfinite(before).all() and torch.isfinite(update.weights).all()):
         raise NumericsError(f"{matrix.name} has entries that are not finite in {base.path} or {tuned.path}.")
-    return Update(Base(before, Settings()), after)
+    return update
 
 
 def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace:
@@ -367,8 +377,8 @@ def _gap(spectrum: Spectrum, k: int) -> float | None:
     return max(0.0, above - spectrum.below(k)) / above
 
 
-def _open(checkpoint: str | Path | Checkpoint) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+def _open(checkpoint: str | Path | Checkpoint, base: Checkpoint | None = None) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, base)
 
 
 def _file(path: Path) -> Path:
