@@ -482,7 +482,7 @@ def _signals(args: argparse.Namespace) -> int:
 
 def _channel(args: argparse.Namespace) -> int:
     from opdgeo.report.terminal import print_channel
-    from opdgeo.training.channel import Channel, lora_config, parse_choice
+    from opdgeo.training.channel import Channel, parse_choice
 
     progress = None
     if sys.stderr.isatty():
@@ -495,11 +495,9 @@ def _channel(args: argparse.Namespace) -> int:
     print_channel(channel.table())
     print(f"channel: {path}")
     try:
-        lora_config(channel, args.base)
+        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     except ConfigError as error:
         print(f"no adapter: {error}")
-    else:
-        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     return DONE
 
 
