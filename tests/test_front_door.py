@@ -19,7 +19,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "opdgeo", *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], ["signals", "--help"], []]
+)
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom opdgeo.cli import main\n"

@@ -24,6 +24,7 @@ from opdgeo.report.glossary import (
     clean,
     entry,
     interval_decimals,
+    is_listed,
     is_primary,
     label,
     number,
@@ -64,6 +65,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "diagnostics": _diagnostics(results, last, arms, made),
         "heatmaps": _heatmaps(results, last, made),
         "trajectories": _trajectories(results, made),
+        "channel": _channel(results, made),
         "spectra": _spectra(results, last, arms, made),
         "provenance": _provenance(results),
         "problems": _problems(results),
@@ -84,8 +86,13 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "title_of": lambda name: entry(name).title,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    source = resources.files("opdgeo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(context), made.all
+    return environment.from_string(_resource("page.html.j2")).render(
+        context, style=Markup(_resource("style.css"))
+    ), made.all
+
+
+def _resource(name: str) -> str:
+    return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
 
 
 class _Charts:
@@ -187,7 +194,7 @@ def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "computed": c,
             "total": t,
-            "every": len(group) == most and len(group) > len(checkpoint["diagnostics"]) / 2,
+            "every": len(group) == most and len(group) > len(findings(checkpoint)) / 2,
             "found": _by_diagnostic(group),
         }
         for (c, t), group in sorted(grouped.items(), key=lambda item: -len(item[1]))
@@ -349,7 +356,7 @@ def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: 
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         block["reasons"] += [r for r in _reasons(rows) if r not in block["reasons"]]
         rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
-        if rows.is_empty() or _is_self_comparison(diagnostic, rows):
+        if not is_listed(diagnostic, variant) or rows.is_empty() or _is_self_comparison(diagnostic, rows):
             continue
         groups = []
         if many:
@@ -491,10 +498,72 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
         if not series:
             continue
         name = f"trajectory-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
-        out.append(
-            made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic == "subspace_similarity"))
-        )
+        out.append(made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic in WALKS)))
     return out
+
+
+WALKS = ("subspace_similarity", "channel_energy")
+"""Diagnostics whose null is the walk."""
+
+
+def _channel(results: Results, made: _Charts) -> dict[str, Any]:
+    """Sim_K of one run for every K, left and right, and the step at which it locks, over thresholds; of several runs, K = 16."""
+    runs = results.runs()
+    locked = results.locking
+    if not locked:
+        return {}
+    one = len(runs) == 1
+    out = []
+    if one:
+        checkpoints = next(iter(runs.values()))
+        ranks = sorted({row["rank"] for row in locked})
+        known = entry("subspace_similarity")
+        for other, side, text in (
+            ("final", "right", "to the final update, right"), ("final", "left", "to the final update, left"),
+            ("previous", "right", "to the checkpoint before, right"),
+        ):  # fmt: skip
+            series = []
+            for i, k in enumerate(ranks):
+                variant = f"{other}.{k}" if side == "right" else f"{other}.{side}.{k}"
+                rows = [
+                    {**r, "step": c["step"] if c.get("step") is not None else n}
+                    for n, c in enumerate(checkpoints, 1)
+                    for r in c["diagnostics"]
+                    if (r["diagnostic"], r["variant"]) == ("subspace_similarity", variant) and r["mean"] is not None
+                ]
+                if rows:
+                    null = [(r["null"] or {}).get("mean") for r in rows]
+                    x = [float(r["step"]) for r in rows]
+                    series.append(
+                        Series(f"K = {k}", x, [r["mean"] for r in rows], null=null, style=i % len(charts.SERIES))
+                    )
+            if series:
+                name = f"similarity-{other}-{side}"
+                out.append(made.add(charts.trajectory(name, f"Sim_K {text}, %", known, series, walk=True)))
+        row = next((r for r in locked if (r["rank"], r["side"]) == (16, "right")), locked[0])
+        lines = [
+            ("mean", row["step"], False),
+            ("half the matrices", row["median_step"], False),
+            ("null: walk", row["null_step"], True),
+        ]
+        out.append(made.add(charts.locking("locking", f"Locking step, K = {row['rank']}", row["thresholds"], lines)))
+    shown = [r for r in locked if one or (r["rank"], r["side"]) == (16, "right")]
+    return {
+        "charts": out,
+        "thresholds": shown[0]["thresholds"] if shown else [],
+        "rows": [
+            {
+                "name": f"K = {r['rank']}, {r['side']}" if one else _run_label(r["run"]),
+                "steps": list(zip(r["step"], r["null_step"], strict=True)),
+            }
+            for r in shown
+        ],
+    }
+
+
+def _run_label(run: str) -> str:
+    arm, seed = split_seed(run)
+    return arm_label(arm) + (f", seed {seed}" if seed else "")
 
 
 def _row(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> Finding | None:
@@ -517,6 +586,7 @@ def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str
         "mean", [float(x) for x, _ in got], [f.row["mean"] for _, f in got],
         [f.row["p10"] for _, f in got] if band else None, [f.row["p90"] for _, f in got] if band else None,
         [f.null.get("mean") if f.null else None for _, f in got] if known_null else None,
+        null_std=[f.null.get("std") if f.null else None for _, f in got] if known_null else None,
     )  # fmt: skip
     return [one], "step" if stepped else "checkpoint"
 
