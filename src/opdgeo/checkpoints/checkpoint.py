@@ -179,6 +179,11 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not _find(path)
 
 
+def step_folders(run: Path) -> dict[int, Path]:
+    """The folders in `run` that are named like steps, by step."""
+    return {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
+
+
 def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
     """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
 
@@ -190,7 +195,7 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
     """
     run = Path(paths[0])
     if len(paths) == 1 and run.is_dir():
-        steps = {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
+        steps = step_folders(run)
         if steps and _step(run.name) is None:
             return [open_checkpoint(steps[step], base) for step in sorted(steps)]
         if not _find(run) and not is_adapter(run):
