@@ -56,8 +56,9 @@ def save(trained: SFTTrainer, path: Path) -> None:
     weights = trained.accelerator.get_state_dict(trained.model)
     if trained.accelerator.is_main_process:
         clean = {constrain.parameter_name(n): w.clone().contiguous() for n, w in weights.items()}
-        save_file(constrain.merged(clean)[0], path)
-        if factors := {n: w for n, w in clean.items() if ".lora_" in n}:
+        own, factors = constrain.without_factors(clean)
+        save_file(own, path)
+        if factors:
             save_file(factors, path.with_suffix(".factors"))
     trained.accelerator.wait_for_everyone()
 
