@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints import dcp, fsdp, huggingface, megatron
+from opdgeo.checkpoints import dcp, fsdp, ggufs, huggingface, megatron
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -48,6 +48,7 @@ FORMATS = (
     Format("torch distributed", ".metadata with *.distcp", dcp.find, dcp.read),
     Format("safetensors", "model.safetensors", huggingface.find_safetensors, huggingface.read_safetensors),
     Format("torch", "pytorch_model.bin", huggingface.find_bin, huggingface.read_bin),
+    Format("GGUF", "*.gguf", ggufs.find, ggufs.read),
 )
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
 PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
@@ -168,12 +169,19 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
         "them as the checkpoint to measure those"
         for other, where in others
     )
+    if kinds := sorted({stored.quantised for stored in tensors.values() if stored.quantised}):
+        notes += (f"{path} is quantised ({', '.join(kinds)}): what is measured includes its rounding",)
     return Checkpoint(path, canonical(tensors), config, notes, chosen.name)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter and no whole model."""
     return (path / "adapter_config.json").is_file() and not _find(path)
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """The folders in `run` that are named like steps, by step."""
+    return {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
 
 
 def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
@@ -187,7 +195,7 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
     """
     run = Path(paths[0])
     if len(paths) == 1 and run.is_dir():
-        steps = {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
+        steps = step_folders(run)
         if steps and _step(run.name) is None:
             return [open_checkpoint(steps[step], base) for step in sorted(steps)]
         if not _find(run) and not is_adapter(run):
