@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import opdgeo
 from opdgeo.checkpoints import open_checkpoint, run_checkpoints
+from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError
 
 HERE = Path(__file__).parent
@@ -123,6 +126,38 @@ def test_a_bin_file_that_runs_something_is_refused_and_not_run(pair: Path, tmp_p
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("how", ["stored", "compressed", "backwards"])
+def test_a_bin_file_that_was_packed_again_is_refused(how: str, pair: Path, tmp_path: Path) -> None:
+    torch.save(weights(pair / "tuned"), tmp_path / "whole.bin")
+    again = folder(pair, tmp_path / "again") / "pytorch_model.bin"
+    kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "whole.bin") as old, zipfile.ZipFile(again, "w", kind) as new:
+        for name in reversed(old.namelist()) if how == "backwards" else old.namelist():
+            new.writestr(name, old.read(name))
+    assert torch.load(again).keys() == weights(pair / "tuned").keys()  # torch itself still reads it
+    with pytest.raises(CheckpointError, match="packed or compressed again"):
+        open_checkpoint(again)
+
+
+def test_a_bin_file_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    others = {
+        "sparse": torch.eye(3).to_sparse(),
+        "negated": torch.ones(3, dtype=torch.complex64).conj().imag,
+        "before 1.6": torch.eye(3),
+    }
+    for name, tensor in others.items():
+        torch.save({"x": tensor}, tmp_path / "x.bin", _use_new_zipfile_serialization=name != "before 1.6")
+        with pytest.raises(CheckpointError, match="expected plain tensors"):
+            open_checkpoint(tmp_path / "x.bin")
+    for length in (0, 8):  # nothing, and the head of a pickle
+        (tmp_path / "y.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:length])
+        with pytest.raises(CheckpointError, match="not a readable torch file"):
+            open_checkpoint(tmp_path / "y.bin")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_json(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 @pytest.mark.parametrize("shard", ["../outside", "/etc/outside", "a/b", "..\\outside"])
 def test_an_index_that_leaves_its_folder_is_refused(kind: str, shard: str, tmp_path: Path) -> None:
@@ -205,6 +240,13 @@ def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
     (tmp_path / "flat" / "model_world_size_4_rank_2.pt").unlink()
     with pytest.raises(CheckpointError, match="lacks the shards of rank 2 of 4"):
         open_checkpoint(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("name", ["model_world_size_99999999999_rank_0.pt", "model_world_size_1_rank_1.pt"])
+def test_names_that_promise_other_ranks_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"lacks the shards of rank (0|1, 2, 3, 4, 5, 6, 7, 8) of"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -378,6 +420,19 @@ def test_gguf_folders_that_do_not_say_which_and_other_architectures_are_refused(
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="not a readable GGUF file"):
         open_checkpoint(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("layers", [1, 1 << 31])
+def test_a_gguf_header_with_another_number_of_layers(layers: int, pair: Path, tmp_path: Path) -> None:
+    state = {n: t for n, t in weights(pair / "tuned").items() if "_norm" not in n}
+    file = write_gguf(tmp_path / "llama.gguf", state, "llama")
+    whole, key = file.read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key)
+    assert struct.unpack_from("<II", whole, at) == (4, 2)  # the type u4, and two layers
+    file.write_bytes(whole[:at] + struct.pack("<II", 4, layers) + whole[at + 8 :])
+    opened = open_checkpoint(file).tensors
+    assert len(opened) == len(state)
+    assert ("blk.1.attn_q.weight" in opened) == (layers == 1)  # under its own name: no rule knows it
 
 
 # Where trainers put them ----------------------------------------------------------------------------------------
