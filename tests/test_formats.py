@@ -455,6 +455,13 @@ def test_a_run_of_verl_is_a_trajectory(pair: Path, ranks: Path, tmp_path: Path) 
     check(pair, tmp_path / "run" / "global_step_10")
 
 
+def test_two_folders_of_one_step_are_refused(tmp_path: Path) -> None:
+    for name in ("step-000010", "checkpoint-10", "step-000020"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 and step-000010, both of step 10"):
+        run_checkpoints([tmp_path])
+
+
 def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: Path, tmp_path: Path) -> None:
     checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
     shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
