@@ -10,7 +10,11 @@ from typing import Protocol
 
 from opdgeo.errors import ConfigError
 
-NAMES = {"arithmetic": "opdgeo.tasks.arithmetic:Arithmetic", "docstrings": "opdgeo.tasks.docstrings:Docstrings"}
+NAMES = {
+    "arithmetic": "opdgeo.tasks.arithmetic:Arithmetic",
+    "digits": "opdgeo.tasks.digits:Digits",
+    "docstrings": "opdgeo.tasks.docstrings:Docstrings",
+}
 
 
 @dataclass(frozen=True)
