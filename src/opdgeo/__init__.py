@@ -8,17 +8,19 @@ if TYPE_CHECKING:
     from opdgeo.checkpoints import open_checkpoint
     from opdgeo.diagnostics import Settings
     from opdgeo.survey import Result, compare, track
+    from opdgeo.training.channel import Channel
 
 __version__ = version("opdgeo")
 
 _HOMES = {
+    "Channel": "opdgeo.training.channel",
     "Result": "opdgeo.survey",
     "Settings": "opdgeo.diagnostics",
     "compare": "opdgeo.survey",
     "open_checkpoint": "opdgeo.checkpoints",
     "track": "opdgeo.survey",
 }
-__all__ = ["Result", "Settings", "compare", "open_checkpoint", "track"]
+__all__ = ["Channel", "Result", "Settings", "compare", "open_checkpoint", "track"]
 
 
 def __getattr__(name: str) -> Any:

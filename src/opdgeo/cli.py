@@ -101,6 +101,26 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
     reproduce.set_defaults(run=_reproduce)
 
+    channel = commands.add_parser(
+        "channel",
+        help="extract the subspace of an update, as a PEFT adapter too",
+        description="The top-K singular subspace of the update from BASE to CKPT for every matrix, in DIR/channel.safetensors, and as "
+        "a LoRA adapter of BASE in DIR/adapter. `opdgeo train … --channel DIR --constrain update` holds training in it.",
+    )
+    channel.add_argument("base", metavar="BASE", help="checkpoint before training")
+    channel.add_argument("tuned", metavar="CKPT", help="checkpoint after training")
+    channel.add_argument(
+        "-k", default="16", help="directions of a matrix: a number, a share of its energy such as 0.9, or stable_rank"
+    )
+    channel.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-channel"), help="folder (default: opdgeo-channel)"
+    )
+    channel.add_argument(
+        "--side", choices=("right", "left"), default="right", help="directions of inputs (default) or outputs"
+    )
+    channel.add_argument("--roles", default="all", help="as for compare (default: all)")
+    channel.set_defaults(run=_channel)
+
     cache = commands.add_parser(
         "cache",
         help="list or clear the kept factors of base checkpoints",
@@ -262,6 +282,29 @@ def _reproduce(args: argparse.Namespace) -> int:
     claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
+    return DONE
+
+
+def _channel(args: argparse.Namespace) -> int:
+    from opdgeo.report.terminal import print_channel
+    from opdgeo.training.channel import Channel, lora_config, parse_choice
+
+    progress = None
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        progress = lambda matrices: track(matrices, "matrices", console=Console(stderr=True))  # noqa: E731
+    channel = Channel.extract(args.base, args.tuned, parse_choice(args.k), args.side, args.roles, progress)
+    path = channel.save(args.out)
+    print_channel(channel.table())
+    print(f"channel: {path}")
+    try:
+        lora_config(channel, args.base)
+    except ConfigError as error:
+        print(f"no adapter: {error}")
+    else:
+        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     return DONE
 
 

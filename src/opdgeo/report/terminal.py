@@ -76,6 +76,25 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
         console.print(Text("not tested: " + clean(line), style="dim"))
 
 
+def print_channel(rows: list[dict[str, Any]], console: Console | None = None) -> None:
+    """Print the rows of `Channel.table()`."""
+    table = _new_table("Channel")
+    table.add_column("role")
+    for name in ("matrices", "K", "energy inside", "chance", "smallest gap at K"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        low, high = row["k"]
+        table.add_row(
+            row["role"],
+            str(row["matrices"]),
+            str(low) if low == high else f"{low}–{high}",
+            number(row["inside"], "share"),
+            Text(number(row["chance"], "share"), style="dim"),
+            number(row["gap"], "share"),
+        )
+    (console or Console()).print(table)
+
+
 OUTCOMES = (
     ("accuracy_greedy", "greedy accuracy", "share"),
     ("accuracy_sampled", "sampled accuracy", "share"),
