@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from opdgeo.experiments.claims import CLAIMS, PARADIGMS, judge, outcomes
+from opdgeo.experiments.claims import judge, outcomes
+from opdgeo.experiments.rules import CLAIMS, PARADIGMS
 from opdgeo.survey.results import MEASUREMENTS
 
 # What the paper reports, as final means; the null is the same for every arm unless a test says otherwise.

@@ -88,8 +88,9 @@ def parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser(
         "reproduce",
         help="train all arms, measure them, and judge the paper's claims",
-        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, measure every update and trajectory, and judge each "
-        "claim by a rule written before the run. Finished parts are kept: the same command goes on after an interruption.",
+        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, with --study full also every control, measure every "
+        "update and trajectory, and judge each claim by a rule written before the run. Finished parts are kept: the same command "
+        "goes on after an interruption.",
     )
     reproduce.add_argument("--preset", default="tiny", help="models, task and settings (default: tiny)")
     reproduce.add_argument(
@@ -98,7 +99,18 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--seeds", type=int, default=1, help="independent repetitions, each with its own anchor (default: 1)"
     )
+    reproduce.add_argument(
+        "--study",
+        choices=("small", "full"),
+        default="small",
+        help="small: the four paradigms (default); full: every control, with --seeds 3 in two to three hours on two cores",
+    )
     reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
+    reproduce.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="give every arm a few steps: whether the whole study runs, not what it finds",
+    )
     reproduce.set_defaults(run=_reproduce)
 
     channel = commands.add_parser(
@@ -279,7 +291,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     from opdgeo.experiments.reproduce import reproduce
     from opdgeo.report.terminal import print_claims
 
-    claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
+    claims = reproduce(
+        args.preset, args.out, seeds=args.seeds, workers=args.workers, study=args.study, rehearse=args.rehearse
+    )
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
     return DONE

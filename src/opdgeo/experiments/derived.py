@@ -44,8 +44,8 @@ def build(name: str, folder: Path, *, scale: float = 1.0) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    made = MAKERS[name](base, tokenizer, partial, scale)  # type: ignore[arg-type]
-    pretrain.save(made, tokenizer, partial)  # type: ignore[arg-type]
+    made = MAKERS[name](base, tokenizer, partial, scale)
+    pretrain.save(made, tokenizer, partial)
     partial.rename(folder)
     return folder
 
@@ -116,7 +116,7 @@ def _train(
 ) -> None:
     from opdgeo.training import pretrain
 
-    pretrain.fit(model, pretrain.packed(texts, tokenizer), max(1, steps), lr, folder / "training.jsonl")  # type: ignore[arg-type]
+    pretrain.fit(model, pretrain.packed(texts, tokenizer), max(1, steps), lr, folder / "training.jsonl")
 
 
 MAKERS: dict[str, Callable[..., Qwen3ForCausalLM]] = {

@@ -222,7 +222,7 @@ def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, 
         parameters[name] = parameters.get(name, 0) + parameter.numel()
     moments: dict[str, int] = {}
     for slots in inner.state.values():
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in {"exp_avg", "exp_avg_sq"} & slots.keys():
             name = str(slots[key].dtype).removeprefix("torch.")
             moments[name] = moments.get(name, 0) + slots[key].numel()
     return {

@@ -4,7 +4,7 @@
   temperature 1 without truncation of the distribution. A completion that has not ended after `max_tokens` counts as it is.
 * completion_length: mean tokens of the sampled completions, the end token included.
 * kl_teacher: the exact reverse KL(student ‖ teacher) over the whole vocabulary at every token of the sampled completions,
-  averaged over tokens. It is a mean over the states that the student visits and so follows the student as it changes.
+  averaged over tokens; kl_origin is the same with the weights that training started from. It is a mean over the states that the student visits and so follows the student as it changes.
   (The `kl_teacher` of a training step in log.jsonl is the one-sample estimate log p_student − log p_teacher instead.)
 * loss: mean cross-entropy of the tokens of a plain text; None for a task with prompts.
 
@@ -40,6 +40,7 @@ class Evaluation:
     completion_length: float | None
     prompts: int
     loss: float | None
+    kl_origin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def evaluate(
     teacher: PreTrainedModel | None,
     max_tokens: int,
     batch: int,
+    start: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Measure `model` on `examples`; `model` is put in evaluation mode and back."""
+    """Measure `model` on `examples`, also against the weights `start`; `model` is put in evaluation mode and back."""
     training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -112,33 +114,35 @@ def evaluate(
             if not task.verifiable:
                 loss = _text_loss(model, tokenizer, examples, max_tokens, batch)
                 return Evaluation(None, None, None, None, len(examples), loss)
-            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch)
+            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch, start)
     finally:
         model.train(training)
 
 
 def _accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example],
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int,
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int, start: PreTrainedModel | None,
 ) -> Evaluation:  # fmt: skip
     right = {True: 0.0, False: 0.0}
-    tokens, divergence = 0, 0.0
+    tokens, divergence, drift = 0, 0.0, 0.0
     # The student's distribution at every sampled token is computed by sampling already; it is kept where it fits.
     fits = min(batch, len(examples)) * max_tokens * model.config.vocab_size <= LOGITS_AT_ONCE
     for part in _batches(examples, batch):
         prompts = [example.prompt for example in part]
         for sample in (False, True):
-            keep = fits and sample and teacher is not None
+            keep = fits and sample and not (teacher is None and start is None)
             done = complete(model, tokenizer, prompts, max_tokens, sample=sample, keep_logits=keep)
             pairs = zip(done.texts(tokenizer), part, strict=True)
             right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
         tokens += int(done.mask_BT.sum())
         if teacher is not None:
             divergence += float(reverse_kl(model, teacher, done).sum())
+        if start is not None:
+            drift += float(reverse_kl(model, start, done).sum())
     return Evaluation(
         accuracy_greedy=right[False] / len(examples), accuracy_sampled=right[True] / len(examples),
         kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
-        prompts=len(examples), loss=None,
+        prompts=len(examples), loss=None, kl_origin=drift / tokens if start is not None else None,
     )  # fmt: skip
 
 

