@@ -252,7 +252,7 @@ class Checker:
                 keys = {arm: self.key(real[arm], seeds, read) for arm in group}
                 low, high = max(k[0] for k in keys.values()), min(k[-1] for k in keys.values())
                 grid = [low + (high - low) * i / (POINTS - 1) for i in range(POINTS)]
-                points = stated["read_at"]["points"]["/".join(dict.fromkeys(real[a] for a in group))]
+                points = stated["read_at"]["points"]["/".join(sorted({real[a] for a in group}))]
                 for i, value in enumerate(grid):
                     self.same(f"{where}/read_at/{i}", points[i], value)
                 arrays = {

@@ -153,7 +153,7 @@ class Content:
             )
             return
         grid = np.linspace(low, high, POINTS)
-        self.points["/".join(dict.fromkeys(group.values()))] = grid.tolist()
+        self.points["/".join(sorted(set(group.values())))] = grid.tolist()
         for name, arm in group.items():
             places = [crossing(keys[name], value) for value in grid]
             self.values[name], self.nulls[name], self.norms[name] = (

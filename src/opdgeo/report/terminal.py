@@ -47,7 +47,7 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
     verdicts.add_column("", style="bold", no_wrap=True)
     verdicts.add_column("claim")
     for name in ("as the paper compares", "after matching"):
-        verdicts.add_column(name, width=13)
+        verdicts.add_column(name, width=14)
     used = dict.fromkeys(arm for claim in claims["claims"] for arm in claim.get("measured") or {})
     arms = [arm for arm in ARMS if arm in used] or list(used)
     others = []
