@@ -1,22 +1,27 @@
-"""A run that is killed goes on from its finished matrices and ends with the bytes of one that was not."""
+"""A run that is killed goes on from its finished matrices and ends with the bytes of one that was not; a run with other settings
+measures what depends on them, and nothing else."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import opdgeo
 import planted
-from opdgeo.survey import measure as measuring
-from test_compare import SOURCE, program
+from opdgeo.cli import main
+from opdgeo.diagnostics import Base, Settings, Update, diagnostics
+from opdgeo.diagnostics.gaussian_null import gaussian_null
+from opdgeo.survey import engines
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 
@@ -27,7 +32,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     names = [planted.tensor_name(layer, module) for layer in range(6) for module in ("self_attn.q_proj", "mlp.up_proj")]
-    weights = {name: planted.weights(rng, 320, 256) for name in names}
+    weights = {name: planted.weights(rng, 192, 160) for name in names}
     planted.write_checkpoint(folder / "base", weights, "bfloat16")
     for step in (10, 20):
         weights = {name: w + 3e-4 * rng.standard_normal(w.shape) for name, w in weights.items()}
@@ -36,35 +41,46 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twenty_kills_leave_no_trace(run_folder: Path, tmp_path: Path) -> None:
-    arguments = ["track", run_folder / "base", run_folder / "run", "--no-report", "--no-cache", "--nulls", "1"]
+    # A server that has torch loaded forks the runs, so that a kill meets the matrices and not the imports.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["opdgeo.survey", "opdgeo.report.terminal"])
+    arguments = [str(run_folder / "base"), str(run_folder / "run"), "--no-report", "--no-cache", "--nulls", "1"]
+
+    def start(out: Path) -> multiprocessing.process.BaseProcess:
+        process = server.Process(target=main, args=(["track", *arguments, "-o", str(out)],))
+        process.start()
+        return process
+
+    start(tmp_path / "first").join()
     started = time.perf_counter()
-    whole = program(*arguments, "-o", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
     lasted = time.perf_counter() - started
-    pick, environment = random.Random(0), {**os.environ, "PYTHONPATH": str(SOURCE)}
+    pick = random.Random(0)
     kills, rounds, partly = 0, 0, 0
     while kills < 20:
         out, kept, rounds = tmp_path / f"killed-{rounds}", 0, rounds + 1
         while not (out / "run.json").exists():
-            command = [sys.executable, "-m", "opdgeo", *map(str, arguments), "-o", str(out)]
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                assert process.wait(timeout=lasted * pick.uniform(0.3, 1.0)) == 0
-            except subprocess.TimeoutExpired:
+            process = start(out)
+            process.join(timeout=lasted * pick.uniform(0.05, 0.6))
+            if process.exitcode is None:
                 process.kill()
-                process.wait()
-                kills += 1
+                process.join()
+                kills += process.exitcode == -signal.SIGKILL
+            else:
+                assert process.exitcode == 0
             now = len(list((out / ".parts").glob("*.json")))
             if not (out / "run.json").exists():
                 assert now >= kept, "a finished matrix was lost"
                 kept = now
                 partly += 0 < now < 12
         if (out / ".parts").exists():  # killed on its way out: the next run clears up
-            assert program(*arguments, "-o", out).returncode == 0
+            start(out).join()
         for file in FILES:
             assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
         assert not (out / ".parts").exists()
-    assert partly, "no kill came in the middle of the matrices"
+    assert partly >= 5, "hardly a kill came in the middle of the matrices"
 
 
 def test_finished_matrices_are_not_measured_again(
@@ -72,15 +88,15 @@ def test_finished_matrices_are_not_measured_again(
 ) -> None:
     checkpoint = run_folder / "run" / "step-000010"
     measured: list[str] = []
-    original = measuring.measure
+    original = engines.measure
 
-    def counted(matrix, *arguments, **options):  # type: ignore[no-untyped-def]
+    def counted(job, matrix, *arguments):  # type: ignore[no-untyped-def]
         if len(measured) == 5:
             raise KeyboardInterrupt
         measured.append(matrix.name)
-        return original(matrix, *arguments, **options)
+        return original(job, matrix, *arguments)
 
-    monkeypatch.setattr(measuring, "measure", counted)
+    monkeypatch.setattr(engines, "measure", counted)
 
     def compare(**options: object) -> opdgeo.Result | None:
         measured.clear()
@@ -95,7 +111,7 @@ def test_finished_matrices_are_not_measured_again(
     last = compare(settings=settings)
     assert last is not None
     assert len(measured) == 2, "5 + 5 + 2 of 12"
-    assert compare(settings=opdgeo.Settings(nulls=0, rank=64)) is None, "another rank is another run"
+    assert compare(settings=opdgeo.Settings(nulls=0, rank=64)) is None, "another rank measures every matrix again"
     for file in (tmp_path / ".parts").iterdir():
         file.write_text(file.read_text()[:100])  # damaged: measured again
     assert compare(settings=settings) is None
@@ -106,3 +122,104 @@ def test_finished_matrices_are_not_measured_again(
     last.save(tmp_path)
     assert not (tmp_path / ".parts").exists()
     assert json.loads((tmp_path / "run.json").read_text())["pairing"]["measured"] == 12
+
+
+CHANGES = {
+    "rank": 5,
+    "top_k": 3,
+    "mask_rank": 9,
+    "mask_share": (0.4,),
+    "eta": 0.02,
+    "nulls": 3,
+    "null": "shuffled",
+}
+
+
+class Watched(Settings):
+    """Settings that note in `read` which of them are asked for."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in CHANGES:
+            object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("relative", [1e-3, 0.3])
+def test_every_diagnostic_says_which_settings_it_reads(relative: float) -> None:
+    rng = np.random.default_rng(0)
+    before = torch.from_numpy(planted.weights(rng, 40, 32))
+    after = before + relative * before.std() * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    for name, diagnostic in diagnostics().items():
+        settings = Watched(rank=6, top_k=4, mask_rank=8, nulls=2)
+        settings.__dict__["read"] = set()
+        diagnostic.measure(Update(Base(before, settings), after))
+        assert settings.__dict__["read"] == set(diagnostic.READS), name
+        settings.__dict__["read"] = set()
+        gaussian_null(Update(Base(before, settings), after), [name], "seed")
+        assert settings.__dict__["read"] <= {*diagnostic.READS, "nulls", "null"}, name
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A base and three checkpoints of three matrices, one of which does not move at first."""
+    folder = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(1)
+    names = [planted.tensor_name(0, module) for module in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+    weights = {name: planted.weights(rng, 40, 32) for name in names}
+    base = planted.write_checkpoint(folder / "base", weights, "float32")
+    run = []
+    for step in (1, 2, 3):
+        weights = {n: w + 3e-4 * (n != names[0] or step > 1) * rng.standard_normal(w.shape) for n, w in weights.items()}
+        run.append(planted.write_checkpoint(folder / f"step-{step}", weights, "float32"))
+    return base, run
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_setting_measures_exactly_what_reads_it(
+    setting: str, finished: bool, small_run: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = small_run
+    first = opdgeo.Settings(rank=6, top_k=4, mask_rank=8, nulls=2)
+    then = replace(first, **{setting: CHANGES[setting]})
+    earlier = opdgeo.track(base, run, settings=first, cache=False, out=tmp_path / "out")
+    if finished:
+        earlier.save(tmp_path / "out")
+    measured: set[str] = set()
+    sampled: set[str] = set()
+    for name, diagnostic in diagnostics().items():
+
+        def traced(update, name=name, original=diagnostic.measure):  # type: ignore[no-untyped-def]
+            (sampled if update.sampled else measured).add(name)
+            return original(update)
+
+        monkeypatch.setattr(diagnostic, "measure", traced)
+    again = opdgeo.track(base, run, settings=then, cache=False, out=tmp_path / "out")
+    reading = {name for name, d in diagnostics().items() if setting in d.READS}
+    assert measured == reading
+    assert setting in ("nulls", "null") or sampled <= reading
+    similar = set() if setting == "top_k" else {"subspace_similarity"}
+    assert set(again.run["reused"]) == set(diagnostics()) - reading | similar
+    assert set(again.run["reused"].values()) == {3}
+    again.save(tmp_path / "out")
+    opdgeo.track(base, run, settings=then, cache=False).save(tmp_path / "fresh")
+    for file in FILES:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes(), file
+
+
+def test_a_finished_run_is_not_measured_again_unless_its_files_changed(
+    small_run: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = small_run
+    settings = opdgeo.Settings(nulls=0)
+    opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path).save(tmp_path)
+    before = {file: (tmp_path / file).read_bytes() for file in FILES}
+    monkeypatch.setattr(engines, "measure", None)  # calling it would fail
+    opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path).save(tmp_path)
+    assert {file: (tmp_path / file).read_bytes() for file in FILES} == before
+    opdgeo.track(base, run, roles="mlp", settings=settings, cache=False, out=tmp_path)
+    with pytest.raises(TypeError):
+        opdgeo.track(base, run[:2], settings=settings, cache=False, out=tmp_path)
+    os.utime(run[0] / "model.safetensors")
+    with pytest.raises(TypeError):
+        opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path)

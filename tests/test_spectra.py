@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opdgeo.numerics import spectra
-from opdgeo.numerics.spectra import Spectrum, angle_error, gram, leading, principal_angles, spectrum, truncation_error
+from opdgeo.numerics.spectra import (
+    Factors,
+    Spectrum,
+    angle_error,
+    gram,
+    leading,
+    principal_angles,
+    spectrum,
+    truncation_error,
+)
 
 EXAMPLES = int(os.environ.get("OPDGEO_EXAMPLES", "400"))  # 2500: more than ten thousand cases in all
 CASES = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -257,3 +266,48 @@ def test_real_sizes_agree_with_the_svd(shape: tuple[int, int]) -> None:
     assert spans(found.left, left[:, :30]) <= found.subspace_error(30, "left")
     assert spans(found.right, right_t[:30].T) <= found.subspace_error(30, "right")
     assert found.subspace_error(30, "left") < 1e-7
+
+
+@CASES
+@given(
+    order=st.tuples(st.integers(5, 7), st.integers(5, 7)),
+    values=st.lists(st.integers(1, 2**20), min_size=1, max_size=9),
+    k=st.integers(1, 12),
+    scale=st.integers(-60, 60),
+    seed=st.integers(0, 9),
+    mixed=st.integers(0, 3),
+)
+def test_factors_keep_spectrum_and_subspaces(
+    order: tuple[int, int], values: list[int], k: int, scale: int, seed: int, mixed: int
+) -> None:
+    """M = (L G)(R G⁻ᵀ)ᵀ with L Rᵀ planted and G a whole-numbered triangle with a whole-numbered inverse: exact factors."""
+    values = sorted(values, reverse=True)
+    exact = plant(*order, values, scale=scale, seed=seed)
+    r = len(values)
+    mixing = torch.eye(r, dtype=torch.float64)
+    for i in range(r - 1):
+        mixing[i, i + 1] = float(mixed)
+    # ±1 times whole numbers times a power of two: every product is exact.
+    left = exact.left[:, :r].sign() * torch.tensor(values, dtype=torch.float64) * 2.0**scale
+    right = exact.right[:, :r].sign()
+    factors = Factors(left @ mixing, right @ torch.linalg.inv(mixing).T)
+    found = leading(factors, k)
+    assert len(found.sigma) == max(k, r)
+    truth = torch.cat([exact.sigma[:r], torch.zeros(max(0, k - r), dtype=torch.float64)])
+    assert bool(((found.sigma - truth).abs() <= found.errors).all())
+    assert abs(factors.norm - float(torch.linalg.vector_norm(exact.sigma))) <= factors.error
+    assert factors.error <= 1e-12 * (1 + mixed) ** (2 * r) * float(exact.sigma[0])
+    for side in ("left", "right"):
+        vectors, planted = getattr(found, side), getattr(exact, side)[:, :k]
+        gram = vectors.T @ vectors
+        assert float((gram - torch.eye(k, dtype=torch.float64)).abs().max()) <= 1e-13
+        bound = found.subspace_error(k, side)
+        assert k <= r or bound == 1.0
+        if bound < 1:
+            apart = planted - vectors @ (vectors.T @ planted)
+            assert float(torch.linalg.matrix_norm(apart, 2)) <= bound + 1e-14
+    other = torch.randn(factors.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    whole = factors.whole()
+    for mine, dense in ((factors @ other, whole @ other), (torch.cat(list(factors.blocks())), whole)):
+        torch.testing.assert_close(mine, dense, rtol=1e-9, atol=1e-9 * factors.norm)
+    torch.testing.assert_close(factors.T.whole(), whole.T, rtol=1e-12, atol=1e-12 * factors.norm)

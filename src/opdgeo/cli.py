@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
     )
-    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training")
+    compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training, or a PEFT adapter of BASE")
     _survey_options(compare)
     compare.set_defaults(run=_compare)
 
@@ -81,7 +82,22 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--token-choice", choices=("top", "random"), help="which tokens: largest student-teacher gap, or random"
     )
-    train.add_argument("--rollouts", choices=("student", "teacher"), help="who writes the tokens of opd and rlvr")
+    train.add_argument(
+        "--rollouts",
+        metavar="student|teacher|FILE",
+        help="who writes the tokens of opd and rlvr: student, teacher, or the rollouts.jsonl of an earlier run",
+    )
+    train.add_argument(
+        "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
+    )
+    train.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="any other setting of OUT/config.json, the value as JSON, such as micro_batch=2",
+    )
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     train.set_defaults(run=_train)
 
@@ -179,7 +195,12 @@ def _survey_options(command: argparse.ArgumentParser) -> None:
         "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
     )
     command.add_argument(
-        "--engine", choices=("local",), default="local", help="where matrices are measured (default: local)"
+        "--engine", choices=("local", "ray"), default="local", help="where matrices are measured (default: local)"
+    )
+    command.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="the Ray cluster of --engine ray; its nodes see the checkpoints at the same paths (default: $RAY_ADDRESS, else one on this machine)",
     )
     command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -239,6 +260,8 @@ def _survey_arguments(args: argparse.Namespace) -> dict:
     return dict(
         roles=args.roles,
         settings=_settings(args),
+        engine=args.engine,
+        ray_address=args.ray_address,
         workers=args.workers,
         device=args.device,
         cache=not args.no_cache,
@@ -252,12 +275,16 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
     result.save(args.out)
     print_summary(result.summary)
+    if reused := result.run["reused"]:
+        print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
     pairing = result.run["pairing"]
     for label in ("base_only", "tuned_only", "unrecognised"):
         if names := pairing[label]:
             print(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
             )
+    for note in dict.fromkeys(n for c in result.run["checkpoints"] for n in c.get("notes", [])):
+        print(f"note: {note}")
     if not args.no_report:
         from opdgeo.report import write_report
 
@@ -274,17 +301,32 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
 def _train(args: argparse.Namespace) -> int:
     from opdgeo.experiments.presets import train_config
+    from opdgeo.training.engine import is_main
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
-    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts")
-    overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
+    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts")
+    overrides = dict(_setting(text) for text in args.settings)
+    overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
+    if not is_main():
+        return DONE
     print(f"last checkpoint: {last}")
     print(f"measure it:      opdgeo track {resolve(config.origin)} {out}")
     return DONE
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE; a value that is not JSON is a text."""
+    name, equals, value = text.partition("=")
+    if not (equals and name):
+        raise ConfigError(f"--set is {text!r}; expected NAME=VALUE, such as --set micro_batch=2.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _reproduce(args: argparse.Namespace) -> int:

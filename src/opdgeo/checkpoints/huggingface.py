@@ -18,7 +18,7 @@ from opdgeo.checkpoints.names import Matrix, plain
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -48,6 +48,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Stored]
     config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a reader of the results should know
 
     @property
     def name(self) -> str:
@@ -64,7 +65,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         return sorted({stored.file for stored in self.tensors.values()})
 
-    def read(self, matrix: Matrix) -> torch.Tensor:
+    def read(self, matrix: Matrix) -> Tensor:
         """The matrix as (out, in), in its stored dtype.
 
         Raises:
@@ -84,6 +85,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {matrix.tensor} from {stored.file}: {error}") from error
 
+    def factors(self, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
+        """(rows, r) and (cols, r) float64 factors of ΔW, where the checkpoint is an update that is stored as such."""
+        return None
+
     def manifest(self) -> dict[str, Any]:
         """Path, dtypes and every file with its size and SHA-256: what the results were computed from."""
         dtypes: dict[str, int] = {}
@@ -91,11 +96,12 @@ class Checkpoint:
             name = DTYPES.get(stored.dtype, stored.dtype)
             dtypes[name] = dtypes.get(name, 0) + 1
         files = [{"name": f.name, "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in self.files]
-        return {"path": str(self.path), "format": "safetensors", "dtypes": dtypes, "files": files}
+        known = {"path": str(self.path), "format": "safetensors", "dtypes": dtypes, "files": files}
+        return known | ({"notes": list(self.notes)} if self.notes else {})
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder or one safetensors file, reading headers only.
+def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
+    """Open a Hugging Face folder, one safetensors file, or a PEFT adapter on `base`, reading headers only.
 
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
@@ -112,6 +118,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {path} is not a folder or a .safetensors file. Convert it to safetensors first."
         )
+    if is_adapter(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a PEFT adapter, which has no weights without its base. Give the base first and the adapter "
+                "as what was tuned: opdgeo compare BASE ADAPTER, or open_checkpoint(ADAPTER, base=…)."
+            )
+        from opdgeo.checkpoints.adapter import open_adapter
+
+        return open_adapter(path, base)
     tensors: dict[str, Stored] = {}
     if (path / INDEX).exists():
         listed = _json(path / INDEX).get("weight_map")
@@ -139,8 +154,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, _plain(tensors), config)
 
 
-def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no whole model."""
+    return (path / "adapter_config.json").is_file() and not (path / INDEX).exists() and not (path / SINGLE).exists()
+
+
+def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
     """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
+
+    `base` is what adapters among them are added to.
 
     Raises:
         CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.
@@ -148,10 +170,11 @@ def run_checkpoints(paths: list[str | Path]) -> list[Checkpoint]:
     run = Path(paths[0])
     if len(paths) == 1 and run.is_dir() and not (run / INDEX).exists() and not (run / SINGLE).exists():
         steps = {int(m[1]): p for p in run.iterdir() if p.is_dir() and (m := _STEP.fullmatch(p.name))}
-        if not steps:
+        if not steps and not is_adapter(run):
             raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
-        return [open_checkpoint(steps[step]) for step in sorted(steps)]
-    opened = [open_checkpoint(p) for p in paths]
+        # A trainer leaves its last adapter beside the folders of the steps.
+        return [open_checkpoint(steps[step], base) for step in sorted(steps)] or [open_checkpoint(run, base)]
+    opened = [open_checkpoint(p, base) for p in paths]
     names = [c.name for c in opened]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise CheckpointError(

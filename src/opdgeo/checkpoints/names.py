@@ -186,7 +186,7 @@ def _parts(part: str, rows: int, config: dict[str, Any]) -> list[tuple[str, int]
 
 def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matrix] | None:
     found = _STACKED.fullmatch(tensor)
-    if not found or model_type.removesuffix("_text").replace("_vl_", "_") not in _STACKED_TYPES:
+    if not found or _family(model_type) not in _STACKED_TYPES:
         return None
     experts, rows, cols = shape
     roles = ("gate_proj", "up_proj") if found["part"] == "gate_up_proj" else ("down_proj",)
@@ -201,6 +201,16 @@ def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matri
         for expert in range(experts)
         for i, role in enumerate(roles)
     ]  # fmt: skip
+
+
+def stacks_experts(config: dict[str, Any]) -> bool:
+    """Whether a model of this `config.json` keeps its experts in memory as `_STACKED` describes, however it stores them."""
+    text = {**config, **(config.get("text_config") or {})}
+    return _family(str(text.get("model_type", ""))) in _STACKED_TYPES
+
+
+def _family(model_type: str) -> str:
+    return model_type.removesuffix("_text").replace("_vl_", "_")
 
 
 def other_kind(tensor: str) -> str | None:

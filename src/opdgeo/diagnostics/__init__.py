@@ -1,6 +1,7 @@
 """The diagnostics, one short file each: a formula, its source, and what it asks of `numerics`.
 
-A diagnostic module has `variants(settings)`, the names of its rows, and `measure(update)`, a value for each of them.
+A diagnostic module has `variants(settings)`, the names of its rows, `measure(update)`, a value for each of them, and `READS`,
+the settings that its values depend on (whatever asks for W₀'s or W₊'s spectrum: `rank` and `mask_rank`; for ΔW's: `top_k`).
 To add one: write the module and name it in `MODULES`.
 """
 
@@ -28,6 +29,8 @@ MODULES = (
 
 class Diagnostic(Protocol):
     """What every module of `MODULES` offers."""
+
+    READS: tuple[str, ...]
 
     def variants(self, settings: Settings) -> list[str]: ...
 

@@ -13,6 +13,8 @@ import torch
 from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
 from opdgeo.numerics.spectra import angle_error
 
+READS = ("rank", "mask_rank", "top_k")
+
 
 def variants(settings: Settings) -> list[str]:
     return ["mirsky", "weyl", "wedin"]

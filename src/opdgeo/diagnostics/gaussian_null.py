@@ -7,7 +7,7 @@ drawn and measured like a real update.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -23,39 +23,49 @@ SPECTRA, SHIFTS = 16, 64  # draws of what costs little
 SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, an update is not a small perturbation
 
 
-def gaussian_null(update: Update, *key: object) -> Null:
-    """The null of every diagnostic that has a cheap one; `key` seeds the draws."""
-    rows, cols = update.weights.shape
+def gaussian_null(update: Update, wanted: Collection[str], *key: object) -> Null:
+    """The null of every wanted diagnostic that has a cheap one, each from no more settings than the diagnostic reads; `key`
+    seeds the draws."""
+    rows, cols = update.base.weights.shape
     scale = update.norm / math.sqrt(rows * cols)
     found: Null = {("frobenius_norm", ""): (update.norm, 0.0)}
     if update.base.norm > 0:
         found["relative_norm", ""] = (update.norm / update.base.norm, 0.0)
-    if update.settings.eta < FINEST:
-        found |= _visibility(update, scale)
-    found |= _energy(update)
-    spectra = nulls.top_singular_values(
-        rows, cols, update.norm, _top(update), SPECTRA, np.random.default_rng(nulls.seed("spectrum", *key))
-    )
-    found |= _spectrum(update, spectra)
-    if nulls.spacing(update.base.spectrum.sigma, scale) < SPACING:
-        found |= _perturbation(update, scale, float(spectra[:, 0].mean()), *key)
-    return found
+    if not {"update_sparsity", "mask_overlap"}.isdisjoint(wanted) and update.settings.eta < FINEST:
+        found |= _visibility(update, scale, overlap="mask_overlap" in wanted)
+    if "principal_energy" in wanted:
+        found |= _energy(update)
+    largest = None  # E‖G‖₂
+    if not {"operator_norm", "stable_rank", "hill_exponent", "bound_ratio"}.isdisjoint(wanted):
+        spectra = nulls.top_singular_values(
+            rows, cols, update.norm, _top(update), SPECTRA, np.random.default_rng(nulls.seed("spectrum", *key))
+        )
+        found |= _spectrum(update, spectra)
+        largest = float(spectra[:, 0].mean())
+    moving = not {"principal_angles", "spectral_shift", "bound_ratio"}.isdisjoint(wanted)
+    if moving and nulls.spacing(update.base.spectrum.sigma, scale) < SPACING:
+        found |= _perturbation(update, scale, largest, *key)
+    return {(name, variant): null for (name, variant), null in found.items() if name in wanted}
 
 
 def _top(update: Update) -> int:
-    return min(update.settings.top_k, *update.weights.shape)
+    return min(update.settings.top_k, *update.base.weights.shape)
 
 
-def _visibility(update: Update, scale: float) -> Null:
+def _visibility(update: Update, scale: float, *, overlap: bool) -> Null:
     base = update.base
-    masks: dict[str, Mask] = {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
-    masks |= {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
+    masks: dict[str, Mask] = {}
+    if overlap:
+        masks |= {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
+        masks |= {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
+    everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
     sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
     size = rows_of_block(base.weights.shape[1])
     for start in range(0, len(base.weights), size):
         part = slice(start, start + size)
         moves = nulls.visible_probability(base.weights[part], scale).flatten()
         spread = moves * (1 - moves)
+        everywhere += torch.stack([moves.sum(), spread.sum()])
         for name, mask in masks.items():
             codes = mask.codes[part].flatten()
             for row, weights in zip(sums[name], (moves, spread), strict=True):
@@ -70,13 +80,12 @@ def _visibility(update: Update, scale: float) -> Null:
         share = float((moved * inside).sum()) / total
         deviation = math.sqrt(float((spread * (inside - share) ** 2).sum())) / total
         found["mask_overlap", name] = (share, deviation)
-    moved, spread = next(iter(sums.values()))
-    sparsity = (1 - float(moved.sum()) / entries, math.sqrt(float(spread.sum())) / entries)
+    sparsity = (1 - float(everywhere[0]) / entries, math.sqrt(float(everywhere[1])) / entries)
     return found | {("update_sparsity", "bf16_eta"): sparsity, ("update_sparsity", "bf16_exact"): sparsity}
 
 
 def _energy(update: Update) -> Null:
-    rows, cols = update.weights.shape
+    rows, cols = update.base.weights.shape
     k, _ = update.base.cut(update.settings.mask_rank)
     inside = {"left": k * cols, "right": k * rows, "both": k * k}
     return {
@@ -98,9 +107,10 @@ def _spectrum(update: Update, draws: np.ndarray) -> Null:
     return found
 
 
-def _perturbation(update: Update, scale: float, largest: float, *key: object) -> Null:
-    """What a small Gaussian update does to W₀'s singular values and subspaces; `largest` is its ‖·‖₂."""
-    rows, cols = update.weights.shape
+def _perturbation(update: Update, scale: float, largest: float | None, *key: object) -> Null:
+    """What a small Gaussian update does to W₀'s singular values and subspaces; what is relative to its ‖·‖₂, `largest`, only
+    where that is given."""
+    rows, cols = update.base.weights.shape
     before = update.base.spectrum
     sigma = before.sigma
     moved = nulls.shifts(sigma, rows, cols, scale, SHIFTS, nulls.generator("shifts", *key))
@@ -108,8 +118,9 @@ def _perturbation(update: Update, scale: float, largest: float, *key: object) ->
     found: Null = {
         ("spectral_shift", ""): mean_std(norms / update.base.norm),
         ("bound_ratio", "mirsky"): mean_std(norms / update.norm),
-        ("bound_ratio", "weyl"): mean_std(moved.abs().amax(dim=1) / largest),
     }
+    if largest:
+        found["bound_ratio", "weyl"] = mean_std(moved.abs().amax(dim=1) / largest)
     k, _ = update.base.cut(update.settings.rank)
     if k >= len(sigma) or max(before.subspace_error(k, side) for side in ("left", "right")) >= 1:
         return found
@@ -121,7 +132,7 @@ def _perturbation(update: Update, scale: float, largest: float, *key: object) ->
             angles.setdefault(f"{side}.max", []).append(math.degrees(float(theta.max())))
             angles.setdefault(f"{side}.mean", []).append(math.degrees(float(theta.mean())))
         gap = float(sigma[k - 1] + moved[draw % SHIFTS, k - 1] - sigma[k])
-        if gap > 0:
+        if gap > 0 and largest:
             wedin.append(math.sin(max(float(theta.max()) for theta in turned.values())) * gap / largest)
     found |= {("principal_angles", name): mean_std(values) for name, values in angles.items()}
     return found | ({("bound_ratio", "wedin"): mean_std(wedin)} if wedin else {})

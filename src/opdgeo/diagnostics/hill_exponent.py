@@ -9,6 +9,8 @@ import math
 
 from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined
 
+READS = ("top_k",)
+
 
 def variants(settings: Settings) -> list[str]:
     return [str(settings.top_k)]

@@ -10,6 +10,8 @@ import torch
 from opdgeo.diagnostics.update import NO_VISIBLE, Settings, Update, Value, undefined, undetermined
 from opdgeo.numerics.spectra import EPS
 
+READS = ("rank", "mask_rank", "mask_share", "eta")
+
 
 def variants(settings: Settings) -> list[str]:
     return [f"{mask}.{share:g}" for share in settings.mask_share for mask in ("principal", "low_magnitude")]

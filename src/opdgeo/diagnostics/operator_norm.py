@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from opdgeo.diagnostics.update import Settings, Update, Value
 
+READS = ("top_k",)
+
 
 def variants(settings: Settings) -> list[str]:
     return [""]

@@ -7,6 +7,8 @@ import math
 from opdgeo.diagnostics.update import Settings, Update, Value, undefined, undetermined
 from opdgeo.numerics.spectra import angle_error
 
+READS = ("rank", "mask_rank")
+
 
 def variants(settings: Settings) -> list[str]:
     return ["left.max", "left.mean", "right.max", "right.mean"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, norm_error, undefined, undetermined
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
+
+READS = ("rank", "mask_rank")
 
 
 def variants(settings: Settings) -> list[str]:
@@ -21,16 +23,15 @@ def measure(update: Update) -> dict[str, Value]:
     k, reason = update.base.cut(update.settings.mask_rank)
     spectrum = update.base.spectrum
     left, right = spectrum.left[:, :k], spectrum.right[:, :k]
-    delta = update.delta
-    inside_left = (delta.T @ left).T
-    inside = {"left": inside_left, "right": delta @ right, "both": inside_left @ right}
+    inside_left, inside_right = update.delta.onto(left, right)
+    inside = {"left": inside_left, "right": inside_right, "both": inside_left @ right}
     lost = {side: spectrum.subspace_error(k, side) for side in ("left", "right")}
     lost["both"] = lost["left"] + lost["right"]
     values: dict[str, Value] = {}
     for side, part in inside.items():
         share = min(1.0, float(torch.linalg.vector_norm(part / update.norm)) ** 2)
         # ‖P′x‖² − ‖Px‖² ≤ ‖(P′ − P)x‖ (‖P′x‖ + ‖Px‖) for a unit x
-        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * norm_error(1.0, update.weights.numel())
+        error = lost[side] * (2 * share**0.5 + lost[side]) + 4 * update.norm_error
         name = f"{side}.{update.settings.mask_rank}"
         values[name] = (
             undefined(undetermined(k))

@@ -6,6 +6,8 @@ import torch
 
 from opdgeo.diagnostics.update import Settings, Update, Value, undefined
 
+READS = ("rank", "mask_rank")
+
 
 def variants(settings: Settings) -> list[str]:
     return [""]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, norm_error, undefined
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined
+
+READS = ("top_k",)
 
 
 def variants(settings: Settings) -> list[str]:
@@ -15,5 +17,5 @@ def measure(update: Update) -> dict[str, Value]:
     spectrum = update.delta_spectrum
     largest = float(spectrum.sigma[0])
     value = (update.norm / largest) ** 2
-    relative = norm_error(1.0, update.weights.numel()) + spectrum.error / largest
+    relative = update.norm_error + spectrum.error / largest
     return {"": Value(value, 2.1 * value * relative, spectrum.method)}

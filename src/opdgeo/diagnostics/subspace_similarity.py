@@ -12,6 +12,8 @@ import torch
 from opdgeo.diagnostics.update import Settings, Value, undefined, undetermined
 from opdgeo.numerics.spectra import EPS, Spectrum
 
+READS = ("top_k",)
+
 
 def variants(settings: Settings) -> list[str]:
     return [f"final.{settings.top_k}", f"previous.{settings.top_k}"]

@@ -13,7 +13,16 @@ from torch import Tensor
 from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Mask, magnitudes, masks, rows_of_block
-from opdgeo.numerics.spectra import EPS, Difference, Spectrum, leading, principal_angles, spectrum, truncation_error
+from opdgeo.numerics.spectra import (
+    EPS,
+    Difference,
+    Factors,
+    Spectrum,
+    leading,
+    principal_angles,
+    spectrum,
+    truncation_error,
+)
 
 T = TypeVar("T")
 
@@ -153,6 +162,7 @@ class Base:
 class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
+    `tuned` is W₊ as it is stored, or ΔW in factors; then W₊ is their sum, formed only where its entries are asked for.
     `directions` asks for the singular vectors of ΔW to full accuracy, which a trajectory compares; `sampled` marks a draw
     whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
     near ΔW's leading right ones.
@@ -161,21 +171,32 @@ class Update:
     def __init__(
         self,
         base: Base,
-        weights: Tensor,
+        tuned: Tensor | Factors,
         *,
         directions: bool = False,
         sampled: bool = False,
         start: Tensor | None = None,
     ):
-        self.base, self.weights, self.settings = base, weights, base.settings
+        self.base, self.settings = base, base.settings
+        self.factors = tuned if isinstance(tuned, Factors) else None
+        if isinstance(tuned, Tensor):
+            self.weights = tuned
         self.directions, self.sampled, self.start = directions, sampled, start
 
+    @cached
+    def weights(self) -> Tensor:
+        """W₊."""
+        assert self.factors is not None
+        return torch.addmm(self.base.matrix, self.factors.left, self.factors.right.T)
+
     @property
-    def delta(self) -> Difference:
-        return Difference(self.base.weights, self.weights, self.norm)
+    def delta(self) -> Difference | Factors:
+        return self.factors or Difference(self.base.weights, self.weights, self.norm)
 
     @cached
     def moved(self) -> bool:
+        if self.factors:
+            return self.norm > 0
         if self.weights.dtype == self.base.weights.dtype:
             return not torch.equal(self.weights, self.base.weights)
         return any(bool((after.double() != before.double()).any()) for before, after in self.blocks())
@@ -183,7 +204,16 @@ class Update:
     @cached
     def norm(self) -> float:
         """‖ΔW‖_F."""
+        if self.factors:
+            return self.factors.norm
         return _norm(after.double() - before for before, after in self.blocks())
+
+    @property
+    def norm_error(self) -> float:
+        """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences, or of the core."""
+        if self.factors:
+            return self.factors.error / self.norm if self.moved else 0.0
+        return EPS * (8 + math.sqrt(self.weights.numel()))
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """W₀ and W₊ in blocks of rows."""
@@ -197,7 +227,7 @@ class Update:
     @cached
     def delta_spectrum(self) -> Spectrum:
         """The leading `top_k` singular triplets of ΔW; of a small matrix, all singular values."""
-        k = min(self.settings.top_k, max(1, min(self.weights.shape) // 2))
+        k = min(self.settings.top_k, max(1, min(self.base.weights.shape) // 2))
         if self.sampled:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
         return leading(self.delta, k, angle=1e-5 if self.directions else math.inf, start=self.start)
@@ -221,11 +251,6 @@ class Update:
     def visible(self) -> Tensor:
         """The mask M of visible updates: entries changed under the η rule."""
         return ~self.unchanged[0]
-
-
-def norm_error(norm: float, entries: int) -> float:
-    """A bound on the rounding error of a pairwise-summed Frobenius norm of exact differences."""
-    return EPS * (8 + math.sqrt(entries)) * norm
 
 
 def _norm(blocks: Iterator[Tensor]) -> float:

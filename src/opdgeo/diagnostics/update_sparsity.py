@@ -10,6 +10,8 @@ import torch
 
 from opdgeo.diagnostics.update import Settings, Update, Value
 
+READS = ("eta",)
+
 
 def variants(settings: Settings) -> list[str]:
     return ["bf16_eta", "bf16_exact"]

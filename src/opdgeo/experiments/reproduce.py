@@ -27,8 +27,9 @@ from opdgeo.errors import ConfigError
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
 from opdgeo.experiments.study import BY_NAME, Arm
+from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import Result, load_result, summarise, write_json
-from opdgeo.survey.run import cpu_cores, peak_memory, provenance
+from opdgeo.survey.run import peak_memory, provenance
 
 GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files
 

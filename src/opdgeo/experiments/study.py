@@ -21,11 +21,9 @@ from typing import Any, Literal
 from opdgeo.errors import ConfigError
 from opdgeo.experiments.presets import train_config
 from opdgeo.experiments.rules import ALPHAS, MATCHED, OPD, PARADIGMS, RLVR, S1_MODES, SFT, s1
-from opdgeo.training.config import Rollouts, TrainConfig
+from opdgeo.training.config import TrainConfig
 
-DEMOS: Rollouts = "demonstrations"
-STUDENT: Rollouts = "student"
-TEACHER: Rollouts = "teacher"
+DEMOS, STUDENT, TEACHER = "demonstrations", "student", "teacher"
 
 ONE: dict[str, Any] = {}  # every token of a demonstration counts 1
 GAP: dict[str, Any] = {"alpha": 1.0}
@@ -62,7 +60,7 @@ class Arm:
     name: str
     like: str
     """The preset's arm that has all other settings: sft, sft-matched, opd or rlvr."""
-    tokens: Rollouts
+    tokens: str
     credit: Mapping[str, Any]
     where: Held | None = FREE
     start: str = SFT

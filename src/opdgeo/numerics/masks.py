@@ -98,10 +98,13 @@ class Mask:
 
     def overlap(self, visible: Tensor) -> tuple[float, float]:
         """Share of the visible entries inside, and how much of it hangs on scores within the slack of the threshold."""
-        seen = visible.view(torch.uint8)
-        inside, tied = _count(self.codes & seen), _count(self.codes & seen * TIED)
-        near = _count(self.codes & seen * NEAR) if self.near else 0
-        total = _count(seen)
+        size = rows_of_block(visible.shape[1])  # what a block needs stays in cache
+        inside = tied = near = total = 0
+        for codes, seen in zip(self.codes.split(size), visible.view(torch.uint8).split(size), strict=True):
+            inside += _count(codes & seen)
+            tied += _count(codes & seen * TIED)
+            near += _count(codes & seen * NEAR) if self.near else 0
+            total += _count(seen)
         return (inside + self.tied_weight * tied) / total, near / total
 
     def weight(self) -> Tensor:

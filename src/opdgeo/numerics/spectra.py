@@ -6,6 +6,7 @@ Everything is float64. Three roads to a `Spectrum`:
     gram     eigenvalues λ = σ² and top eigenvectors of the smaller WᵀW, the other side as W V. Exact for a Gram matrix
              within δ = γσ₁² of the given one. Values so small that δ would drown them come from an inverse iteration on
              W itself, with the residual R = WᵀU − VΣ of their triplets (`gram, inverse iteration`).
+    factors  a product of two thin matrices (`Factors`): the SVD of its core. Exact for a core within ‖E‖₂ ≤ ε of the given one.
     krylov   the top k alone (`leading`), found in float32, finished in float64, with R measured at the end.
 
 What follows from them, by perturbation theorems:
@@ -219,7 +220,7 @@ class Difference:
 
     def blocks(self) -> Iterator[Tensor]:
         """Blocks of rows of the matrix that is not transposed."""
-        step = max(1, (1 << 20) // self.before.shape[1])
+        step = max(1, (1 << 17) // self.before.shape[1])
         for before, after in zip(self.before.split(step), self.after.split(step), strict=True):
             yield after.double() - before.double()
 
@@ -233,14 +234,24 @@ class Difference:
             start += len(block)
         return product
 
-    def single(self) -> Tensor:
-        """The matrix over its norm, in float32."""
-        whole = torch.empty(self.before.shape, dtype=torch.float32, device=self.before.device)
-        start = 0
+    def onto(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """leftᵀ·self and self·right, (rows, k)ᵀ and (cols, l), in one pass; of the matrix that is not transposed."""
+        above = left.new_zeros(left.shape[1], self.before.shape[1])
+        beside, start = [], 0
         for block in self.blocks():
-            whole[start : start + len(block)] = block / self.norm
+            above.addmm_(left[start : start + len(block)].T, block)
+            beside.append(block @ right)
             start += len(block)
-        return whole.T if self.transposed else whole
+        return above, torch.cat(beside)
+
+    def single(self) -> Tensor:
+        """The matrix over its norm, in float32, contiguous."""
+        whole = torch.empty(self.shape, dtype=torch.float32, device=self.before.device)
+        target, start = whole.T if self.transposed else whole, 0
+        for block in self.blocks():
+            target[start : start + len(block)] = block / self.norm
+            start += len(block)
+        return whole
 
     def whole(self) -> Tensor:
         """The matrix in float64."""
@@ -248,8 +259,56 @@ class Difference:
         return found.T if self.transposed else found
 
 
+class Factors:
+    """left rightᵀ in float64, of (rows, r) and (cols, r) factors: a (rows, cols) matrix of rank r that is never formed.
+
+    Both factors are split into an orthonormal basis and a triangle; everything spectral is in the r × r core of the
+    triangles. `error` bounds what rounding does to the core, and so to the norm and to every singular value.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor):
+        self.left, self.right = left, right
+        self.shape = (left.shape[0], right.shape[0])
+        outer, inner = (torch.linalg.qr(factor, mode="r").R for factor in (left, right))
+        self.norm = float(torch.linalg.vector_norm(outer @ inner.T))
+        self.error = svd_error(*self.shape, float(torch.linalg.vector_norm(outer) * torch.linalg.vector_norm(inner)))
+
+    @property
+    def T(self) -> Factors:
+        return Factors(self.right, self.left)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.left @ (self.right.T @ other)
+
+    def onto(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """leftᵀ M and M right."""
+        return (left.T @ self.left) @ self.right.T, self @ right
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Blocks of rows."""
+        return (part @ self.right.T for part in self.left.split(max(1, (1 << 20) // self.shape[1])))
+
+    def whole(self) -> Tensor:
+        """The matrix itself."""
+        return self.left @ self.right.T
+
+    def spectrum(self, k: int) -> Spectrum:
+        """The top max(k, r) singular values, zero beyond the rank, and the vectors of the top k."""
+        more = (0, max(0, k - self.left.shape[1]))  # zero columns; `qr` completes the bases
+        outer, first = torch.linalg.qr(torch.nn.functional.pad(self.left, more))
+        inner, second = torch.linalg.qr(torch.nn.functional.pad(self.right, more))
+        turn, sigma, back = torch.linalg.svd(first @ second.T, full_matrices=False)
+        left, right = (outer @ turn)[:, :k].contiguous(), (inner @ back.T)[:, :k].contiguous()
+        return Spectrum(sigma, left, right, self.error, "factors", torch.full_like(sigma, self.error), self.error)
+
+
 def leading(
-    matrix: Tensor | Difference, k: int, *, tolerance: float = 3e-10, angle: float = 1e-5, start: Tensor | None = None
+    matrix: Tensor | Difference | Factors,
+    k: int,
+    *,
+    tolerance: float = 3e-10,
+    angle: float = 1e-5,
+    start: Tensor | None = None,
 ) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
@@ -263,6 +322,8 @@ def leading(
         angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
         start: (cols, any) directions expected near the leading right ones, such as those of an earlier checkpoint.
     """
+    if isinstance(matrix, Factors):
+        return matrix.spectrum(k)
     size = min(matrix.shape)
     limit = min(size // 3, 64 * (k + 8))
     vectors = min(k, size) if angle < math.inf else 0
@@ -323,9 +384,7 @@ def _ritz(
         basis[:, used : used + width] = block
         used += width
         known = basis[:, :used]
-        image = tall @ block
-        # In float32 both products read `tall` along its rows.
-        image = (image.T @ tall).T if isinstance(tall, Tensor) else tall.T @ image
+        image = _squared(tall, block)
         inside = known.T @ image
         inner[:used, used - width : used], inner[used - width : used, :used] = inside.double(), inside.T.double()
         image = image - known @ inside
@@ -352,6 +411,16 @@ def _ritz(
             yield known @ mixing.to(known.dtype), float(sigma[width])
             if exhausted:
                 return
+
+
+def _squared(tall: Tensor | Difference, block: Tensor) -> Tensor:
+    """tallᵀ(tall block), reading a tensor once: both products of a few rows at a time, while they are in the cache."""
+    if isinstance(tall, Difference):
+        return tall.T @ (tall @ block)
+    product = block.new_zeros(block.shape[1], block.shape[0])
+    for rows in tall.split(64 if tall.device.type == "cpu" else len(tall)):
+        product.addmm_((rows @ block).T, rows)
+    return product.T
 
 
 def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float]:

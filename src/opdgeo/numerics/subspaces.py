@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opdgeo.numerics.spectra import Difference
+from opdgeo.numerics.spectra import Difference, Factors
 
 Side = Literal["right", "left"]
 
@@ -33,7 +33,7 @@ def orthonormal(basis: Tensor) -> Tensor:
     return torch.linalg.qr(basis.double()).Q
 
 
-def share_outside(delta: Difference, basis: Tensor, side: Side) -> float:
+def share_outside(delta: Difference | Factors, basis: Tensor, side: Side) -> float:
     """‖ΔW − projection‖²_F / ‖ΔW‖²_F in float64, from the part outside itself, so that tiny shares keep their digits.
 
     `basis` is orthonormal in float64, and `delta` moved and not transposed. A block of rows at a time.

@@ -247,7 +247,7 @@ def heatmap(
             patch.set_linewidth(0.8 if len(layers) <= 12 else 0.4)
             patch.set_gid(f"cell{index}")
             patch.set_clip_on(False)
-            axes.add_patch(patch)
+            axes.add_artist(patch)  # unlike `add_patch`, without new data limits: they are set below
             tips[f"cell{index}"] = tip
         axes.set_xlim(-0.5, max(len(roles), 1) - 0.5)
         axes.set_ylim(max(len(layers), 1) - 0.5, -0.5)
@@ -265,7 +265,7 @@ def heatmap(
         for i in range(steps):
             at = low + (high - low) * (i + 0.5) / steps
             width = (high - low) / steps
-            bar.add_patch(Rectangle((at - width / 2, 0), width * 1.05, 1, facecolor=colours(norm(at)), linewidth=0))
+            bar.add_artist(Rectangle((at - width / 2, 0), width * 1.05, 1, facecolor=colours(norm(at)), linewidth=0))
         bar.set_xlim(low, high)
         bar.set_ylim(0, 1)
         bar.set_yticks([])

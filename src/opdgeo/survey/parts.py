@@ -1,7 +1,9 @@
-"""Finished matrices of an unfinished run, so that a killed run goes on where it was.
+"""What earlier runs of a folder measured: a killed run goes on from its finished matrices, a finished one from its tables.
 
-One file a matrix in OUT/.parts, named by a digest of everything that its rows depend on: the files it was read from (path,
-size, time of change), the settings, the program's version. What no longer matches is simply not found.
+An unfinished run keeps one file a matrix in OUT/.parts, named by a digest of everything but the settings that its rows
+depend on: the files it was read from (path, size, time of change), the program and the libraries that compute. What no
+longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables. The settings
+stand beside the rows, so that only what reads a changed one is measured again.
 """
 
 from __future__ import annotations
@@ -11,30 +13,36 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.diagnostics import Settings
-from opdgeo.survey.cache import NUMERICS
+from opdgeo.errors import ConfigError
 from opdgeo.survey.measure import Measured
-from opdgeo.survey.results import PARTS, write_json
+from opdgeo.survey.results import PARTS, load_result, write_json
+
+COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
+LIBRARIES = ("torch", "numpy", "scipy")
 
 
 class Parts:
-    """The finished matrices of one run in the folder `out`; with None nothing is kept."""
+    """The earlier work of the folder `out`; with None nothing is found and nothing kept.
 
-    def __init__(
-        self, out: Path | None, checkpoints: Sequence[Checkpoint], settings: Settings, *, trajectory: bool, device: str
-    ):
-        self.folder = out / PARTS if out else None
+    `inputs` is the digest of what this run measures, whatever its settings.
+    """
+
+    def __init__(self, out: Path | None, checkpoints: Sequence[Checkpoint], *, trajectory: bool, device: str):
         files = [[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in c.files] for c in checkpoints]
         names = [(c.name, c.step) for c in checkpoints]
-        run = [version("opdgeo"), NUMERICS, settings.to_json(), trajectory, device, names, files]
-        self.run = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+        run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, files]
+        self.inputs = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+        self.folder = out / PARTS if out else None
+        self.finished = _finished(out, self.inputs) if out else {}
 
     def _path(self, matrix: Matrix) -> Path | None:
-        key = hashlib.sha256(f"{self.run} {json.dumps(asdict(matrix))}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.inputs} {json.dumps(asdict(matrix))}".encode()).hexdigest()
         return self.folder / f"{key[:32]}.json" if self.folder else None
 
     def load(self, matrix: Matrix) -> Measured | None:
@@ -43,10 +51,34 @@ class Parts:
         with suppress(OSError, ValueError, TypeError):
             if path and path.exists():
                 return Measured(**json.loads(path.read_text()))
-        return None
+        return self.finished.get(matrix.name)
 
     def save(self, matrix: Matrix, measured: Measured) -> None:
         path = self._path(matrix)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, asdict(measured))
+
+
+def _finished(out: Path, inputs: str) -> dict[str, Measured]:
+    """The matrices of a finished run of the same inputs in `out`."""
+    with suppress(ConfigError):
+        result = load_result(out)
+        if result.run.get("inputs") == inputs:
+            rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
+            return {m: Measured(found, curves.get(m, []), result.run["settings"]) for m, found in rows.items()}
+    return {}
+
+
+def _by_matrix(table: Any) -> dict[str, list[dict[str, Any]]]:
+    return {name: part.to_dicts() for (name,), part in table.partition_by("matrix", as_dict=True).items()}
+
+
+@cache
+def _program() -> str:
+    """A digest of the source files that numbers depend on."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(f for part in COMPUTING for f in (package / part).rglob("*.py")):
+        digest.update(f"{file.relative_to(package)} ".encode() + file.read_bytes())
+    return digest.hexdigest()

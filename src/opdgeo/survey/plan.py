@@ -11,9 +11,8 @@ from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 from opdgeo.numerics.spectra import KRYLOV
-from opdgeo.survey.memory import available_memory, working_set
+from opdgeo.survey.memory import PROGRAM, available_memory, working_set
 
-PROGRAM = 500 << 20  # bytes of the program with torch and polars
 STARTUP = 2.5  # seconds
 
 

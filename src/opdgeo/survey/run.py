@@ -1,8 +1,7 @@
-"""`compare` and `track`: pair, loop over the matrices on a pool of threads, collect the tables."""
+"""`compare` and `track`: pair, have an engine measure what is not known yet, collect the tables."""
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import sys
@@ -10,140 +9,149 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
-from opdgeo.survey.memory import Memory, available_memory, working_set
+from opdgeo.survey import engines
+from opdgeo.survey.cache import SpectrumCache
+from opdgeo.survey.measure import Job, Measured, outdated
+from opdgeo.survey.parts import Parts
+from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
-
-if TYPE_CHECKING:
-    from opdgeo.survey.measure import Measured
 
 
 def compare(
     base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
-    out: Path | None = None,
+    engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
+    cache: bool = True, progress: bool = False, out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Measure one update.
 
     Args:
-        base, tuned: Hugging Face folders or safetensors files, before and after training.
+        base, tuned: Hugging Face folders or safetensors files, before and after training; `tuned` may be a PEFT adapter
+            of `base`, and is then measured from its factors.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
+        engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
+        ray_address: the cluster; default `$RAY_ADDRESS`, else one on this machine.
         workers: matrices measured at a time; default one per CPU core.
         device: "cpu" or "cuda".
         cache: read and keep the base's factors on disk (`SpectrumCache`).
         progress: show a progress bar on standard error.
-        out: a folder where finished matrices are kept until `Result.save` completes it: a killed run goes on from them.
+        out: a results folder whose earlier work is gone on from: finished matrices are kept there until `Result.save`
+            completes it, and of a complete one only what reads a changed setting is measured again.
 
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
-    opened = [open_checkpoint(tuned)]
+    before = open_checkpoint(base)
     return _survey(
-        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=False
-    )
+        before, [open_checkpoint(tuned, before)], roles, settings, engine, ray_address, workers, device, cache, progress, out,
+        trajectory=False,
+    )  # fmt: skip
 
 
 def track(
     base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", cache: bool = True, progress: bool = False,
-    out: Path | None = None,
+    engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
+    cache: bool = True, progress: bool = False, out: Path | None = None,
 ) -> Result:  # fmt: skip
     """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
 
     `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
     arguments and errors are those of `compare`.
     """
-    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints))
+    before = open_checkpoint(base)
+    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints), before)
     return _survey(
-        open_checkpoint(base), opened, roles, settings, workers, device, cache, progress, out, trajectory=True
-    )
+        before, opened, roles, settings, engine, ray_address, workers, device, cache, progress, out,
+        trajectory=True,
+    )  # fmt: skip
 
 
 def _survey(
-    base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None,
-    workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
+    base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None, engine: str,
+    ray_address: str | None, workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
     *, trajectory: bool,
 ) -> Result:  # fmt: skip
-    import torch
-
-    from opdgeo.numerics import lapack
-    from opdgeo.survey.cache import SpectrumCache
-    from opdgeo.survey.measure import measure
-    from opdgeo.survey.parts import Parts
-    from opdgeo.survey.plan import refuse_what_cannot_fit
-
     started, clock = datetime.now(UTC), time.perf_counter()
-    settings = settings or Settings()
-    cores = cpu_cores()
-    workers = workers or cores
-    if workers < 1:
-        raise ConfigError(f"workers is {workers}; expected at least 1.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
+    job = Job(base, checkpoints, settings or Settings(), trajectory, device, SpectrumCache() if cache else None)
+    _check(engine, ray_address, workers, device)
     pairings = [pair(base, c, roles) for c in checkpoints]
     work = _in_all(pairings)
-    refuse_what_cannot_fit(work, [base, *checkpoints], settings)
+    if engine == "local":
+        refuse_what_cannot_fit(work, [base, *checkpoints], job.settings)
 
-    with _Bar(progress, sum(_cost(m) for m in work) * len(checkpoints)) as bar:
-        # One BLAS thread a worker: LAPACK runs outside the interpreter lock, threads that wait for a busy core cost more
-        # than they bring, and the result does not depend on the number of workers.
-        before = torch.get_num_threads()
-        workers = min(workers, len(work))
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(workers)
-        limits = lapack.threads(1)
-        memory, kept = Memory(available_memory() * 8 // 10), SpectrumCache() if cache else None
+    parts = Parts(out, [base, *checkpoints], trajectory=trajectory, device=device)
+    measured: dict[Matrix, Measured] = {}
+    reused: Counter[str] = Counter()
+    rest: list[tuple[Matrix, Measured | None]] = []
+    for m in sorted(work, key=_cost, reverse=True):  # the largest first, so that the workers end together
+        known = parts.load(m)
+        values, nulls = outdated(known.settings if known else None, job.settings, trajectory)
+        if known is not None:
+            reused.update(n for n in dict.fromkeys(row["diagnostic"] for row in known.rows) if n not in values)
+        if known is None or nulls:
+            rest.append((m, known))
+        else:
+            measured[m] = known
+            if m.name in parts.finished:  # its tables go while the new ones are written
+                parts.save(m, known)
 
-        parts = Parts(out, [base, *checkpoints], settings, trajectory=trajectory, device=device)
-
-        def task(m: Matrix) -> Measured:
-            if (finished := parts.load(m)) is not None:
-                bar.advance(_cost(m) * len(checkpoints))
-                return finished
-            with memory.room_for(working_set(m, [base, *checkpoints], settings)):
-                measured = measure(
-                    m, base, checkpoints, settings,
-                    trajectory=trajectory, device=device, cache=kept, done=partial(bar.advance, _cost(m)),
-                )  # fmt: skip
-            parts.save(m, measured)
-            return measured
-
-        try:
-            # The largest first, so that the workers end together.
-            jobs = {m.name: pool.submit(task, m) for m in sorted(work, key=_cost, reverse=True)}
-            manifests = list(pool.map(Checkpoint.manifest, [base, *checkpoints]))
-            measured = [jobs[m.name].result() for m in work]
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
-            limits.restore_original_limits()
+    runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
+    beside = ThreadPoolExecutor(1)
+    try:
+        manifests = beside.map(lambda c: c.manifest(), [base, *checkpoints])
+        with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
+            for m, found in runs:
+                parts.save(m, found)
+                measured[m] = found
+                bar.advance(_cost(m))
+        of_base, *of_checkpoints = manifests
+    finally:
+        beside.shutdown(cancel_futures=True)
 
     order = {c.name: i for i, c in enumerate(checkpoints)}
-    rows = sorted((r for m in measured for r in m.rows), key=lambda r: order[r["checkpoint"]])
-    curves = sorted((r for m in measured for r in m.curves), key=lambda r: order[r["checkpoint"]])
+    rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])
+    curves = sorted((r for m in work for r in measured[m].curves), key=lambda r: order[r["checkpoint"]])
     timings: Counter[str] = Counter()
-    for m in measured:
-        timings.update(m.seconds)
+    for m in work:
+        timings.update(measured[m].seconds)
     tables = frames(rows, curves)
+    cores = engines.cpu_cores()
     run = provenance(started, time.perf_counter() - clock, device, cores) | {
-        "settings": settings.to_json() | {"roles": roles, "workers": workers},
-        "base": manifests[0],
+        "settings": job.settings.to_json() | {"roles": roles, "engine": engine, "workers": workers or cores},
+        "base": of_base,
         "checkpoints": [
-            m | {"checkpoint": c.name, "step": c.step} for m, c in zip(manifests[1:], checkpoints, strict=True)
+            m | {"checkpoint": c.name, "step": c.step} for m, c in zip(of_checkpoints, checkpoints, strict=True)
         ],
         "pairing": _account(pairings) | {"measured": len(work)},
         "timings": dict(timings),
+        "reused": dict(reused),
+        "inputs": parts.inputs,
     }
-    return Result(*tables, summarise(tables[0], settings.null), run)
+    return Result(*tables, summarise(tables[0], job.settings.null), run)
+
+
+def _check(engine: str, ray_address: str | None, workers: int | None, device: str) -> None:
+    """Raises ConfigError for a combination that no machine can serve, or not this one."""
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"engine is {engine!r}; expected 'local' or 'ray'.")
+    if ray_address and engine != "ray":
+        raise ConfigError(f"a Ray address, {ray_address!r}, was given without --engine ray. Add it, or leave it out.")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; expected at least 1.")
+    if engine == "local" and device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
 
 
 def plan_text(
@@ -155,20 +163,16 @@ def plan_text(
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
-    from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
-
-    settings, workers = settings or Settings(), workers or cpu_cores()
+    settings, workers = settings or Settings(), workers or engines.cpu_cores()
     before = open_checkpoint(base)
-    after = run_checkpoints(list(checkpoints)) if trajectory else [open_checkpoint(c) for c in checkpoints]
+    after = (
+        run_checkpoints(list(checkpoints), before) if trajectory else [open_checkpoint(c, before) for c in checkpoints]
+    )
     pairings = [pair(before, c, roles) for c in after]
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
-    return describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
-
-
-def cpu_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in after for note in c.notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
+from opdgeo.training import engine, rollouts
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; an existing one is replaced."""
+def save_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
+) -> None:
+    """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -65,7 +68,8 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop what a killed run did after the state it resumes from: rows, checkpoints and partial folders."""
+    """Drop what a killed run did after the state it resumes from: rows, rollouts, checkpoints and partial folders."""
+    rollouts.forget_after(out / rollouts.FILE, step)
     rows = [row for row in read_log(out) if row["step"] <= step]
     write_whole(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
     for folder in (*out.glob("step-*"), *out.glob(".step-*.partial")):
@@ -82,6 +86,7 @@ class Resumable:
         partial = final / ".partial"
         if args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
         args.output_dir = str(partial)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -109,7 +114,8 @@ class Recorder(TrainerCallback):
     """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and moves the progress bar.
 
     Order at a checkpoint step: the step's row, the weights, the evaluation's row, then the trainer state. A run killed in
-    between resumes from the state before and does these again.
+    between resumes from the state before and does these again. Of several processes only the first one writes;
+    `gather` (`engine.whole_weights`) and `evaluate` are called in all of them.
     """
 
     def __init__(
@@ -118,16 +124,19 @@ class Recorder(TrainerCallback):
         out: Path,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Callable[[PreTrainedModel, int], Evaluation | None],
+        gather: Callable[[], dict[str, Any] | None],
         progress: bool,
     ) -> None:
-        self.config, self.out, self.tokenizer, self.evaluate = config, out, tokenizer, evaluate
+        self.config, self.out, self.tokenizer, self.evaluate, self.gather = config, out, tokenizer, evaluate, gather
         self.saved_at = set(config.checkpoint_steps)
-        self.bar: Progress | None = _bar() if progress else None
+        self.bar: Progress | None = _bar() if progress and engine.is_main() else None
         self.bar_task: TaskID | None = None
         self.started = self.seconds = 0.0
         self.tokens_before = 0.0
 
     def _row(self, row: dict[str, Any]) -> None:
+        if not engine.is_main():
+            return
         with (self.out / LOG).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
             stream.flush()
@@ -189,6 +198,7 @@ class Recorder(TrainerCallback):
                 "reward": logs.get("reward"),
                 "completion_length": logs.get("completions/mean_length"),
                 "kl_teacher": logs.get("kl_teacher"),
+                **({"dropped_groups": logs["dropped_groups"]} if "dropped_groups" in logs else {}),
                 "grad_norm": logs["grad_norm"],
                 "learning_rate": logs["learning_rate"],
                 "tokens": int(tokens - self.tokens_before),
@@ -202,9 +212,10 @@ class Recorder(TrainerCallback):
                 note += f"  reward {logs['reward']:.2f}"
             self.bar.update(self.bar_task, completed=step, note=note)
         if step in self.saved_at:
-            model = kwargs["model"]
-            if state.is_world_process_zero:
-                save_weights(model, self.tokenizer, step_folder(self.out, step))
+            model, weights = kwargs["model"], self.gather()
+            if engine.is_main():
+                save_weights(model, self.tokenizer, step_folder(self.out, step), weights)
+            del weights
             self._measure(model, step)
 
     def close(self) -> None:
@@ -221,7 +232,7 @@ def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, 
         name = str(parameter.dtype).removeprefix("torch.")
         parameters[name] = parameters.get(name, 0) + parameter.numel()
     moments: dict[str, int] = {}
-    for slots in inner.state.values():
+    for slots in getattr(inner, "state", {}).values():
         for key in {"exp_avg", "exp_avg_sq"} & slots.keys():
             name = str(slots[key].dtype).removeprefix("torch.")
             moments[name] = moments.get(name, 0) + slots[key].numel()

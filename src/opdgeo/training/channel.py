@@ -28,7 +28,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError
 from opdgeo.numerics import subspaces
-from opdgeo.numerics.spectra import Spectrum, leading, principal_angles
+from opdgeo.numerics.spectra import Factors, Spectrum, leading, principal_angles
 from opdgeo.numerics.subspaces import Side
 
 FILE = "channel.safetensors"
@@ -108,7 +108,8 @@ class Channel:
         """
         _check_choice(k)
         _check_side(side)
-        opened, tuned = _open(base), _open(tuned)
+        opened = _open(base)
+        tuned = _open(tuned, opened)
         found: dict[str, Subspace] = {}
         matrices = pair(opened, tuned, roles).matrices
         for matrix in progress(matrices) if progress else matrices:
@@ -200,7 +201,8 @@ class Channel:
 
         None where a matrix did not move; 1 where it moved and K = 0. Raises as `extract`.
         """
-        opened, tuned = _open(base), _open(tuned)
+        opened = _open(base)
+        tuned = _open(tuned, opened)
         there = {m.name: m for m in pair(opened, tuned).matrices}
         shares: dict[str, float | None] = {}
         for name, of in self.subspaces.items():
@@ -326,10 +328,11 @@ def lora_config(channel: Channel, base: str) -> Any:
 
 
 def _update(base: Checkpoint, tuned: Checkpoint, matrix: Matrix) -> Update:
-    before, after = base.read(matrix), tuned.read(matrix)
-    if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
+    before, factors = base.read(matrix), tuned.factors(matrix)
+    update = Update(Base(before, Settings()), Factors(*factors) if factors else tuned.read(matrix))
+    if not bool(torch.isfinite(before).all() and torch.isfinite(update.weights).all()):
         raise NumericsError(f"{matrix.name} has entries that are not finite in {base.path} or {tuned.path}.")
-    return Update(Base(before, Settings()), after)
+    return update
 
 
 def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace:
@@ -367,8 +370,8 @@ def _gap(spectrum: Spectrum, k: int) -> float | None:
     return max(0.0, above - spectrum.below(k)) / above
 
 
-def _open(checkpoint: str | Path | Checkpoint) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+def _open(checkpoint: str | Path | Checkpoint, base: Checkpoint | None = None) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint, base)
 
 
 def _file(path: Path) -> Path:

@@ -11,11 +11,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from opdgeo.errors import ConfigError
-
-Rollouts = Literal["demonstrations", "student", "teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,8 @@ class TrainConfig:
     """Gives the token credit when `alpha` > 0; otherwise only measured against."""
 
     # who writes the tokens, and what credit each gets
-    rollouts: Rollouts
+    rollouts: str
+    """demonstrations, student, teacher, or the rollouts.jsonl of a run with `record_rollouts`, which is replayed."""
     alpha: float = 1.0
     """A = alpha·A_OPD + (1 − alpha)·A_RLVR. Not used with demonstrations, where every completion token counts 1."""
     token_share: float = 1.0
@@ -52,8 +52,12 @@ class TrainConfig:
     sequences_per_step: int
     generations: int = 8
     """Completions of one prompt; sequences_per_step / generations prompts a step. Not used with demonstrations."""
+    rollout_prompts: int = 0
+    """Prompts completed before the updates that use them, one whole batch each; 0 = one update per rollout."""
+    drop_flat_groups: bool = False
+    """Replace groups in which all completions have the same reward by other prompts (dynamic sampling)."""
     micro_batch: int = 0
-    """Sequences in memory at once; 0 = all of a step."""
+    """Sequences that a process holds at once; 0 = all of its share of a step."""
     max_prompt_tokens: int = 64
     """Evaluation and rollouts refuse longer prompts rather than cut them."""
     max_tokens: int = 64
@@ -92,6 +96,8 @@ class TrainConfig:
     """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
     resume_every: int = 0
     """Steps between trainer states to resume from; 0 = at the checkpoints."""
+    record_rollouts: bool = False
+    """Keep every completion in rollouts.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -104,7 +110,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
         need(
-            self.rollouts in ("demonstrations", "student", "teacher"), "rollouts", "demonstrations, student or teacher"
+            self.rollouts in ("demonstrations", "student", "teacher") or self.replays is not None,
+            "rollouts",
+            "demonstrations, student, teacher or a recorded .jsonl file",
         )
         need(self.token_choice in ("top", "random"), "token_choice", "top or random")
         need(self.optimizer in ("adamw", "sgd"), "optimizer", "adamw or sgd")
@@ -124,6 +132,7 @@ class TrainConfig:
             "micro_batch",
             "eval_prompts",
             "eval_prompts_between",
+            "rollout_prompts",
             "resume_every",
             "weight_decay",
             "max_grad_norm",
@@ -142,13 +151,25 @@ class TrainConfig:
             need(self.generations >= 2, "generations", "at least 2, because advantages are relative to a group")
             need(self.sequences_per_step % self.generations == 0, "generations", "a divisor of sequences_per_step")
             if self.credit != "sampled" and (
-                self.alpha != (0.0 if self.credit == "correct" else 1.0) or self.token_share != 1.0
+                self.alpha != (0.0 if self.credit == "correct" else 1.0)
+                or self.token_share != 1.0
+                or self.drop_flat_groups
             ):
                 raise ConfigError(
                     f"credit is {self.credit!r} with alpha {self.alpha:g} and token_share {self.token_share:g}; expected alpha = 0 "
-                    "with correct, alpha = 1 with reverse_kl or forward_kl, and token_share = 1: only the sampled token's "
-                    "credit can be mixed or dropped."
+                    "with correct, alpha = 1 with reverse_kl or forward_kl, token_share = 1 and drop_flat_groups false: only the "
+                    "sampled token's credit can be mixed or dropped."
                 )
+            if self.rollout_prompts:
+                fits = self.rollout_prompts * self.generations >= self.sequences_per_step
+                need(
+                    fits, "rollout_prompts", f"0, or at least {self.sequences_per_step // self.generations}, one step's"
+                )
+            need(
+                not (self.drop_flat_groups and self.alpha == 1.0),
+                "drop_flat_groups",
+                "false when alpha is 1, because the reward counts for nothing there",
+            )
             if self.teacher is None and (self.alpha > 0 or self.rollouts == "teacher"):
                 raise ConfigError(
                     f"alpha is {self.alpha:g} and rollouts is {self.rollouts!r} but no teacher is given; expected a teacher "
@@ -156,9 +177,14 @@ class TrainConfig:
                 )
 
     @property
-    def step_batch(self) -> int:
-        """Sequences in memory at once."""
-        return self.micro_batch or self.sequences_per_step
+    def replays(self) -> Path | None:
+        """The file of recorded rollouts, if the run takes its tokens from one."""
+        return Path(self.rollouts).expanduser() if self.rollouts.endswith(".jsonl") else None
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that share the completions of one rollout: as many whole batches as it fills."""
+        return max(1, self.rollout_prompts * self.generations // self.sequences_per_step)
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:

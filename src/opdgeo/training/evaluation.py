@@ -102,55 +102,82 @@ def evaluate(
     teacher: PreTrainedModel | None,
     max_tokens: int,
     batch: int,
-    start: PreTrainedModel | None = None,
+    longest: int,
+    accelerator: Any = None,
+    origin: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Measure `model` on `examples`, also against the weights `start`; `model` is put in evaluation mode and back."""
+    """Measure `model` on `examples`, also against the weights `origin`; `model` is put in evaluation mode and back.
+
+    With an `accelerator`, every process measures its share, `batch` at a time, and all get the whole result. Processes
+    call the model equally often, as a sharded model needs; so the shares are filled up to one size with examples that
+    do not count, and the rows of a forward pass follow from `longest`, the most tokens that a sequence may have.
+    """
     training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(SEED)
+            share, counted = _share(examples, accelerator)
             if not task.verifiable:
-                loss = _text_loss(model, tokenizer, examples, max_tokens, batch)
-                return Evaluation(None, None, None, None, len(examples), loss)
-            return _accuracies(model, tokenizer, task, examples, teacher, max_tokens, batch, start)
+                sums = _text_loss(model, tokenizer, share, counted, max_tokens, batch)
+            else:
+                sums = _accuracies(model, tokenizer, task, share, counted, teacher, max_tokens, batch, longest, origin)
+            total = torch.tensor(sums, dtype=torch.float64)
+            if accelerator is not None:
+                total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     finally:
         model.train(training)
+    if not task.verifiable:
+        loss, tokens = total.tolist()
+        return Evaluation(None, None, None, None, len(examples), loss / tokens if tokens else None)
+    greedy, sampled, divergence, drift, tokens = total.tolist()
+    return Evaluation(
+        accuracy_greedy=greedy / len(examples), accuracy_sampled=sampled / len(examples),
+        kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
+        prompts=len(examples), loss=None, kl_origin=drift / tokens if origin is not None else None,
+    )  # fmt: skip
+
+
+def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], int]:
+    """This process's examples, filled up to the size of every other's, and how many of them count."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return examples, len(examples)
+    each = -(-len(examples) // accelerator.num_processes)
+    share = examples[accelerator.process_index * each :][:each]
+    return share + examples[:1] * (each - len(share)), len(share)
 
 
 def _accuracies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example],
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int, start: PreTrainedModel | None,
-) -> Evaluation:  # fmt: skip
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int,
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None,
+) -> list[float]:  # fmt: skip
+    """Sums over the first `counted` examples: right greedy, right sampled, KL to the teacher and to the start, tokens."""
     right = {True: 0.0, False: 0.0}
     tokens, divergence, drift = 0, 0.0, 0.0
     # The student's distribution at every sampled token is computed by sampling already; it is kept where it fits.
     fits = min(batch, len(examples)) * max_tokens * model.config.vocab_size <= LOGITS_AT_ONCE
-    for part in _batches(examples, batch):
+    for start, part in _batches(examples, batch):
         prompts = [example.prompt for example in part]
+        real = max(0, counted - start)
         for sample in (False, True):
-            keep = fits and sample and not (teacher is None and start is None)
+            keep = fits and sample and not (teacher is None and origin is None)
             done = complete(model, tokenizer, prompts, max_tokens, sample=sample, keep_logits=keep)
-            pairs = zip(done.texts(tokenizer), part, strict=True)
+            pairs = list(zip(done.texts(tokenizer), part, strict=True))[:real]
             right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
-        tokens += int(done.mask_BT.sum())
+        tokens += int(done.mask_BT[:real].sum())
         if teacher is not None:
-            divergence += float(reverse_kl(model, teacher, done).sum())
-        if start is not None:
-            drift += float(reverse_kl(model, start, done).sum())
-    return Evaluation(
-        accuracy_greedy=right[False] / len(examples), accuracy_sampled=right[True] / len(examples),
-        kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
-        prompts=len(examples), loss=None, kl_origin=drift / tokens if start is not None else None,
-    )  # fmt: skip
+            divergence += float(reverse_kl(model, teacher, done, longest)[:real].sum())
+        if origin is not None:
+            drift += float(reverse_kl(model, origin, done, longest)[:real].sum())
+    return [right[False], right[True], divergence, drift, tokens]
 
 
 @torch.no_grad()
-def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Completions) -> Tensor:
+def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Completions, longest: int) -> Tensor:
     """KL(student ‖ teacher) (B, T) at every completion token, over the whole vocabulary; 0 on padding."""
     parts = []
-    rows = max(1, LOGITS_AT_ONCE // (done.ids_BL.shape[1] * student.config.vocab_size))
+    rows = max(1, LOGITS_AT_ONCE // (longest * student.config.vocab_size))
     for start in range(0, len(done.ids_BL), rows):
         part = slice(start, start + rows)
         inputs: dict[str, Any] = {
@@ -168,13 +195,14 @@ def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Complet
 
 
 def _text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_tokens: int, batch: int
-) -> float | None:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], counted: int, max_tokens: int,
+    batch: int,
+) -> list[float]:  # fmt: skip
+    """Sums over the first `counted` examples: cross-entropy over tokens, tokens."""
     rows = [tokenized(example, tokenizer, max_tokens) for example in examples]
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = max(1, min(batch, LOGITS_AT_ONCE // (longest * model.config.vocab_size)))
+    batch = max(1, min(batch, LOGITS_AT_ONCE // (max_tokens * model.config.vocab_size)))
     total, count = 0.0, 0
-    for part in _batches(rows, batch):
+    for start, part in _batches(rows, batch):
         width = max(len(row["input_ids"]) for row in part)
         ids_BL = torch.full((len(part), width), int(tokenizer.pad_token_id))
         labels_BL = torch.full((len(part), width), -100)
@@ -184,14 +212,15 @@ def _text_loss(
         ids_BL, labels_BL = ids_BL.to(model.device), labels_BL.to(model.device)
         # Padding sits on the right, where causal attention keeps it away from every scored token.
         logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        labels_BL[max(0, counted - start) :] = -100
         total += float(F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="sum"))
         count += int((labels_BL[:, 1:] != -100).sum())
-    return total / count if count else None
+    return [total, count]
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _batches(items: list[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield start, items[start : start + size]
 
 
 def require_short_prompts(examples: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:

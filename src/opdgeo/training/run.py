@@ -2,6 +2,7 @@
 
 OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
+OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
 OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training
 OUT/resume/              trainer state, only while the run is unfinished
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
+from opdgeo.training import engine
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     """
     out = Path(out)
     folder = out / f"step-{config.steps:06d}"
-    if _occupied(out):
+    if engine.is_main() and _occupied(out):
         if not resume:
             raise ConfigError(
                 f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
@@ -65,11 +67,12 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use SFT with it, or the task `arithmetic`."
         )
 
-    out.mkdir(parents=True, exist_ok=True)
-    callbacks.write_whole(out / "config.json", config.to_json())
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
-    callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
+    if engine.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        callbacks.write_whole(out / "config.json", config.to_json())
+        callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
 
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, task, progress)
@@ -77,7 +80,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
             recorder.close()
-    shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if engine.is_main():
+        shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
     return folder
 
 
@@ -111,7 +116,7 @@ def _build(
     from transformers import PrinterCallback
     from trl import GRPOConfig, SFTConfig
 
-    from opdgeo.training import callbacks, evaluation, models, policy, sft
+    from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
@@ -124,12 +129,16 @@ def _build(
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
     per_step = config.sequences_per_step // (1 if demonstrations else config.generations)
-    examples = task.examples(per_step * config.steps, config.data_seed, held_out=False)
-    if len(examples) < per_step:
+    updates = config.updates_per_rollout
+    count = per_step * updates * -(-config.steps // updates)
+    spare = config.drop_flat_groups and config.replays is None
+    examples = task.examples(count * (1 + spare), config.data_seed, held_out=False)
+    if len(examples) < per_step * updates:
         raise ConfigError(
-            f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step} for one step. "
-            "Lower sequences_per_step."
+            f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step * updates} for one "
+            "step. Lower sequences_per_step or rollout_prompts."
         )
+    reserve = examples[count:] or examples  # a task that has no more prompts lends its own once more
     if task.verifiable:
         evaluation.require_short_prompts([*examples, *held_out], tokenizer, config.max_prompt_tokens)
 
@@ -143,15 +152,16 @@ def _build(
             return None
         return evaluation.evaluate(
             trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, start=start,
+            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, origin=start,
+            longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
-    recorder = callbacks.Recorder(config, out, tokenizer, measure, progress)
+    size, micro_batches = engine.batch_sizes(config)
+    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: engine.whole_weights(trainer), progress)
     cosine = config.schedule == "cosine"
     common: dict[str, Any] = dict(
         output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
-        per_device_train_batch_size=config.step_batch,
-        gradient_accumulation_steps=config.sequences_per_step // config.step_batch, gradient_checkpointing=False,
+        per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, gradient_checkpointing=False,
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
         adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
@@ -159,32 +169,41 @@ def _build(
         max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
         bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer: Any
     if demonstrations:
         rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        sft_args = SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        engine.shard_without_gpu()
         trainer = sft.DemonstrationTrainer(
             model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
-            args=SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}),
+            args=sft_args,
         )  # fmt: skip
-        trainer.teacher = teacher and trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+        trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
     else:
         off_policy = config.rollouts == "teacher"
+        grpo_args = GRPOConfig(
+            **common, num_generations=config.generations, max_completion_length=config.max_tokens,
+            steps_per_generation=micro_batches * updates, num_iterations=1, beta=0.0,
+            epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
+            loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
+            vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
+        )  # fmt: skip
+        engine.shard_without_gpu()
         trainer = policy.PolicyTrainer(
             config=config, task=task, model=model, teacher=teacher, tokenizer=tokenizer, callbacks=[recorder],
-            train_dataset=Dataset.from_list([{"prompt": e.prompt, "answer": e.answer} for e in examples]),
-            args=GRPOConfig(
-                **common, num_generations=config.generations, max_completion_length=config.max_tokens,
-                steps_per_generation=config.sequences_per_step // config.step_batch, num_iterations=1, beta=0.0,
-                epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
-                loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
-                vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
-            ),
+            train_dataset=Dataset.from_list(_prompts(examples[:count])), args=grpo_args, reserve=_prompts(reserve),
+            record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
-    start = start and trainer.accelerator.prepare_model(start, evaluation_mode=True)
+    start = start and engine.prepare_teacher(trainer, start)
+    engine.prepare_student(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
+
+
+def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
+    return [{"prompt": example.prompt, "answer": example.answer} for example in examples]
 
 
 def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluation | None:

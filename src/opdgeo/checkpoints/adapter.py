@@ -1,0 +1,324 @@
+"""PEFT adapters on a base checkpoint: LoRA, rsLoRA and DoRA, as `save_pretrained` of the peft library writes them.
+
+A module's ΔW is s·B·A with s = α/r (rsLoRA: α/√r), and stays in those factors (`Adapter.factors`). DoRA scales the rows of
+the sum, W₊ = m ∘ (W₀ + sBA)/‖W₀ + sBA‖ by rows: its ΔW has full rank, and it is read like any other checkpoint.
+W₊ is the sum in float64, whatever the base is stored in. peft adds in the base's own dtype instead: what a bf16 reader sees
+is then the same for a bf16 base (one rounding of the sum), and the merged file is this W₊ up to that rounding.
+
+Weights are (out, in) here as everywhere, so `fan_in_fan_out` says nothing new; which modules an adapter has is read from its
+tensors, so neither do `target_modules`, `exclude_modules` and `layers_to_transform`. Scales follow `rank_pattern` and
+`alpha_pattern`. A module trained whole (`modules_to_save`) is a tensor of its own. `target_parameters` on stacked experts
+gives every expert its factors, whether the base stores its experts stacked or one by one, and the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdgeo.checkpoints.huggingface import DTYPES, Checkpoint, Stored, _headers, _json
+from opdgeo.checkpoints.names import Matrix, matrices, plain, stacks_experts
+from opdgeo.errors import CheckpointError, PairingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+_EXPERTS = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.experts")
+_UNMEASURED = re.compile(r".+\.(?:lora_embedding_[AB]|token_adapter\.trainable_tokens_delta)")
+# What makes W₊ something else than W₀ + sBA with the base as it is stored.
+_REFUSED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config", "use_bdlora",
+    "use_qalora",
+)  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+Places = dict[str, list[tuple[Matrix, int]]]  # module -> the matrices inside, each with its first row there
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The factors of one module or stacked parameter: `down` is A, (experts·r, in), `up` is B, (out, r·experts)."""
+
+    down: Stored
+    up: Stored
+    scale: float
+    magnitude: Stored | None = None  # DoRA's m, (out,)
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """How an adapter changes one matrix: rows `start` onwards of a module, or of one expert of a stacked parameter."""
+
+    lora: Lora
+    start: int
+    expert: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Checkpoint):
+    """An adapter on its base: reads as the merged checkpoint would, and gives ΔW in factors.
+
+    Attributes:
+        base: what the adapter is added to.
+        own: the adapter's tensors, as they are called in its file.
+        changes: by the names of the matrices.
+    """
+
+    base: Checkpoint
+    own: dict[str, Stored]
+    changes: dict[str, Change] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({self.path / CONFIG, *(stored.file for stored in self.own.values())})
+
+    def factors(self, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
+        """(rows, r) and (cols, r) in float64, whose product L Rᵀ is ΔW; None where ΔW is not a product of such."""
+        change = self.changes.get(matrix.name)
+        return None if change is None or change.lora.magnitude else _factors(change, matrix)
+
+    def read(self, matrix: Matrix) -> Tensor:
+        """W₊ as (out, in): float64 where the adapter adds to it, else as stored."""
+        change = self.changes.get(matrix.name)
+        if change is None:
+            stored = self.tensors[matrix.tensor]
+            return self.base.read(matrix) if stored is self.base.tensors[matrix.tensor] else matrix.cut(_tensor(stored))
+        left, right = _factors(change, matrix)
+        merged = self.base.read(matrix).double().addmm(left, right.T)
+        if change.lora.magnitude:
+            import torch
+
+            length = _tensor(change.lora.magnitude).flatten()[change.start : change.start + matrix.rows].double()
+            merged.mul_((length / torch.linalg.vector_norm(merged, dim=1))[:, None])
+        return merged
+
+    def manifest(self) -> dict[str, Any]:
+        """The adapter's own files and dtypes; the base has a manifest of its own."""
+        dtypes = Counter(DTYPES.get(stored.dtype, stored.dtype) for stored in self.own.values())
+        return super().manifest() | {"format": "peft", "dtypes": dict(dtypes)}
+
+
+def open_adapter(path: Path, base: Checkpoint) -> Adapter:
+    """Open an adapter on its base, reading headers only.
+
+    Raises:
+        CheckpointError: damaged, or of a kind whose merged weights are not W₀ + sBA or DoRA's.
+        PairingError: it changes modules that the base does not have, or has in another shape.
+    """
+    config = _json(path / CONFIG)
+    _refuse_what_is_not_lora(config, path)
+    own = _open_file(path)
+    parts: dict[str, dict[str, Stored]] = {}
+    whole: dict[str, Stored] = {}
+    for key, stored in own.items():
+        name = key.removeprefix(_PREFIX)
+        if found := _PART.fullmatch(name):
+            parts.setdefault(found["module"], {})[found["part"].removesuffix(".weight")] = stored
+        elif ".lora_" in name and not _UNMEASURED.fullmatch(name):
+            raise CheckpointError(
+                f"{path} holds {key}, which is no part of a LoRA or DoRA adapter: expected lora_A, lora_B and "
+                "lora_magnitude_vector. Merge the adapter into its base and compare that."
+            )
+        elif not _UNMEASURED.fullmatch(name):
+            whole[_in_base(name.replace(".base_layer.", "."), base) or plain(name)] = stored
+    known = [m for n, s in base.tensors.items() for m in matrices(n, s.shape, base.config) or []]
+    places: Places = {}
+    for m in known:
+        places.setdefault(m.tensor, []).append((m, m.start))
+        if m.stacked:  # the adapter may know the expert as a module of its own
+            places[m.name] = [(m, 0)]
+    changes: dict[str, Change] = {}
+    for module, found_parts in parts.items():
+        changes |= _changes(module, found_parts, config, base, places, path)
+    changed = {m.tensor: replace(base.tensors[m.tensor], dtype="F64") for m in known if m.name in changes}
+    return Adapter(
+        path, base.tensors | changed | whole, base.config, _notes(config, base), base=base, own=own, changes=changes
+    )
+
+
+def _refuse_what_is_not_lora(config: dict[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{path} is a PEFT adapter of type {kind}; opdgeo reads LORA (with rsLoRA and DoRA). Merge it into its base "
+            "with merge_and_unload() and compare the merged checkpoint."
+        )
+    if used := [name for name in _REFUSED if config.get(name)]:
+        raise CheckpointError(
+            f"{path} is a LoRA with {', '.join(used)}, whose merged weights are not W₀ + sBA; opdgeo reads LoRA, rsLoRA "
+            "and DoRA. Merge it with merge_and_unload(), if peft can, and compare the merged checkpoint."
+        )
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{path} was initialised by {start}, which changes the base's weights before training, and the adapter alone "
+            "does not say to what. Save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…), or "
+            "compare the merged checkpoint."
+        )
+
+
+def _changes(
+    module: str, parts: dict[str, Stored], config: dict[str, Any], base: Checkpoint, places: Places, path: Path
+) -> dict[str, Change]:
+    """The matrices that one LoRA changes; none where the base knows the module and opdgeo does not measure it."""
+    if lacking := [part for part in ("A", "B") if part not in parts]:
+        raise CheckpointError(f"{path} has no lora_{lacking[0]} for {module}; expected both factors. Save it again.")
+    down, up = parts["A"], parts["B"]
+    if len(down.shape) != 2 or len(up.shape) != 2:
+        raise CheckpointError(
+            f"{path} has factors of {module} with the shapes {down.shape} and {up.shape}; expected two matrices. Was it "
+            "saved from one rank of a sharded model? Gather it and save it again."
+        )
+    inside = module.replace(".base_layer", "")  # wrappers of several parameters of one module stand inside each other
+    targets = _targets(inside, (up.shape[0], down.shape[1]), base, places)
+    if not targets:
+        if _in_base(f"{inside}.weight", base):
+            return {}  # a head, a router, a tower
+        raise PairingError(
+            f"{path} changes {module}, (out, in) = ({up.shape[0]}, {down.shape[1]}), and {base.path} has no such "
+            f"weights. Was it trained on this base? Its config names {config.get('base_model_name_or_path')!r}."
+        )
+    stacked = _EXPERTS.fullmatch(plain(inside)) is not None
+    experts = len({m.expert for m, _ in targets}) if stacked else 1
+    key = f"{inside}.{'down_proj' if targets[0][0].role == 'down_proj' else 'gate_up_proj'}" if stacked else inside
+    rank = _by_pattern(config, "rank_pattern", "r", key, path)
+    alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", key, path)
+    if rank <= 0 or down.shape[0] != rank * experts or up.shape[1] != rank * experts:
+        raise CheckpointError(
+            f"{path}: {module} has factors of rank {down.shape[0] // experts} and {up.shape[1] // experts}, and "
+            f"{CONFIG} says {rank:g}. Do the two files belong together?"
+        )
+    dora = bool(config.get("use_dora"))
+    if dora and (magnitude := parts.get("magnitude_vector")) is None:
+        raise CheckpointError(f"{path} uses DoRA and has no lora_magnitude_vector for {module}. Save it again.")
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    lora = Lora(down, up, scale, magnitude if dora else None, experts)
+    return {m.name: Change(lora, start, m.expert if stacked else None) for m, start in targets}
+
+
+def _targets(module: str, shape: tuple[int, int], base: Checkpoint, places: Places) -> list[tuple[Matrix, int]]:
+    """The matrices inside a module or a stacked parameter whose factors are for (out, in) = `shape`.
+
+    Raises:
+        PairingError: their shape is not that of the factors.
+        CheckpointError: stacked experts of a family whose layout is not known.
+    """
+    if experts := _EXPERTS.fullmatch(plain(module)):
+        if not stacks_experts(base.config):
+            raise CheckpointError(
+                f"the adapter changes stacked experts ({module}), and opdgeo does not know how a "
+                f"{base.config.get('model_type')!r} model stacks them. Merge it into its base and compare that."
+            )
+        layer = {m for found in places.values() for m, _ in found if m.layer == int(experts["layer"])}
+        inside = sorted((m for m in layer if m.expert is not None), key=lambda m: m.name)
+        # Gate above up, or down: the shape says which parameter of the module this is.
+        parameters = (
+            [(m, m.rows if m.role == "up_proj" else 0) for m in inside if m.role != "down_proj"],
+            [(m, 0) for m in inside if m.role == "down_proj"],
+        )
+        return next((found for found in parameters if _shape(found) == shape), [])
+    found = next((places[alias] for alias in _aliases(f"{module}.weight") if alias in places), [])
+    if found and _shape(found) != shape:
+        raise PairingError(
+            f"the adapter changes {module} with factors for (out, in) = {shape}, which is {_shape(found)} in {base.path}. "
+            "Was it trained on this base?"
+        )
+    return found
+
+
+def _shape(inside: list[tuple[Matrix, int]]) -> tuple[int, int]:
+    """(out, in) of the module that holds these matrices."""
+    return max((start + m.rows for m, start in inside), default=0), inside[0][0].cols if inside else 0
+
+
+def _factors(change: Change, matrix: Matrix) -> tuple[Tensor, Tensor]:
+    lora, rows = change.lora, slice(change.start, change.start + matrix.rows)
+    down, up = _tensor(lora.down), _tensor(lora.up)
+    if change.expert is not None:  # A is stacked by expert and rank, B by rank and expert
+        down = down.reshape(lora.experts, -1, down.shape[1])[change.expert]
+        up = up.reshape(up.shape[0], -1, lora.experts)[:, :, change.expert]
+    return up[rows].double() * lora.scale, down.double().T.contiguous()
+
+
+def _by_pattern(config: dict[str, Any], patterns: str, default: str, key: str, path: Path) -> float:
+    """The first entry of a pattern whose regular expression ends the module's name, else the general value."""
+    try:
+        for pattern, value in (config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", key):
+                return float(value)
+        return float(config[default])
+    except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / CONFIG} has no usable {default} or {patterns} for {key}: {error}.") from error
+
+
+def _aliases(name: str) -> Iterable[str]:
+    """A tensor's name as a model or its language model without a head would store it."""
+    yield (own := plain(name))
+    for outer in ("model.", "transformer."):
+        if own.startswith(outer):
+            yield own.removeprefix(outer)
+        else:
+            yield outer + own
+
+
+def _in_base(name: str, base: Checkpoint) -> str | None:
+    return next((alias for alias in _aliases(name) if alias in base.tensors), None)
+
+
+def _notes(config: dict[str, Any], base: Checkpoint) -> tuple[str, ...]:
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ()
+    last = named.rstrip("/").rpartition("/")[2]
+    if {last, f"models--{named.replace('/', '--')}"} & set(base.path.resolve().parts):  # a folder, or the hub's cache
+        return ()
+    return (f"the adapter names {named} as its base; it is measured on {base.path}",)
+
+
+def _open_file(path: Path) -> dict[str, Stored]:
+    file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} has {CONFIG} and no weights: expected {' or '.join(FILES)}.")
+    if file.suffix == ".safetensors":
+        return _headers(file)
+    kinds = {name: kind for kind, name in DTYPES.items()}
+    return {
+        name: Stored(file, name, tuple(t.shape), kinds.get(str(t.dtype).removeprefix("torch."), str(t.dtype)))
+        for name, t in _load(file, "meta").items()
+    }
+
+
+def _load(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    import torch
+
+    try:
+        found = torch.load(file, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # a damaged zip or pickle raises almost anything
+        raise CheckpointError(f"{file} is not a readable file of tensors alone: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise CheckpointError(f"{file} holds something else than named tensors; expected an adapter's state dict.")
+    return found
+
+
+def _tensor(stored: Stored) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(f"{stored.name} in {stored.file} is {stored.dtype}; expected {', '.join(DTYPES)}.")
+    if stored.file.suffix != ".safetensors":
+        return _load(stored.file)[stored.name]
+    try:
+        with safe_open(stored.file, framework="pt") as file:
+            return file.get_tensor(stored.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {stored.name} from {stored.file}: {error}") from error

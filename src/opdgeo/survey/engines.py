@@ -1,0 +1,203 @@
+"""Where matrices are measured: `local`, a pool of threads, or `ray`, tasks on a cluster.
+
+An engine is a function of a job and its work that yields every matrix with what was measured of it, in the order in which
+they finish. One BLAS thread a matrix: LAPACK runs outside the interpreter lock, threads that wait for a busy core cost more
+than they bring, and so neither the engine nor the number of workers changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from opdgeo.checkpoints import Matrix
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.survey.measure import Job, Measured, measure
+from opdgeo.survey.memory import PROGRAM, Memory, available_memory, working_set
+
+Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside each what is known of it
+Finished = Generator[tuple[Matrix, Measured], None, None]
+
+RETRIES = 5  # starts of a matrix after workers that died with it
+PATIENCE = 10.0  # seconds without a result after which the cluster is looked at again
+
+
+def local(job: Job, work: Work, workers: int | None = None) -> Finished:
+    """On `workers` threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
+    memory = Memory(available_memory() * 8 // 10)
+
+    def task(matrix: Matrix, known: Measured | None) -> tuple[Matrix, Measured]:
+        with memory.room_for(_size(job, matrix)):
+            return matrix, measure(job, matrix, known)
+
+    pool = ThreadPoolExecutor(min(workers or cpu_cores(), max(1, len(work))))
+    try:
+        with _one_thread():
+            for done in as_completed([pool.submit(task, *item) for item in work]):
+                yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ray(job: Job, work: Work, workers: int | None = None, address: str | None = None) -> Finished:
+    """As tasks of a Ray cluster: one CPU and the matrix's memory each, started again where a worker or a node dies with it.
+
+    Checkpoints lie at the same paths on every node; the base's factors are shared through the cache on disk.
+
+    Args:
+        workers: tasks at a time; default: as many as the cluster has room for.
+        address: default: `$RAY_ADDRESS`, else the cluster started on this machine, else one of this process alone.
+
+    Raises:
+        ConfigError: Ray is not installed, no cluster answers, or none of its nodes has room for a matrix.
+        CheckpointError: a worker does not see a file of the checkpoints.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray, which is not installed. Try: pip install 'opdgeo[ray]'") from None
+
+    with _cluster(ray, address):
+        remote = ray.remote(_on_a_worker)
+        shared = ray.put((job, str(Path.cwd()), _files(job), _versions()))
+        waiting = list(reversed(work))
+        pending: dict[Any, Matrix] = {}
+        try:
+            while waiting or pending:
+                room = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+                while waiting and len(pending) < room:
+                    matrix, known = waiting.pop()
+                    needs = _needs(job, matrix)
+                    _refuse_what_no_node_holds(ray.nodes(), matrix, needs)
+                    task = remote.options(
+                        num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs["memory"], max_retries=RETRIES
+                    )
+                    pending[task.remote(shared, matrix, known)] = matrix
+                done, _ = ray.wait(list(pending), timeout=PATIENCE)
+                for reference in done:
+                    matrix = pending.pop(reference)
+                    yield matrix, _result(ray, reference, matrix)
+                if not done:
+                    for matrix in pending.values():
+                        _refuse_what_no_node_holds(ray.nodes(), matrix, _needs(job, matrix))
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(job: Job, matrix: Matrix) -> int:
+    return working_set(matrix, [job.base, *job.checkpoints], job.settings)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One BLAS thread, torch's and SciPy's, for every matrix."""
+    import torch
+
+    from opdgeo.numerics import lapack
+
+    before, limits = torch.get_num_threads(), lapack.threads(1)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        limits.restore_original_limits()
+
+
+@contextmanager
+def _cluster(ray: Any, address: str | None) -> Iterator[None]:
+    """A connection to the cluster; one that was there before stays."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise ConfigError(
+            f"no Ray cluster answers at {where} ({error}); expected HOST:PORT of a head node with this Python and Ray. Start one "
+            "with `ray start --head --port=6379`."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _needs(job: Job, matrix: Matrix) -> dict[str, int]:
+    """What a node must have: every worker is a process of its own."""
+    return {"CPU": 1, "GPU": int(job.device.startswith("cuda")), "memory": _size(job, matrix) + PROGRAM}
+
+
+def _refuse_what_no_node_holds(nodes: list[dict[str, Any]], matrix: Matrix, needs: dict[str, int]) -> None:
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in alive):
+        offered = max((node.get("memory", 0) for node in alive), default=0)
+        raise ConfigError(
+            f"no node of the Ray cluster has room for {matrix.name} ({matrix.rows}×{matrix.cols}): it needs a CPU, "
+            f"{'a GPU, ' if needs['GPU'] else ''}{needs['memory'] / 1e9:.1f} GB; the largest of {len(alive)} nodes offers "
+            f"{offered / 1e9:.1f} GB. Start a node with more (`ray start --memory=BYTES`), or leave the role out with --roles."
+        )
+
+
+def _result(ray: Any, reference: Any, matrix: Matrix) -> Measured:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ModuleNotFoundError):
+            raise ConfigError(
+                f"a worker of the Ray cluster cannot run opdgeo ({error.cause}). Install the same opdgeo on every node."
+            ) from error
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise ConfigError(
+            f"the Ray cluster lost {RETRIES + 1} workers over {matrix.name} ({matrix.rows}×{matrix.cols}): "
+            f"{str(error).splitlines()[0]} What is finished is kept: give the same command again, with nodes of more memory or "
+            "fewer --workers."
+        ) from error
+
+
+def _files(job: Job) -> list[tuple[Path, int]]:
+    """Every file of the checkpoints and its size."""
+    return [(file, file.stat().st_size) for c in (job.base, *job.checkpoints) for file in c.files]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("opdgeo", "torch", "numpy", "scipy")}
+
+
+def _on_a_worker(
+    shared: tuple[Job, str, list[tuple[Path, int]], dict[str, str]], matrix: Matrix, known: Measured | None
+) -> Measured:
+    """One task: the paths of the driver, seen from this machine.
+
+    Raises:
+        ConfigError: other versions here than there. CheckpointError: a file that is not there, or another one.
+    """
+    job, folder, files, versions = shared
+    here = socket.gethostname()
+    if _versions() != versions:
+        raise ConfigError(f"the Ray worker on {here} has {_versions()}; expected {versions}, as on the driver.")
+    with suppress(OSError):
+        os.chdir(folder)  # relative paths are the driver's
+    for file, size in files:
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file} is {'another file' if file.is_file() else 'not there'} on {here}, a node of the Ray cluster; expected the "
+                "checkpoints at the same path on every node. Put them on a shared file system."
+            )
+    with _one_thread():
+        return measure(job, matrix, known)

@@ -1,0 +1,235 @@
+"""Two real processes under `accelerate launch` (gloo) against one: the same weights, from whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import opdgeo
+from opdgeo.diagnostics import Settings
+from opdgeo.errors import ConfigError
+from opdgeo.training import callbacks, engine, rollouts
+from opdgeo.training.config import TrainConfig
+from opdgeo.training.run import train
+from test_training_runs import assert_bit_equal, config, origin, teacher, weights  # noqa: F401
+
+Make = Callable[..., TrainConfig]
+KINDS = ("sft", "opd", "rlvr")
+# The verifier never accepts what a random model writes, so here an answer is right when it is short.
+SCRIPT = """
+import sys
+from pathlib import Path
+from opdgeo.tasks.arithmetic import Arithmetic
+from opdgeo.training.config import TrainConfig
+from opdgeo.training.run import train
+Arithmetic.verify = lambda self, completion, answer: float(len(completion) < 5)
+for run in map(Path, sys.argv[1:]):
+    train(TrainConfig.from_json(run.with_suffix(".json").read_text()), run, progress=True)
+"""
+
+
+def short_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opdgeo.tasks.arithmetic import Arithmetic
+
+    monkeypatch.setattr(Arithmetic, "verify", lambda self, completion, answer: float(len(completion) < 5))
+
+
+def settings(kind: str, config: Make, **changes: Any) -> TrainConfig:
+    # Adam divides by the root of the second moment: with the usual 1e-8, an entry whose gradient is zero but for rounding
+    # moves by a whole step in the direction of that rounding.
+    fixed: dict[str, Any] = dict(
+        steps=3, checkpoints=(0.3, 1.0), eval_prompts=5, eval_prompts_between=5, eval_batch=2, adam_epsilon=1e-4,
+        resume_every=1,
+    )  # fmt: skip
+    return config(kind, **fixed | changes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, origin: Path, teacher: Path) -> dict[str, Path]:  # noqa: F811
+    """Each arm on one process, with its rollouts recorded."""
+    folder = tmp_path_factory.mktemp("alone")
+    make = config.__wrapped__(origin, teacher)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        short_is_right(patch)
+        for kind in KINDS:
+            train(settings(kind, make, record_rollouts=kind != "sft"), folder / kind, progress=False)
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_processes_change_nothing_but_rounding(
+    name: str,
+    alone: dict[str, Path],
+    config: Make,
+    tmp_path: Path,
+) -> None:
+    for kind in KINDS:
+        changes = {} if kind == "sft" else {"rollouts": str(alone[kind] / rollouts.FILE)}
+        (tmp_path / f"{kind}.json").write_text(settings(kind, config, micro_batch=2, **changes).to_json())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(engine.launch_file(name)),
+        "--num_processes",
+        "2",
+    ]
+    command = [sys.executable, *launch, "--main_process_port", "0", str(tmp_path / "script.py")]
+    done = subprocess.run(
+        [*command, *(str(tmp_path / kind) for kind in KINDS)],
+        capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    for kind in KINDS:
+        last, first = weights(tmp_path / kind / "step-000003"), weights(Path(settings(kind, config).origin))
+        theirs = weights(alone[kind] / "step-000003")
+        assert last.keys() == theirs.keys()
+        for tensor, ours in last.items():
+            assert (ours - theirs[tensor]).norm() <= 1e-5 * theirs[tensor].norm(), (kind, tensor)
+        moved = [tensor for tensor in theirs if not torch.equal(theirs[tensor], first[tensor])]
+        assert len(moved) == len(theirs), kind
+        files = {p.name for p in alone[kind].iterdir()} - {rollouts.FILE}
+        assert {p.name for p in (tmp_path / kind).iterdir()} == files  # resume/ is gone, nothing partial is left
+        logs = [callbacks.read_log(run) for run in (tmp_path / kind, alone[kind])]
+        assert [(r["event"], r["step"]) for r in logs[0]] == [(r["event"], r["step"]) for r in logs[1]]
+        for ours_, theirs_ in zip(*logs, strict=True):
+            for value in ("loss", "reward", "grad_norm", "accuracy_greedy", "completion_length"):
+                sampled = ours_["event"] == "eval" and value == "completion_length"  # other samples on two processes
+                if isinstance(ours_.get(value), float) and not sampled:
+                    assert ours_[value] == pytest.approx(theirs_[value], rel=1e-4, abs=1e-6), (kind, ours_)
+        measured = opdgeo.compare(first_of(config), tmp_path / kind / "step-000003", settings=Settings(nulls=0))
+        assert measured.measurements["matrix"].n_unique() == 14 and not measured.skipped
+
+
+def first_of(config: Make) -> str:
+    return config("sft").origin
+
+
+def test_a_replay_repeats_the_recorded_run(
+    alone: dict[str, Path],
+    config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short_is_right(monkeypatch)
+    rows = [json.loads(line) for line in (alone["rlvr"] / rollouts.FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    assert all(len(row["completion_ids"]) <= 6 and row["prompt"].endswith("=") for row in rows)
+    # Another seed would draw other prompts and other completions; the file decides instead.
+    asked = settings("rlvr", config, rollouts=str(alone["rlvr"] / rollouts.FILE), seed=5, record_rollouts=True)
+    last = weights(train(asked, tmp_path / "again", progress=False))
+    for name, value in weights(alone["rlvr"] / "step-000003").items():
+        torch.testing.assert_close(last[name], value, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "again" / rollouts.FILE).read_text() == (alone["rlvr"] / rollouts.FILE).read_text()
+
+
+def test_a_file_of_rollouts_is_checked_line_by_line(alone: dict[str, Path], config: Make, tmp_path: Path) -> None:
+    lines = (alone["opd"] / rollouts.FILE).read_text().splitlines()
+    file = tmp_path / "changed.jsonl"
+    row = json.loads(lines[1])
+    for change, message in {
+        json.dumps({**row, "completion_ids": [48]}): "line 2 of .* outside the model's vocabulary",
+        json.dumps({**row, "answer": 3}): "line 2 of .* expected step, prompt",
+        "{": "line 2",
+        json.dumps({**row, "prompt": "another"}): "8 completions for step 1; expected 8, 4 for each prompt",
+        lines[1] + "\n" + lines[1]: "9 completions for step 1; expected 8",
+    }.items():
+        file.write_text("\n".join([lines[0], change, *lines[2:]]) + "\n")
+        with pytest.raises(ConfigError, match=message):
+            train(
+                settings("opd", config, rollouts=str(file), eval_prompts=0), tmp_path / f"{len(change)}", progress=False
+            )
+    with pytest.raises(ConfigError, match="no file of rollouts"):
+        train(settings("opd", config, rollouts=str(tmp_path / "none.jsonl")), tmp_path / "none", progress=False)
+
+
+def test_flat_groups_are_replaced(
+    config: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short_is_right(monkeypatch)
+    flat = {}
+    for drop in (False, True):
+        out = tmp_path / str(drop)
+        asked = settings(
+            "rlvr", config, drop_flat_groups=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
+        )
+        train(asked, out, progress=False)
+        rows = [json.loads(line) for line in (out / rollouts.FILE).read_text().splitlines()]
+        from opdgeo.tasks import characters
+
+        texts = characters.tokenizer().batch_decode([row["completion_ids"] for row in rows], skip_special_tokens=True)
+        groups = [{len(text) < 5 for text in texts[i : i + 4]} for i in range(0, len(texts), 4)]
+        flat[drop] = sum(len(group) == 1 for group in groups)
+        assert len(groups) == 12
+        dropped = [row.get("dropped_groups") for row in callbacks.read_log(out) if row["event"] == "step"]
+        assert all(d is None for d in dropped) != drop
+    assert flat[False] > 0 and flat[True] == 0 and sum(dropped) > 0, (flat, dropped)
+
+
+def test_what_stays_flat_does_not_count_in_the_mean(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Doubling a batch with groups that teach nothing changes nothing."""
+    from opdgeo.tasks.arithmetic import Arithmetic
+    from opdgeo.training.policy import PolicyTrainer
+
+    seen: list[torch.Tensor] = []
+    score = PolicyTrainer._generate_and_score_completions
+
+    def spy(self: Any, inputs: Any) -> Any:
+        output = score(self, inputs)
+        seen.append(output["advantages"].sum(1) / output["completion_mask"].sum(1))
+        return output
+
+    monkeypatch.setattr(PolicyTrainer, "_generate_and_score_completions", spy)
+    # Only one prompt of the run can ever have variance: with every other one the answer is always wrong.
+    first: list[str] = []
+
+    def verify(self: Any, completion: str, answer: str) -> float:
+        first.append(answer)
+        return float(answer == first[0] and first.count(answer) % 2)
+
+    monkeypatch.setattr(Arithmetic, "verify", verify)
+    train(
+        settings("rlvr", config, drop_flat_groups=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,)),
+        tmp_path / "run", progress=False,
+    )  # fmt: skip
+    (advantages,) = seen
+    groups = advantages.unflatten(0, (4, 4))
+    informative = groups.abs().sum(1) > 0
+    assert informative.sum() == 1
+    # A group's advantages have unit variance (n − 1), here times the four groups of which one counts.
+    assert groups[informative].std() == pytest.approx(4.0, rel=1e-2)
+
+
+def test_several_updates_share_a_rollout(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_is_right(monkeypatch)
+    asked = settings("rlvr", config, rollout_prompts=5, record_rollouts=True, eval_prompts=0, steps=3)
+    assert asked.updates_per_rollout == 2  # 20 completions, 8 a step: the last 4 would be half a batch
+    train(asked, tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / rollouts.FILE).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * 16 + [3] * 16
+    with pytest.raises(ConfigError, match="rollout_prompts is 1; expected 0, or at least 2"):
+        config("rlvr", rollout_prompts=1)
+
+
+def test_batches_must_divide_among_the_processes(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="sequences_per_step is 8 and 3 processes share them"):
+        engine.batch_sizes(config("sft"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine.batch_sizes(config("sft")) == (4, 1)
+    assert engine.batch_sizes(config("sft", micro_batch=2)) == (2, 2)
+    assert engine.batch_sizes(config("sft", micro_batch=8)) == (4, 1)
