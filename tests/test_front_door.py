@@ -24,7 +24,7 @@ def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom opdgeo.cli import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
-        "assert not {'torch', 'numpy', 'polars', 'transformers'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'polars', 'transformers', 'ray'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

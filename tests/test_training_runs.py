@@ -390,7 +390,7 @@ def test_only_the_completion_is_learned_and_it_ends() -> None:
         ({"generations": 1}, "at least 2"),
         ({"micro_batch": 3}, "micro_batch is 3"),
         ({"teacher": None}, "no teacher is given"),
-        ({"rollouts": "nobody"}, "expected demonstrations, student or teacher"),
+        ({"rollouts": "nobody"}, "expected demonstrations, student, teacher or a recorded"),
     ],
 )
 def test_settings_out_of_range_are_named(

@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure the update from BASE to TUNED, matrix by matrix, beside null models.",
     )
     compare.add_argument(
-        "base", metavar="BASE", help="checkpoint before training: a Hugging Face folder or a .safetensors file"
+        "base",
+        metavar="BASE",
+        help="checkpoint before training: a folder or file of weights in any format of docs/formats.md",
     )
     compare.add_argument("tuned", metavar="TUNED", help="checkpoint after training, or a PEFT adapter of BASE")
     _survey_options(compare)
@@ -89,6 +91,18 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
+    )
+    train.add_argument("--channel", help="hold the update in this channel: what `opdgeo channel` wrote")
+    train.add_argument(
+        "--constrain",
+        choices=("gradient", "update", "adapter"),
+        help="project gradients (the paper), the update too (exact), or train a LoRA with a frozen A (exact, less memory)",
+    )
+    train.add_argument(
+        "--moments", choices=("reset", "project", "keep"), help="Adam's moments at the start (default: reset)"
+    )
+    train.add_argument(
+        "--unconstrained", choices=("free", "frozen"), help="parameters that the channel does not hold (default: free)"
     )
     train.add_argument(
         "--set",
@@ -283,7 +297,7 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
             print(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
             )
-    for note in dict.fromkeys(n for c in result.run["checkpoints"] for n in c.get("notes", [])):
+    for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
         print(f"note: {note}")
     if not args.no_report:
         from opdgeo.report import write_report
@@ -305,7 +319,10 @@ def _train(args: argparse.Namespace) -> int:
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
-    names = ("steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts")
+    names = (
+        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "channel", "constrain",
+        "moments", "unconstrained",
+    )  # fmt: skip
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)

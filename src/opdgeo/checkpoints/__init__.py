@@ -1,6 +1,6 @@
 """Opening checkpoints as named, typed tensors that are read one at a time, and pairing two of them."""
 
-from opdgeo.checkpoints.huggingface import Checkpoint, open_checkpoint, run_checkpoints
+from opdgeo.checkpoints.checkpoint import Checkpoint, open_checkpoint, run_checkpoints
 from opdgeo.checkpoints.names import ROLES, Matrix
 from opdgeo.checkpoints.pairing import Pairing, pair
 

@@ -17,12 +17,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints.huggingface import DTYPES, Checkpoint, Stored, _headers, _json
+from opdgeo.checkpoints.checkpoint import Checkpoint
+from opdgeo.checkpoints.huggingface import bin_headers, headers, read_json
 from opdgeo.checkpoints.names import Matrix, matrices, plain, stacks_experts
+from opdgeo.checkpoints.stored import SIZES, Stored
 from opdgeo.errors import CheckpointError, PairingError
 
 if TYPE_CHECKING:
@@ -72,15 +74,17 @@ class Adapter(Checkpoint):
         base: what the adapter is added to.
         own: the adapter's tensors, as they are called in its file.
         changes: by the names of the matrices.
+        changed: the tensors that hold those.
     """
 
     base: Checkpoint
     own: dict[str, Stored]
     changes: dict[str, Change] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
 
     @property
     def files(self) -> list[Path]:
-        return sorted({self.path / CONFIG, *(stored.file for stored in self.own.values())})
+        return sorted({self.path / CONFIG, *(file for stored in self.own.values() for file in stored.files)})
 
     def factors(self, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
         """(rows, r) and (cols, r) in float64, whose product L Rᵀ is ΔW; None where ΔW is not a product of such."""
@@ -92,7 +96,7 @@ class Adapter(Checkpoint):
         change = self.changes.get(matrix.name)
         if change is None:
             stored = self.tensors[matrix.tensor]
-            return self.base.read(matrix) if stored is self.base.tensors[matrix.tensor] else matrix.cut(_tensor(stored))
+            return self.base.read(matrix) if stored is self.base.tensors[matrix.tensor] else matrix.cut(_known(stored))
         left, right = _factors(change, matrix)
         merged = self.base.read(matrix).double().addmm(left, right.T)
         if change.lora.magnitude:
@@ -102,9 +106,13 @@ class Adapter(Checkpoint):
             merged.mul_((length / torch.linalg.vector_norm(merged, dim=1))[:, None])
         return merged
 
+    def itemsize(self, tensor: str) -> int:
+        """Bytes of an entry in memory: a sum with the adapter is float64."""
+        return 8 if tensor in self.changed else super().itemsize(tensor)
+
     def manifest(self) -> dict[str, Any]:
         """The adapter's own files and dtypes; the base has a manifest of its own."""
-        dtypes = Counter(DTYPES.get(stored.dtype, stored.dtype) for stored in self.own.values())
+        dtypes = Counter(stored.dtype for stored in self.own.values())
         return super().manifest() | {"format": "peft", "dtypes": dict(dtypes)}
 
 
@@ -115,7 +123,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
         CheckpointError: damaged, or of a kind whose merged weights are not W₀ + sBA or DoRA's.
         PairingError: it changes modules that the base does not have, or has in another shape.
     """
-    config = _json(path / CONFIG)
+    config = read_json(path / CONFIG)
     _refuse_what_is_not_lora(config, path)
     own = _open_file(path)
     parts: dict[str, dict[str, Stored]] = {}
@@ -140,10 +148,10 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     changes: dict[str, Change] = {}
     for module, found_parts in parts.items():
         changes |= _changes(module, found_parts, config, base, places, path)
-    changed = {m.tensor: replace(base.tensors[m.tensor], dtype="F64") for m in known if m.name in changes}
+    changed = frozenset(m.tensor for m in known if m.name in changes)
     return Adapter(
-        path, base.tensors | changed | whole, base.config, _notes(config, base), base=base, own=own, changes=changes
-    )
+        path, base.tensors | whole, base.config, _notes(config, base), base=base, own=own, changes=changes, changed=changed
+    )  # fmt: skip
 
 
 def _refuse_what_is_not_lora(config: dict[str, Any], path: Path) -> None:
@@ -289,36 +297,14 @@ def _open_file(path: Path) -> dict[str, Stored]:
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{path} has {CONFIG} and no weights: expected {' or '.join(FILES)}.")
-    if file.suffix == ".safetensors":
-        return _headers(file)
-    kinds = {name: kind for kind, name in DTYPES.items()}
-    return {
-        name: Stored(file, name, tuple(t.shape), kinds.get(str(t.dtype).removeprefix("torch."), str(t.dtype)))
-        for name, t in _load(file, "meta").items()
-    }
-
-
-def _load(file: Path, device: str = "cpu") -> dict[str, Tensor]:
-    import torch
-
-    try:
-        found = torch.load(file, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # a damaged zip or pickle raises almost anything
-        raise CheckpointError(f"{file} is not a readable file of tensors alone: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise CheckpointError(f"{file} holds something else than named tensors; expected an adapter's state dict.")
-    return found
+    return headers(file) if file.suffix == ".safetensors" else bin_headers(file)
 
 
 def _tensor(stored: Stored) -> Tensor:
-    from safetensors import SafetensorError, safe_open
+    return _known(stored)[(slice(None),) * len(stored.shape)]
 
-    if stored.dtype not in DTYPES:
-        raise CheckpointError(f"{stored.name} in {stored.file} is {stored.dtype}; expected {', '.join(DTYPES)}.")
-    if stored.file.suffix != ".safetensors":
-        return _load(stored.file)[stored.name]
-    try:
-        with safe_open(stored.file, framework="pt") as file:
-            return file.get_tensor(stored.name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {stored.name} from {stored.file}: {error}") from error
+
+def _known(stored: Stored) -> Stored:
+    if stored.dtype not in SIZES:
+        raise CheckpointError(f"a tensor in {stored.files[0]} is {stored.dtype}; expected {', '.join(SIZES)}.")
+    return stored

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from opdgeo.checkpoints.huggingface import Checkpoint
+from opdgeo.checkpoints.checkpoint import Checkpoint
 from opdgeo.checkpoints.names import ATTENTION, MLP, ROLES, Matrix, matrices, other_kind
 from opdgeo.errors import ConfigError, PairingError
 

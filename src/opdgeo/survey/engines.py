@@ -8,6 +8,7 @@ than they bring, and so neither the engine nor the number of workers changes a b
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -123,13 +124,15 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
     try:
+        if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray itself tries for minutes
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {where} ({error}); expected HOST:PORT of a head node with this Python and Ray. Start one "
-            "with `ray start --head --port=6379`."
+            f"no Ray cluster answers at {address or 'this machine'} ({error}); expected HOST:PORT of a head node with this Python "
+            "and this Ray. Start one with `ray start --head --port=6379`."
         ) from error
     try:
         yield

@@ -18,7 +18,7 @@ def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Set
     """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read,
     one float64 matrix with its Gram matrix and eigenvectors, the leading vectors of both, and the masks."""
     rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
-    base, *tuned = (c.tensors[matrix.tensor].itemsize for c in checkpoints)
+    base, *tuned = (c.itemsize(matrix.tensor) for c in checkpoints)
     stored = base + max(tuned)
     rank = min(max(settings.rank, settings.mask_rank), small)
     eigenvectors = 2 * small * small if 6 * rank > small else 0

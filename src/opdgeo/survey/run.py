@@ -34,8 +34,8 @@ def compare(
     """Measure one update.
 
     Args:
-        base, tuned: Hugging Face folders or safetensors files, before and after training; `tuned` may be a PEFT adapter
-            of `base`, and is then measured from its factors.
+        base, tuned: checkpoints before and after training, in any format of docs/formats.md; `tuned` may be a PEFT adapter of
+            `base`, and is then measured from its factors.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
@@ -172,7 +172,7 @@ def plan_text(
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
     text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
-    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in after for note in c.notes)])
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in (before, *after) for note in c.notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:

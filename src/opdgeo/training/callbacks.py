@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
-from opdgeo.training import engine, rollouts
+from opdgeo.training import constrain, engine, models, rollouts
+from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -44,13 +45,18 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None
-) -> None:
-    """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None,
+    beside: Callable[[Path], Any] = lambda folder: None,
+) -> None:  # fmt: skip
+    """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced.
+
+    `beside` writes more into it before it gets its name.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
+    beside(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -147,6 +153,24 @@ class Recorder(TrainerCallback):
         if measured is not None:
             self._row({"event": "eval", "step": step, **asdict(measured)})
 
+    def _save(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:
+        """The weights, an adapter's merged ones and its factors in adapter/, and the moments where they are kept."""
+        weights = self.gather()
+        moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
+        if not engine.is_main():
+            return
+        factors: dict[str, Any] = {}
+        if self.config.constrain == "adapter":
+            weights, factors = constrain.merged(weights or model.state_dict())
+
+        def beside(folder: Path) -> None:
+            if factors:
+                Channel.load(self.out).to_adapter(models.resolve(self.config.origin), folder / "adapter", factors)
+            if moments:
+                constrain.save_moments(moments, folder)
+
+        save_weights(model, self.tokenizer, step_folder(self.out, step), weights, beside)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -203,6 +227,7 @@ class Recorder(TrainerCallback):
                 "learning_rate": logs["learning_rate"],
                 "tokens": int(tokens - self.tokens_before),
                 "seconds": round(self.seconds, 4),
+                **({"channel/outside": logs.get("channel/outside")} if self.config.constrain else {}),
             }
         )
         self.tokens_before = tokens
@@ -212,10 +237,8 @@ class Recorder(TrainerCallback):
                 note += f"  reward {logs['reward']:.2f}"
             self.bar.update(self.bar_task, completed=step, note=note)
         if step in self.saved_at:
-            model, weights = kwargs["model"], self.gather()
-            if engine.is_main():
-                save_weights(model, self.tokenizer, step_folder(self.out, step), weights)
-            del weights
+            model = kwargs["model"]
+            self._save(model, kwargs["optimizer"], step)
             self._measure(model, step)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -248,8 +248,10 @@ class Channel:
             raise PairingError("the two channels have no matrix in common; expected channels of the same model.")
         return angles
 
-    def to_adapter(self, base: str | Path, folder: str | Path) -> Path:
-        """Write the channel as a PEFT LoRA adapter of `base`: A = Vᵀ, B = 0, scale 1, so it changes nothing yet.
+    def to_adapter(self, base: str | Path, folder: str | Path, factors: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the channel as a PEFT LoRA adapter of `base`: A = Vᵀ, scale 1, and B = 0, so that it changes nothing yet.
+
+        `factors` gives other B (rows, K) by tensor name.
 
         Trained with A frozen (`constrain.freeze_directions`), ΔW = B Vᵀ stays in the channel exactly. Matrices with K = 0 are
         left out, which freezes them. Only for right channels of plain linear layers.
@@ -261,12 +263,15 @@ class Channel:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         lora_config(self, str(base)).save_pretrained(partial)
-        factors = {}
+        tensors, factors = {}, factors or {}
         for s in self.open():
             module = f"base_model.model.{s.matrix.tensor.removesuffix('.weight')}"
-            factors[f"{module}.lora_A.weight"] = s.basis.T.contiguous()
-            factors[f"{module}.lora_B.weight"] = torch.zeros(s.matrix.rows, s.k)
-        save_file(factors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            tensors[f"{module}.lora_A.weight"] = s.basis.T.contiguous()
+            given = factors.get(s.matrix.tensor)
+            tensors[f"{module}.lora_B.weight"] = (
+                torch.zeros(s.matrix.rows, s.k) if given is None else given.contiguous()
+            )
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         folder.mkdir(exist_ok=True)
         for written in partial.iterdir():
             written.replace(folder / written.name)
@@ -298,8 +303,10 @@ class Channel:
         return rows
 
 
-def lora_config(channel: Channel, base: str) -> Any:
+def lora_config(channel: Channel, base: str, names: Mapping[str, str] | None = None) -> Any:
     """The `peft.LoraConfig` of a channel: rank K and scale 1 for every matrix with K > 0, by its full module name.
+
+    `names` gives the modules' names by tensor where they are not the tensor's own.
 
     Raises:
         ConfigError: as `Channel.to_adapter`.
@@ -315,7 +322,7 @@ def lora_config(channel: Channel, base: str) -> Any:
             f"{fused[0]} is a part of a larger tensor, for which one adapter cannot hold several channels; expected linear "
             "layers of their own. Constrain this model with `gradient` or `update`."
         )
-    ranks = {s.matrix.tensor.removesuffix(".weight"): s.k for s in channel.open()}
+    ranks = {names[s.matrix.tensor] if names else s.matrix.tensor.removesuffix(".weight"): s.k for s in channel.open()}
     if not ranks:
         raise ConfigError("every K of the channel is 0, so an adapter would be empty; expected K ≥ 1 somewhere.")
     usual = max(set(ranks.values()), key=list(ranks.values()).count)

@@ -1,7 +1,7 @@
 """What one training run is: a frozen value, saved beside its results as `config.json`.
 
-An arm of the experiment is one choice on each of two axes: who writes the tokens (`rollouts`) and what credit a token
-gets (`alpha`, `token_share`, `token_choice`). Everything else is the task, the optimizer and the bookkeeping.
+An arm of the experiment is one choice on each of three axes: who writes the tokens (`rollouts`), what credit a token gets
+(`alpha`, `token_share`, `token_choice`) and where the update may go (`channel`, `constrain`). Everything else is the task, the optimizer and the bookkeeping.
 Presets (`opdgeo.experiments.presets`) own the values; this module owns their meaning and their limits.
 """
 
@@ -46,6 +46,15 @@ class TrainConfig:
     """sampled: the mixture above, on the sampled token. reverse_kl, forward_kl (with alpha = 1): the exact KL(student ‖ teacher)
     or KL(teacher ‖ student) over the vocabulary at every token. correct (with alpha = 0): 1 on every token of a completion
     that the verifier accepts, 0 on the others: SFT on the student's own correct samples."""
+
+    # where the update may go (`constrain.py` says what each choice means)
+    channel: str | None = None
+    """A channel's file or folder; the run keeps a copy in channel.safetensors."""
+    constrain: Literal["gradient", "update", "adapter"] | None = None
+    moments: Literal["reset", "project", "keep"] = "reset"
+    """Adam's moments at the start. All but reset need an `origin` saved with `keep_moments`."""
+    unconstrained: Literal["free", "frozen"] = "free"
+    """Parameters that the channel does not hold: embeddings, norms, matrices of other roles."""
 
     # size of the run
     steps: int
@@ -96,6 +105,8 @@ class TrainConfig:
     """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
     resume_every: int = 0
     """Steps between trainer states to resume from; 0 = at the checkpoints."""
+    keep_moments: bool = False
+    """Adam's moments beside the weights of every checkpoint, twice their size, for a run that goes on from there."""
     record_rollouts: bool = False
     """Keep every completion in rollouts.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -124,6 +135,20 @@ class TrainConfig:
         )
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        need(self.constrain in (None, "gradient", "update", "adapter"), "constrain", "gradient, update or adapter")
+        need(self.moments in ("reset", "project", "keep"), "moments", "reset, project or keep")
+        need(self.unconstrained in ("free", "frozen"), "unconstrained", "free or frozen")
+        need(
+            (self.channel is None) == (self.constrain is None),
+            "channel",
+            "a channel and a way to constrain, or neither",
+        )
+        need(
+            self.moments != "keep" or self.constrain != "adapter",
+            "moments",
+            "reset or project, for an adapter has none",
+        )
+        need(self.moments != "project" or self.channel is not None, "moments", "a channel to project them on")
         need(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 (RLVR) to 1 (OPD)")
         need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
         for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):

@@ -3,7 +3,9 @@
 OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
 OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
-OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training
+OUT/channel.safetensors  the channel of a constrained run
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's are merged, its factors beside
+                         them in adapter/
 OUT/resume/              trainer state, only while the run is unfinished
 """
 
@@ -25,6 +27,7 @@ from opdgeo.training.config import TrainConfig
 if TYPE_CHECKING:
     from opdgeo.training import evaluation
     from opdgeo.training.callbacks import Recorder
+    from opdgeo.training.channel import Channel
 
 
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
@@ -67,15 +70,19 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use SFT with it, or the task `arithmetic`."
         )
 
+    channel = _channel(config, out)
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
     if engine.is_main():
         out.mkdir(parents=True, exist_ok=True)
         callbacks.write_whole(out / "config.json", config.to_json())
+        if channel is not None:
+            channel.save(out)
         callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
 
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, task, progress)
+        _constrain(trainer, config, channel, origin)
         try:
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
@@ -91,6 +98,28 @@ def _occupied(out: Path) -> bool:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder for the run. Choose another name.")
     return out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
+
+
+def _channel(config: TrainConfig, out: Path) -> Channel | None:
+    """The channel of the run: its own copy once it has one."""
+    from opdgeo.training.channel import FILE, Channel
+
+    if config.channel is None:
+        return None
+    return Channel.load(out if (out / FILE).is_file() else config.channel)
+
+
+def _constrain(trainer: Any, config: TrainConfig, channel: Channel | None, origin: Path) -> None:
+    from opdgeo.training import constrain
+
+    carried = None if config.moments == "reset" else origin
+    if channel is not None and config.constrain is not None:
+        constrain.constrain(
+            trainer, channel, config.constrain, moments=config.moments, unconstrained=config.unconstrained,
+            moments_from=carried,
+        )  # fmt: skip
+    elif carried is not None:
+        trainer.add_callback(constrain.Carried(carried))
 
 
 def _check_recorded(config: TrainConfig, out: Path) -> None:

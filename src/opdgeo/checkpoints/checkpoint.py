@@ -1,0 +1,256 @@
+"""Opening a checkpoint where it lies: which format it is, its tensors by Hugging Face names, its files.
+
+Headers are read when a checkpoint is opened; a tensor's bytes only when it is asked for. Each format is a `Format`: a
+`find` that says where in a folder such weights lie, and a `read` that gives their tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdgeo.checkpoints import dcp, fsdp, huggingface, megatron
+from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
+from opdgeo.checkpoints.stored import SIZES, Stored
+from opdgeo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store weights.
+
+    Attributes:
+        expected: the files it is known by, for messages.
+        find: the index, file or folder of such weights, given a file or a folder; None where there are none.
+        read: its tensors by their stored names, from what `find` gave and the model's `config.json`.
+    """
+
+    name: str
+    expected: str
+    find: Callable[[Path], Path | None]
+    read: Callable[[Path, dict[str, Any]], Mapping[str, Stored]]
+
+
+# In the order in which they are taken when a folder holds several: what training goes on from before what was exported
+# from it, since the former has full precision.
+FORMATS = (
+    Format("FSDP shards", "model_world_size_W_rank_R.pt", fsdp.find, fsdp.read),
+    Format("Megatron", "iter_N with metadata.json", megatron.find, megatron.read),
+    Format("torch distributed", ".metadata with *.distcp", dcp.find, dcp.read),
+    Format("safetensors", "model.safetensors", huggingface.find_safetensors, huggingface.read_safetensors),
+    Format("torch", "pytorch_model.bin", huggingface.find_bin, huggingface.read_bin),
+)
+# Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
+PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
+_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|global_step(\d+)")
+_CONFIGS = ("config.json", "huggingface/config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: tensor headers by name, nothing of the weights in memory.
+
+    `notes` say what a reader of the results should know: what was left aside, what was de-quantised.
+    """
+
+    path: Path
+    tensors: dict[str, Stored]
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    format: str = "safetensors"
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as it stands in the `checkpoint` column; of `global_step_10/actor`, `global_step_10`."""
+        path = self.path.resolve()
+        if path.is_file():
+            return path.stem
+        while path.name in PLACES and any(_step(p.name) is not None for p in path.parents[:2]):
+            path = path.parent
+        return path.name
+
+    @property
+    def step(self) -> int | None:
+        """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
+        return _step(self.name)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({file for stored in self.tensors.values() for file in stored.files})
+
+    def read(self, matrix: Matrix) -> torch.Tensor:
+        """The matrix as (out, in), in its stored dtype.
+
+        Raises:
+            CheckpointError: the file became unreadable, or its dtype holds no plain weights.
+        """
+        stored = self.tensors[matrix.tensor]
+        if stored.dtype not in SIZES:
+            raise CheckpointError(
+                f"{matrix.tensor} in {stored.files[0]} is stored as {stored.dtype}; expected one of {', '.join(SIZES)}. "
+                "Convert the checkpoint to bf16, fp16 or fp32 first."
+            )
+        return matrix.cut(stored)
+
+    def factors(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(rows, r) and (cols, r) float64 factors of ΔW, where the checkpoint is an update that is stored as such."""
+        return None
+
+    def itemsize(self, tensor: str) -> int:
+        """Bytes of an entry of a tensor in memory."""
+        return SIZES.get(self.tensors[tensor].dtype, 1)
+
+    def manifest(self) -> dict[str, Any]:
+        """Path, format, dtypes and every file with its size and SHA-256: what the results were computed from."""
+        dtypes = Counter(stored.dtype for stored in self.tensors.values())
+        quantised = Counter(stored.quantised for stored in self.tensors.values() if stored.quantised)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        files = [
+            {
+                "name": f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name,
+                "bytes": f.stat().st_size,
+                "sha256": _sha256(f),
+            }
+            for f in self.files
+        ]
+        manifest = {"path": str(self.path), "format": self.format, "dtypes": dict(dtypes), "files": files}
+        manifest |= {"quantised": dict(quantised)} if quantised else {}
+        return manifest | ({"notes": list(self.notes)} if self.notes else {})
+
+
+def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
+    """Open a checkpoint of any known format, or a PEFT adapter on `base`, reading headers only.
+
+    A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
+
+    Raises:
+        CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."
+        )
+    if is_adapter(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a PEFT adapter, which has no weights without its base. Give the base first and the adapter "
+                "as what was tuned: opdgeo compare BASE ADAPTER, or open_checkpoint(ADAPTER, base=…)."
+            )
+        from opdgeo.checkpoints.adapter import open_adapter
+
+        return open_adapter(path, base)
+    found = _find(path)
+    if not found:
+        if path.is_file():
+            raise CheckpointError(f"{path} is not a file of weights that opdgeo knows; expected {_expected()}.")
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{path} holds no weights: expected {_expected()}, found {inside}.")
+    (chosen, place), *others = found
+    folder = place if place.is_dir() else place.parent
+    homes = (folder, folder.parent, path) if folder.name in PLACES else (folder, path)
+    configs = (at / name for at in dict.fromkeys(homes) if at.is_dir() for name in _CONFIGS)
+    config = next((read_json(c) for c in configs if c.is_file()), {}) if path.is_dir() else {}
+    tensors = chosen.read(place, config)
+    if not tensors:
+        raise CheckpointError(f"{place} holds no tensors; expected a model's weights.")
+    notes = tuple(
+        f"{path} also holds {other.name} weights ({where.relative_to(path).as_posix()}), which were not read; give "
+        "them as the checkpoint to measure those"
+        for other, where in others
+    )
+    return Checkpoint(path, canonical(tensors), config, notes, chosen.name)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and no whole model."""
+    return (path / "adapter_config.json").is_file() and not _find(path)
+
+
+def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
+    """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
+
+    A run may hold its last weights beside the folders of its steps; a folder that is named like a step is one checkpoint.
+    `base` is what adapters among them are added to.
+
+    Raises:
+        CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.
+    """
+    run = Path(paths[0])
+    if len(paths) == 1 and run.is_dir():
+        steps = {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
+        if steps and _step(run.name) is None:
+            return [open_checkpoint(steps[step], base) for step in sorted(steps)]
+        if not _find(run) and not is_adapter(run):
+            raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
+    opened = [open_checkpoint(p, base) for p in paths]
+    names = [c.name for c in opened]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise CheckpointError(
+            f"two checkpoints are both named {twice[0]}; rename a folder so that each has its own name."
+        )
+    return opened
+
+
+def canonical(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors by the names of a Hugging Face language model: without what trainers and multimodal models wrap around them.
+
+    Where two tensors would share a name, all keep their own.
+    """
+    for rename in (_unwrapped, _without_prefix(tensors), plain):
+        names = Counter(map(rename, tensors))
+        tensors = {rename(n) if names[rename(n)] == 1 else n: stored for n, stored in tensors.items()}
+    return dict(tensors)
+
+
+# Modules that FSDP, activation checkpointing, torch.compile and DDP put around others, wherever they stand in a name.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+# What a whole state dict may stand under, when no name is known with it and some are without it.
+_PREFIXES = ("model.", "app.model.", "app.", "state_dict.", "base_model.model.", "policy.", "actor.")
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _without_prefix(tensors: Mapping[str, Stored]) -> Callable[[str], str]:
+    def known(name: str, stored: Stored) -> bool:
+        name = plain(name)
+        return other_kind(name) is not None or matrices(name, stored.shape) is not None
+
+    def stripped(prefix: str) -> bool:
+        return any(known(_unwrapped(n).removeprefix(prefix), s) for n, s in tensors.items() if n.startswith(prefix))
+
+    if any(known(_unwrapped(name), stored) for name, stored in tensors.items()):
+        return lambda name: name
+    prefix = next((p for p in _PREFIXES if stripped(p)), "")
+    return lambda name: name.removeprefix(prefix)
+
+
+def _find(path: Path) -> list[tuple[Format, Path]]:
+    """Every format of which there are weights at `path` or in a place inside, in the order of preference."""
+    places = [path, *(path / inner for inner in PLACES if (path / inner).is_dir())]
+    return [(f, place) for f in FORMATS for at in places if (place := f.find(at))]
+
+
+def _expected() -> str:
+    return ", ".join(f.expected for f in FORMATS)
+
+
+def _step(name: str) -> int | None:
+    found = _STEP.fullmatch(name)
+    return int(found[1] or found[2]) if found else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

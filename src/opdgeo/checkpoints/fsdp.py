@@ -1,0 +1,165 @@
+"""One file of `torch.save` a rank: `model_world_size_W_rank_R.pt`, as verl and SkyRL write them.
+
+Every tensor is a DTensor: the local shard, the whole shape, and how each dimension of the mesh of ranks places it. The
+classes are read as records, so that no process group and no code of theirs is needed. Source:
+torch/distributed/tensor/placement_types.py (`Shard` splits as `torch.chunk` does); verl, `model_merger/fsdp_model_merger.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdgeo.checkpoints.stored import Pieces, Rows, Stored
+from opdgeo.checkpoints.torchfile import raw, records, tensors_of, unpickle
+from opdgeo.errors import CheckpointError
+
+_RANK = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+
+
+class _DTensor(torch.Tensor):
+    """Stands in for torch's DTensor: the whole shape, and as attributes the local shard and the placements."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise TypeError(f"a shard cannot be computed with ({func})")
+
+
+_RECORDS = (
+    *(
+        home + name
+        for home in ("torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.")
+        for name in ("Shard", "Replicate", "Partial", "_StridedShard", "_Partial", "DTensorSpec", "TensorMeta")
+    ),
+    *(
+        home + name
+        for home in ("torch.distributed.tensor._dtensor_spec.", "torch.distributed._tensor._dtensor_spec.")
+        for name in ("DTensorSpec", "TensorMeta", "ShardOrderEntry")
+    ),
+    "torch.distributed.device_mesh.DeviceMesh",
+    "torch.distributed._mesh_layout._MeshLayout",
+    "torch.distributed._mesh_layout._FlatLayout",
+)
+_DTENSOR = ("torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor")
+_DTENSOR_BEFORE = ("torch.distributed._tensor.DTensor", "torch.distributed._tensor.api.DTensor")
+_ALLOWED = [*records(_RECORDS), *((_DTensor, name) for name in _DTENSOR + _DTENSOR_BEFORE)]
+
+
+def find(folder: Path) -> Path | None:
+    return folder if folder.is_dir() and any(_RANK.fullmatch(p.name) for p in folder.iterdir()) else None
+
+
+def read(folder: Path, _: dict[str, Any]) -> dict[str, Stored]:
+    """Every tensor, put together from the ranks' shards.
+
+    Raises:
+        CheckpointError: ranks missing, a placement that is not Shard or Replicate, or shards that do not fit together.
+    """
+    ranks = _ranks(folder)
+    parts: dict[str, list[tuple[Path, Tensor]]] = {}
+    for file in ranks:
+        for name, tensor in tensors_of(unpickle(file, _ALLOWED), file):
+            parts.setdefault(name, []).append((file, tensor))
+    return {name: _assemble(name, found, ranks) for name, found in parts.items()}
+
+
+def _ranks(folder: Path) -> list[Path]:
+    """The files of all ranks in order."""
+    found = {(int(m[1]), int(m[2])): p for p in folder.iterdir() if (m := _RANK.fullmatch(p.name))}
+    worlds = {world for world, _ in found}
+    if len(worlds) > 1:
+        raise CheckpointError(
+            f"{folder} holds shards of runs with {' and '.join(map(str, sorted(worlds)))} ranks; expected one."
+        )
+    (world,) = worlds
+    if missing := [r for r in range(world) if (world, r) not in found]:
+        raise CheckpointError(
+            f"{folder} lacks the shards of rank {', '.join(map(str, missing[:8]))} of {world}. Copy them too."
+        )
+    return [found[world, r] for r in range(world)]
+
+
+def _assemble(name: str, parts: list[tuple[Path, Tensor]], ranks: list[Path]) -> Stored:
+    file, first = parts[0]
+    if not isinstance(first, _DTensor):
+        # A plain tensor is the same on every rank.
+        if any(isinstance(t, _DTensor) or t.shape != first.shape for _, t in parts):
+            raise CheckpointError(f"{name} differs in shape from rank to rank in {file.parent} and is no DTensor.")
+        return raw(first, file)
+    shape = tuple(first.shape)
+    pieces: dict[tuple[int, ...], Stored] = {}
+    for file, tensor in parts:
+        if not isinstance(tensor, _DTensor) or tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{name} is {shape} on one rank and another on {file.name}.")
+        try:
+            spec, local = tensor._spec, tensor._local_tensor  # type: ignore[attr-defined]
+            sizes, position = _mesh(spec.mesh, ranks.index(file), file)
+            box = _box(shape, spec.placements, sizes, position, f"{name} in {file.name}")
+        except AttributeError as error:
+            raise CheckpointError(f"{file} holds {name} as a DTensor of an unknown torch version ({error}).") from error
+        lengths = tuple(end - start for start, end in box)
+        if 0 in lengths:
+            continue
+        stored: Stored = raw(local, file)
+        if stored.shape != lengths:
+            padded = stored.shape[1:] == lengths[1:] and stored.shape[0] > lengths[0]
+            if not padded:
+                raise CheckpointError(f"{name} in {file.name} is {stored.shape}; expected {lengths} by its placement.")
+            stored = Rows(stored, ((0, lengths[0]),))
+        pieces.setdefault(tuple(start for start, _ in box), stored)
+    if not pieces:
+        raise CheckpointError(f"{name} in {file.parent} has no entries on any rank.")
+    return Pieces(name, shape, tuple(pieces.items()))
+
+
+def _box(
+    shape: tuple[int, ...], placements: Any, sizes: tuple[int, ...], position: tuple[int, ...], what: str
+) -> list[tuple[int, int]]:
+    """(start, end) on every axis of a rank's shard: each dimension of the mesh splits what the one before left."""
+    box = [(0, n) for n in shape]
+    for placement, ranks, rank in zip(placements, sizes, position, strict=True):
+        kind = type(placement).__name__
+        if kind == "Shard":
+            start, end = box[placement.dim]
+            each = -(-(end - start) // ranks)
+            box[placement.dim] = (min(end, start + rank * each), min(end, start + (rank + 1) * each))
+        elif kind != "Replicate":
+            raise CheckpointError(
+                f"{what} is placed by {kind} on the mesh of ranks; opdgeo reads Shard and Replicate. Merge the "
+                "checkpoint with its trainer's own tool first."
+            )
+    return box
+
+
+def _mesh(mesh: Any, rank: int, file: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of a mesh of ranks and the position of a rank on it, in the forms that torch 2.5 to 2.13 pickle."""
+    if isinstance(ranks := getattr(mesh, "mesh", getattr(mesh, "_mesh", None)), Tensor):
+        sizes, members = tuple(ranks.shape), raw(ranks, file)[(slice(None),) * ranks.ndim].flatten().tolist()
+    else:
+        sizes, strides = _layout(mesh._layout)
+        every = raw(mesh._rank_map, file)[(slice(None),)].tolist()
+        members = [every[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*map(range, sizes))]
+    if rank not in members:
+        raise CheckpointError(f"{file.name} holds a tensor of a mesh of ranks that rank {rank} is not part of.")
+    at = members.index(rank)
+    position = []
+    for size in reversed(sizes):
+        at, here = divmod(at, size)
+        position.append(here)
+    return sizes, tuple(reversed(position))
+
+
+def _layout(layout: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of a mesh's layout of ranks, one dimension each."""
+    if hasattr(layout, "axes"):
+        shapes = [(axis.shape, axis.stride) for axis in layout.axes]
+        if any(len(shape) != 1 for shape, _ in shapes):
+            raise CheckpointError("a mesh of ranks with flattened dimensions; opdgeo reads plain ones.")
+        return tuple(s[0] for s, _ in shapes), tuple(t[0] for _, t in shapes)
+    shape, stride = layout.shape, layout.stride
+    return ((shape,), (stride,)) if isinstance(shape, int) else (tuple(shape), tuple(stride))

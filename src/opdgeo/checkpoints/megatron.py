@@ -1,0 +1,177 @@
+"""Megatron's `torch_dist` checkpoints: a distributed checkpoint whose tensors bear Megatron-Core's names and layouts.
+
+Layers are stacked along a first axis (``decoder.layers.mlp.linear_fc2.weight``, layers × rows × cols) or have a number of
+their own in the name. Of `linear_qkv`, every group of query heads is followed by its key and its value head; `linear_fc1` has
+the gate above the up projection; the vocabulary is padded. The optimizer's float32 master of a weight is preferred to the
+model's own copy. Source: Megatron-Core 0.16, `transformer/attention.py`, `transformer/mlp.py`, `optimizer/distrib_optimizer.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opdgeo.checkpoints import dcp
+from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.stored import Rows, Stored
+from opdgeo.checkpoints.torchfile import records, unpickle
+from opdgeo.errors import CheckpointError
+
+_LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<part>.+)")
+_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(?P<of>.+)")
+_WRAPPER = re.compile(r"^(?:module\.|model\.)+")
+# Whole tensors of a layer, and of the model.
+_PARTS = {
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "input_layernorm.weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
+}
+_WHOLE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "output_layer.weight": "lm_head.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+}
+# linear_fc1 in one tensor or in two, and linear_fc2, of experts and of what every token passes.
+_FC = re.compile(
+    r"mlp\.(?:(?P<experts>experts\.experts)|shared_experts)?\.?(?P<fc>linear_fc1|linear_fc2)\.weight(?P<half>_w|_v)?"
+)
+_ARGS = [made for name in ("argparse.Namespace",) for made in records([name])]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Heads, groups of them that share a key and a value, entries of a head, and words where known."""
+
+    heads: int
+    groups: int
+    size: int
+    words: int | None
+
+
+def find(folder: Path) -> Path | None:
+    return folder if (folder / dcp.METADATA).is_file() and (folder / "metadata.json").is_file() else None
+
+
+def read(folder: Path, config: dict[str, Any]) -> dict[str, Stored]:
+    """The model's tensors under Hugging Face names; one that no rule knows keeps Megatron's.
+
+    Raises:
+        CheckpointError: another backend, no numbers of heads, or fused tensors that these do not divide.
+    """
+    backend = read_json(folder / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{folder} is a Megatron checkpoint of the kind {backend!r}; opdgeo reads torch_dist.")
+    stored = dcp.chunks(folder)
+    weights: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        plain = _WRAPPER.sub("", name)
+        if plain.startswith(("decoder.", "embedding.", "output_layer.")):
+            weights[plain] = tensor
+    for name, tensor in stored.items():
+        if (found := _MASTER.fullmatch(name)) and tensor.dtype == "float32":
+            plain = _WRAPPER.sub("", found["of"])
+            if plain in weights and weights[plain].shape == tensor.shape:
+                weights[plain] = tensor
+    model_type = str(config.get("model_type", ""))
+    return dict(
+        _renamed(weights, _shape(folder, config), "shared_experts" if "deepseek" in model_type else "shared_expert")
+    )
+
+
+def _renamed(weights: Mapping[str, Stored], shape: _Shape, shared: str) -> Iterator[tuple[str, Stored]]:
+    for name, tensor in weights.items():
+        found = _LAYER.fullmatch(name)
+        if found is None:
+            rows = tensor.shape[0]
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight") and shape.words:
+                rows = min(rows, shape.words)
+            yield _WHOLE.get(name, name), Rows(tensor, ((0, rows),))
+            continue
+        layers = [(int(found["layer"]), ())] if found["layer"] else [(i, (i,)) for i in range(tensor.shape[0])]
+        for layer, within in layers:
+            for part, one in _layer(found["part"], tensor, within, shape, shared):
+                yield f"model.layers.{layer}.{part}", one
+
+
+def _layer(
+    part: str, tensor: Stored, within: tuple[int, ...], shape: _Shape, shared: str
+) -> Iterator[tuple[str, Stored]]:
+    """The tensors that one layer's part is under Hugging Face names."""
+    rows = tensor.shape[len(within)]
+    if part in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+        for role, ranges in _qkv(rows, shape):
+            yield f"self_attn.{role}_proj.{part.rpartition('.')[2]}", Rows(tensor, ranges, within)
+    elif found := _FC.fullmatch(part):
+        if found["experts"]:
+            places = [(f"mlp.experts.{e}", (*within, e)) for e in range(rows)]
+        else:
+            places = [(f"mlp.{shared}" if "shared" in part else "mlp", within)]
+        for where, at in places:
+            for role, ranges in _halves(found["fc"], found["half"], tensor.shape[len(at)]):
+                yield f"{where}.{role}_proj.weight", Rows(tensor, ranges, at)
+    elif part == "mlp.shared_experts.gate_weight":
+        yield f"mlp.{shared}_gate.weight", Rows(tensor, ((0, rows),), within)
+    else:
+        yield _PARTS.get(part, part), Rows(tensor, ((0, rows),), within)
+
+
+def _qkv(rows: int, shape: _Shape) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
+    """Rows of q, k and v: (queries of a group, its key, its value), group after group."""
+    queries = shape.heads // shape.groups
+    group = (queries + 2) * shape.size
+    if rows != shape.groups * group or shape.heads % shape.groups:
+        raise CheckpointError(
+            f"linear_qkv has {rows} rows; {shape.heads} heads of {shape.size} in {shape.groups} groups make "
+            f"{shape.groups * group}. Is the config.json that of this model?"
+        )
+    bounds = (("q", 0, queries), ("k", queries, queries + 1), ("v", queries + 1, queries + 2))
+    for role, first, end in bounds:
+        yield role, tuple((g * group + first * shape.size, g * group + end * shape.size) for g in range(shape.groups))
+
+
+def _halves(fc: str, half: str | None, rows: int) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    if fc == "linear_fc2":
+        return [("down", ((0, rows),))]
+    if half:
+        return [("gate" if half == "_w" else "up", ((0, rows),))]
+    return [("gate", ((0, rows // 2),)), ("up", ((rows // 2, rows),))]
+
+
+def _shape(folder: Path, config: dict[str, Any]) -> _Shape:
+    """From the model's `config.json` where there is one, else from the arguments that Megatron keeps in `common.pt`."""
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    size, words, hidden = config.get("head_dim"), config.get("vocab_size"), config.get("hidden_size")
+    if not config and (folder / "common.pt").is_file():
+        args = vars(_args(folder / "common.pt"))
+        heads, size, words, hidden = (
+            args.get(n) for n in ("num_attention_heads", "kv_channels", "vocab_size", "hidden_size")
+        )
+        groups = args.get("num_query_groups") if args.get("group_query_attention", True) else None
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = size or hidden // heads
+    groups = groups or heads
+    if not all(isinstance(n, int) and n > 0 for n in (heads, groups, size)):
+        raise CheckpointError(
+            f"{folder} does not say how many attention heads the model has, which divide linear_qkv; put the Hugging "
+            "Face config.json of the model into the folder."
+        )
+    return _Shape(heads, groups, size, words if isinstance(words, int) else None)  # type: ignore[arg-type]
+
+
+def _args(file: Path) -> Any:
+    try:
+        common = unpickle(file, _ARGS)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Or put the Hugging Face config.json of the model beside it.") from error
+    return common.get("args", object()) if isinstance(common, dict) else object()

@@ -1,0 +1,557 @@
+"""Holding training in a channel (PAPER §4, projected training, and two exact versions of it).
+
+For any transformers or TRL trainer, between its construction and `train()`:
+
+    constrain(trainer, Channel.load("channel.safetensors"), "update")
+
+With V the channel of a matrix and A its weights at the switch-on (for a left channel, the same from the left):
+
+    gradient   g ← g V Vᵀ before clipping and the optimizer. The paper's. The *update* leaves the channel all the same: Adam
+               divides entry by entry and decoupled decay adds −lr·wd·W.
+    update     also W ← A + (W − A) V Vᵀ after every step, decay included. It equals W_prev + (W − W_prev) V Vᵀ in exact
+               arithmetic, needs no copy of the weights a step, and rounding does not add up: what lies outside is one rounding
+               of the stored W. Decay pulls towards the part of −W inside the channel.
+    adapter    W = A + B Vᵀ, a PEFT LoRA layer with A frozen to Vᵀ; only B (rows × K) has a gradient and moments. Decay pulls B,
+               so W, back to A. Adam divides entry by entry of B: another optimizer than `update`, in the same channel.
+
+A matrix with K = 0 is frozen in every mode. Parameters outside the channel (embeddings, norms, matrices of other roles) are
+`free` or `frozen`. Adam's moments at the switch-on are an explicit choice too (`moments`):
+
+    reset      the optimizer starts afresh.
+    project    first moments become m V Vᵀ, second moments stay. For an adapter, B's are m V and v (V∘V): what v would be if the
+               gradient's entries were independent.
+    keep       as they are, so that the first steps of `gradient` go on leaving the channel. An adapter has none to keep.
+
+`Constraint` is the same for any training loop: it needs named parameters and a torch optimizer. Under DDP every process
+projects its copy; under FSDP2 its rows, on which V acts without communication (a left channel sums K × cols numbers).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from opdgeo.checkpoints.names import Matrix, plain
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.training.channel import Channel, lora_config
+
+Mode = Literal["gradient", "update", "adapter"]
+Moments = Literal["reset", "project", "keep"]
+Unconstrained = Literal["free", "frozen"]
+
+ANCHOR = "channel-anchor"
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|module|_fsdp_wrapped_module)\.")
+
+
+def parameter_name(name: str) -> str:
+    """A parameter's name as checkpoints have it: without the wrappers of torch and of multimodal models.
+
+    >>> parameter_name("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return plain(_WRAPPERS.sub("", name))
+
+
+def constrain(
+    trainer: Any, channel: Channel, mode: Mode = "update", *, moments: Moments = "reset",
+    unconstrained: Unconstrained = "free", moments_from: str | Path | None = None,
+) -> None:  # fmt: skip
+    """Hold the model of a transformers or TRL trainer in `channel`; call it before `trainer.train()`.
+
+    The switch-on is the start of `train()`, also where that resumes the state of an unconstrained run. A later resume goes on
+    from the same anchor, which is kept in `output_dir`. Every row that the trainer logs gets `channel/outside`, the share of
+    the update's energy since the switch-on that lies outside the channel, over all its matrices.
+
+    Args:
+        trainer: not trained yet; DDP, FSDP2 or one process (DeepSpeed: `adapter` alone).
+        moments: see above.
+        moments_from: a checkpoint folder with `moments.safetensors` (`keep_moments` of a run), for a trainer that starts from weights.
+
+    Raises:
+        ConfigError: the channel does not fit the model, or the choices contradict each other; the message names them.
+    """
+    check_choices(mode, moments, unconstrained)
+    if trainer.is_deepspeed_enabled and mode != "adapter":
+        raise ConfigError(
+            f"DeepSpeed keeps gradients where {mode!r} cannot reach them; expected DDP, FSDP2, or `adapter`."
+        )
+    if trainer.optimizer is not None:
+        raise ConfigError(
+            "the trainer has its optimizer already; expected a trainer that makes its own when it trains."
+        )
+    prepare(trainer.model, channel, mode, unconstrained)
+    held = _Held(channel, mode, moments, Path(moments_from) if moments_from else None)
+    trainer.add_callback(held)
+    step, log = trainer.training_step, trainer.log
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        if held.constraint is not None and trainer.accelerator.sync_gradients:
+            held.constraint.project_gradients()  # before the trainer clips them
+        return loss
+
+    def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "grad_norm" in logs and (outside := held.outside()) is not None:
+            logs["channel/outside"] = outside
+        log(logs, *args, **kwargs)
+
+    trainer.training_step, trainer.log = training_step, logged
+
+
+def check_choices(mode: str, moments: str, unconstrained: str) -> None:
+    """Raises:
+    ConfigError: an unknown choice, or moments for an adapter to keep.
+    """
+    for name, value, known in (
+        ("constrain", mode, ("gradient", "update", "adapter")),
+        ("moments", moments, ("reset", "project", "keep")),
+        ("unconstrained", unconstrained, ("free", "frozen")),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}.")
+    if mode == "adapter" and moments == "keep":
+        raise ConfigError("moments is 'keep' but an adapter's B has none to keep; expected 'project' or 'reset'.")
+
+
+def prepare(model: torch.nn.Module, channel: Channel, mode: Mode, unconstrained: Unconstrained = "free") -> None:
+    """Freeze what may not move and, for `adapter`, put LoRA layers into `model`; before it is wrapped and has an optimizer.
+
+    Raises:
+        ConfigError: the channel does not fit the model.
+    """
+    named = {parameter_name(n): p for n, p in model.named_parameters()}
+    of: dict[str, list[Matrix]] = {}
+    for s in channel.subspaces.values():
+        of.setdefault(s.matrix.tensor, []).append(s.matrix)
+    for tensor, matrices in of.items():
+        if tensor not in named:
+            raise ConfigError(
+                f"the channel's {tensor} is not a parameter of the model, which has {len(named)} such as {next(iter(named))}; "
+                "expected a channel of this model."
+            )
+        shape = tuple(named[tensor].shape)
+        if sum(m.rows * m.cols for m in matrices) != named[tensor].numel() or not _fits(matrices[0], shape):
+            raise ConfigError(
+                f"{tensor} has shape {shape} in the model and the channel holds {matrices[0].rows}×{matrices[0].cols} "
+                f"({len(matrices)} of its matrices); expected a channel of this model, and all or none of a fused tensor."
+            )
+    trainable = {name for name, p in named.items() if p.requires_grad}
+    if mode == "adapter":
+        from peft import inject_adapter_in_model
+
+        names = {parameter_name(n): n.removesuffix(".weight") for n, _ in model.named_parameters()}
+        inject_adapter_in_model(lora_config(channel, str(getattr(model, "name_or_path", "")), names), model)
+        for s in channel.open():
+            module = model.get_submodule(names[s.matrix.tensor])
+            module.lora_A.float(), module.lora_B.float()
+            with torch.no_grad():
+                module.lora_A["default"].weight.copy_(s.basis.T)  # type: ignore[index, union-attr]
+                module.lora_B["default"].weight.zero_()  # type: ignore[index, union-attr]
+        freeze_directions(model)
+    moving = {s.matrix.tensor for s in channel.open()} if mode != "adapter" else set()
+    for name, parameter in model.named_parameters():
+        name = parameter_name(name).replace(".base_layer.", ".")
+        if ".lora_" not in name:
+            inside = name in moving if name in of else unconstrained == "free"
+            parameter.requires_grad_(inside and name in trainable)
+
+
+def freeze_directions(model: torch.nn.Module) -> None:
+    """Freeze every LoRA A of a PEFT model, so that its update stays in the channel that A spans: for plain TRL and PEFT."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+
+
+def merged(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's weights with its LoRA layers merged, rounded once, and every factor B by its tensor's name.
+
+    Weights without LoRA layers come back as they are.
+    """
+    plain_weights, factors = {}, {}
+    for name, weight in weights.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." in name:
+            a, b = (weights[name.replace("base_layer", f"lora_{x}.default")] for x in "AB")
+            name = name.replace(".base_layer.", ".")
+            factors[parameter_name(name)] = b
+            weight = (weight.double() + b.double() @ a.double()).to(weight.dtype)
+        plain_weights[name] = weight
+    return plain_weights, factors
+
+
+class Constraint:
+    """Gradients and weights of named parameters, held in a channel: `gradient` and `update` for any training loop.
+
+        constraint = Constraint(model.named_parameters(), channel, "update")
+        constraint.hold(optimizer)      # from here on every optimizer.step() is constrained
+        constraint.outside()            # share of the update's energy outside, from here on
+
+    `hold` projects gradients right before the step; a loop that clips calls `project_gradients()` before it clips. Parameters
+    with K = 0 must have `requires_grad=False` (`prepare`).
+
+    Raises:
+        ConfigError: a matrix of the channel has no parameter, or is sharded otherwise than by rows.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], channel: Channel, mode: Mode = "update"):
+        named = {parameter_name(n): p for n, p in parameters}
+        self.mode, self.group, self.device = mode, None, torch.device("cpu")
+        self.parts: list[_Part] = []
+        for s in channel.subspaces.values():
+            parameter = named.get(s.matrix.tensor)
+            if parameter is None:
+                raise ConfigError(f"the model has no parameter {s.matrix.tensor}; expected a channel of this model.")
+            if not parameter.requires_grad:
+                continue
+            self.device = parameter.device
+            start, local = 0, parameter.detach()
+            if isinstance(parameter, DTensor):
+                start, self.group, local = _sharding(s.matrix.tensor, parameter)
+            part = _part(s.matrix, parameter, local, start, s.basis, channel.side, self.group)
+            if part is not None:
+                self.parts.append(part)
+        self.take_anchor()
+
+    @torch.no_grad()
+    def take_anchor(self) -> None:
+        """From now on the update is measured, and held, from the weights as they are."""
+        for part in self.parts:
+            part.anchor = part.view(part.parameter).clone()
+
+    def hold(self, optimizer: torch.optim.Optimizer, *, gradients: bool = True) -> None:
+        """Project before (`gradients`) and, in the mode `update`, after every step of `optimizer`."""
+        if gradients:
+            optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
+        if self.mode == "update":
+            optimizer.register_step_post_hook(lambda *_: self.project_weights())
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """g ← g V Vᵀ. Law: twice equals once, so it may be called at any micro-batch."""
+        for part in self.parts:
+            if part.parameter.grad is not None:
+                gradient = part.view(part.parameter.grad)
+                gradient.copy_(part.project(gradient))
+
+    @torch.no_grad()
+    def project_weights(self) -> None:
+        """W ← A + (W − A) V Vᵀ."""
+        for part in self.parts:
+            part.view(part.parameter).copy_(part.project(part.delta()).add_(part.anchor))
+
+    @torch.no_grad()
+    def outside(self) -> float | None:
+        """Σ‖ΔW − projection‖²_F / Σ‖ΔW‖²_F over all matrices, ΔW from the anchor; None before anything moved.
+
+        In the weights' own precision; every process of a sharded model must ask.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            delta = part.delta()
+            beyond = delta - part.project(delta)
+            sums += torch.stack([torch.linalg.vector_norm(x).double() ** 2 for x in (beyond, delta)])
+        out, whole = (sums if self.group is None else _summed(sums, self.group)).tolist()
+        return out / whole if whole > 0 else None
+
+    @torch.no_grad()
+    def project_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """First moments become m V Vᵀ; second moments stay."""
+        for part in self.parts:
+            if "exp_avg" in (slots := optimizer.state.get(part.parameter, {})):
+                moment = part.view(slots["exp_avg"])
+                moment.copy_(part.project(moment))
+
+    def save_anchor(self, folder: Path, step: int) -> None:
+        """Keep the anchor for a resume: one file, or one a process where the model is sharded."""
+        path = _anchor_path(folder, self)
+        if self.group is not None or _rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            save_file({p.name: p.anchor.contiguous() for p in self.parts}, partial, metadata={"step": str(step)})
+            partial.replace(path)
+
+    def load_anchor(self, folder: Path) -> None:
+        """The anchor that `save_anchor` kept."""
+        path = _anchor_path(folder, self)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for part in self.parts:
+                    kept = file.get_tensor(part.name)
+                    if kept.shape != part.anchor.shape:
+                        raise ValueError(f"{part.name} has shape {tuple(kept.shape)}, not {tuple(part.anchor.shape)}")
+                    part.anchor = kept.to(part.anchor)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read the constraint's anchor {path}: {error}; expected the one of this run. Start the run again."
+            ) from error
+
+
+class _Held(TrainerCallback):
+    """The constraint of one trainer: switched on, or taken up again, when its training begins."""
+
+    def __init__(self, channel: Channel, mode: Mode, moments: Moments, moments_from: Path | None):
+        self.channel, self.mode, self.moments, self.moments_from = channel, mode, moments, moments_from
+        self.constraint: Constraint | None = None
+        self.outside: Callable[[], float | None] = lambda: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if self.mode == "adapter":
+            self.outside = lambda: adapter_outside(model.named_parameters(), self.channel)
+            if state.global_step == 0:
+                self._switch_moments(model, optimizer, None)
+            return
+        folder = Path(args.output_dir)
+        constraint = Constraint(model.named_parameters(), self.channel, self.mode)
+        path = _anchor_path(folder, constraint)
+        if path.is_file() and _anchor_step(path) < state.global_step:
+            constraint.load_anchor(folder)
+        else:
+            self._switch_moments(model, optimizer, constraint)
+            constraint.save_anchor(folder, state.global_step)
+        constraint.hold(optimizer, gradients=False)
+        self.constraint, self.outside = constraint, constraint.outside
+
+    def _switch_moments(self, model: Any, optimizer: torch.optim.Optimizer, constraint: Constraint | None) -> None:
+        if self.moments == "reset":
+            optimizer.state.clear()
+            return
+        if self.moments_from is not None:
+            load_moments(model.named_parameters(), optimizer, self.moments_from, self.channel)
+        if not optimizer.state:
+            raise ConfigError(
+                f"moments is {self.moments!r} but there are none at the switch-on; expected the state of an unconstrained run, or "
+                "moments_from, a checkpoint saved with its moments. Choose moments = 'reset' otherwise."
+            )
+        if self.moments == "project" and constraint is not None:
+            constraint.project_moments(optimizer)
+
+
+class Carried(TrainerCallback):
+    """An unconstrained run that starts from a checkpoint's weights and goes on from its moments too."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            load_moments(kwargs["model"].named_parameters(), optimizer, self.folder, None)
+
+
+@torch.no_grad()
+def adapter_outside(parameters: Iterable[tuple[str, Tensor]], channel: Channel) -> float | None:
+    """The share of Σ‖B A‖²_F outside the channel, from the factors of its LoRA layers: 0 but for A's rounding while A is Vᵀ."""
+    sums, group, device = torch.zeros(2, dtype=torch.float64), None, torch.device("cpu")
+    factors = {parameter_name(n): p for n, p in parameters if ".lora_" in n}
+    for s in channel.open():
+        module = s.matrix.tensor.removesuffix(".weight")
+        a, b = (factors[f"{module}.lora_{x}.default.weight"].detach() for x in "AB")
+        a = (a.full_tensor() if isinstance(a, DTensor) else a).double()
+        if isinstance(b, DTensor):
+            _, group, b = _sharding(module, b)
+        basis, device, b = s.basis.to(a), b.device, b.double()
+        beyond = a - (a @ basis) @ basis.T
+        sums += torch.stack([torch.linalg.vector_norm(b @ x) ** 2 for x in (beyond, a)]).cpu()
+    if group is not None:
+        sums = _summed(sums.to(device), group).cpu()
+    out, whole = sums.tolist()
+    return out / whole if whole > 0 else None
+
+
+MOMENTS = "moments.safetensors"
+_SLOTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def moments_of(parameters: Iterable[tuple[str, Tensor]], optimizer: Any) -> tuple[dict[str, Tensor], int]:
+    """Adam's moments by parameter name, whole and on the CPU, and its step; every process of a sharded model must ask."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    found, step = {}, 0
+    for name, parameter in parameters:
+        for slot in _SLOTS if (slots := optimizer.state.get(parameter)) else ():
+            whole = slots[slot].full_tensor() if isinstance(slots[slot], DTensor) else slots[slot]
+            found[f"{parameter_name(name)}.{slot}"] = whole.cpu().contiguous()
+            step = int(slots["step"])
+    return found, step
+
+
+def save_moments(moments: tuple[dict[str, Tensor], int], folder: Path) -> None:
+    """Write what `moments_of` found into a checkpoint's folder."""
+    partial = folder / f".{MOMENTS}.partial"
+    save_file(moments[0], partial, metadata={"step": str(moments[1])})
+    partial.replace(folder / MOMENTS)
+
+
+@torch.no_grad()
+def load_moments(
+    parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, folder: Path, channel: Channel | None
+) -> None:
+    """Give the optimizer's parameters the moments of `save_moments`; those of a LoRA B are made from its matrix's and `channel`.
+
+    Raises:
+        CheckpointError: the folder has no moments, or they are not of this model.
+    """
+    path = folder / MOMENTS
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {MOMENTS}; expected a checkpoint saved with Adam's moments. Train it with --set keep_moments=true, or "
+            "use --moments reset."
+        )
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    bases = {s.matrix.tensor: s.basis for s in channel.open()} if channel else {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = float((file.metadata() or {})["step"])
+            for name, parameter in parameters:
+                if id(parameter) not in ours or not parameter.requires_grad:
+                    continue
+                source = parameter_name(name).replace(".lora_B.default.", ".")
+                basis = bases[source].to(parameter.device) if source != parameter_name(name) else None
+                state: dict[str, Tensor] = {"step": torch.tensor(step)}
+                start, local = 0, parameter
+                if isinstance(parameter, DTensor):
+                    start, _, local = _sharding(name, parameter)
+                for slot in _SLOTS:
+                    rows = file.get_slice(f"{source}.{slot}")[start : start + local.shape[0]].to(local.device)
+                    if basis is not None:
+                        rows = rows @ (basis if slot == "exp_avg" else basis.square())
+                    if rows.shape != local.shape:
+                        raise ValueError(f"{source} has shape {tuple(rows.shape)}, not {tuple(local.shape)}")
+                    rows = rows.to(local.dtype).contiguous()
+                    if isinstance(parameter, DTensor):
+                        rows = DTensor.from_local(
+                            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                        )  # fmt: skip
+                    state[slot] = rows
+                optimizer.state[parameter] = state
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} does not hold this model's moments: {error}.") from error
+
+
+@dataclass
+class _Part:
+    """One matrix of the channel inside this process's part of a parameter.
+
+    Attributes:
+        index: where it lies in the local tensor; `local[index]` is 2-D, in stored orientation.
+        basis: acts on that view's columns (n, K), or on its rows, of which this process has some.
+        group: the processes among which the view's rows are spread; None where this one has them all.
+    """
+
+    name: str
+    parameter: Tensor
+    index: tuple[Any, ...]
+    basis: Tensor
+    on_columns: bool
+    group: Any
+    anchor: Tensor
+
+    def view(self, of: Tensor) -> Tensor:
+        of = of.detach()
+        return (of.to_local() if isinstance(of, DTensor) else of)[self.index]
+
+    def delta(self) -> Tensor:
+        """W − A, in float32 or wider."""
+        wide = torch.promote_types(self.anchor.dtype, torch.float32)
+        return self.view(self.parameter).to(wide) - self.anchor.to(wide)
+
+    def project(self, x: Tensor) -> Tensor:
+        basis = self.basis.to(x.dtype)
+        if self.on_columns:
+            return (x @ basis) @ basis.T
+        inside = basis.T @ x
+        if self.group is not None:
+            inside = _summed(inside, self.group)
+        return basis @ inside
+
+
+def _part(
+    matrix: Matrix, parameter: Tensor, local: Tensor, start: int, basis: Tensor, side: str, group: Any
+) -> _Part | None:
+    """The matrix's part of `local`, the rows of `parameter` from `start` on; None where another process has its expert."""
+    if not _fits(matrix, tuple(parameter.shape)):
+        raise ConfigError(
+            f"{matrix.tensor} has shape {tuple(parameter.shape)} and the channel's matrix {matrix.rows}×{matrix.cols}; expected a "
+            "channel of this model, and FSDP2 rather than FSDP1."
+        )
+    on_columns, basis = (side == "right") != matrix.transposed, basis.to(local.device)
+    rows = slice(matrix.start, matrix.start + matrix.rows)
+    if matrix.stacked:
+        expert = (matrix.expert or 0) - start
+        if not 0 <= expert < local.shape[0]:
+            return None
+        return _Part(matrix.name, parameter, (expert, rows), basis, on_columns, None, local)
+    end = start + local.shape[0]
+    if matrix.transposed:
+        return _Part(
+            matrix.name,
+            parameter,
+            (slice(None), rows),
+            basis if on_columns else basis[start:end],
+            on_columns,
+            group,
+            local,
+        )
+    low = min(max(matrix.start, start), end)
+    high = max(low, min(rows.stop, end))
+    held = basis if on_columns else basis[low - matrix.start : high - matrix.start]
+    return _Part(matrix.name, parameter, (slice(low - start, high - start),), held, on_columns, group, local)
+
+
+def _fits(matrix: Matrix, shape: tuple[int, ...]) -> bool:
+    if matrix.stacked:
+        return len(shape) == 3 and matrix.start + matrix.rows <= shape[1] and matrix.cols == shape[2]
+    stored = shape[::-1] if matrix.transposed else shape
+    return len(shape) == 2 and matrix.start + matrix.rows <= stored[0] and matrix.cols == stored[1]
+
+
+def _sharding(name: str, tensor: DTensor) -> tuple[int, Any, Tensor]:
+    """The first row that this process holds, the group that shares the rows, and the local rows."""
+    sharded = [i for i, placement in enumerate(tensor.placements) if placement == Shard(0)]
+    if len(sharded) != 1 or any(p != Shard(0) and not isinstance(p, Replicate) for p in tensor.placements):
+        raise ConfigError(f"{name} is placed as {tensor.placements}; expected rows sharded once, as FSDP2 does.")
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], tensor.device_mesh.get_group(sharded[0]), tensor.to_local().detach()
+
+
+def _summed(tensor: Tensor, group: Any) -> Tensor:
+    tensor = tensor.contiguous()
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _anchor_path(folder: Path, constraint: Constraint) -> Path:
+    own = "" if constraint.group is None else f"-{_rank()}-of-{dist.get_world_size()}"
+    return folder / f"{ANCHOR}{own}.safetensors"
+
+
+def _anchor_step(path: Path) -> int:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not the anchor of a constraint: {error}. Start the run again.") from error

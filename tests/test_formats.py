@@ -1,0 +1,286 @@
+"""One update in every format gives the numbers of its plain safetensors version; nothing in a checkpoint is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import torch.distributed.tensor  # which allows torch.load its own classes: they must not be the ones used
+from torch import Tensor
+
+import opdgeo
+from opdgeo.checkpoints import open_checkpoint, run_checkpoints
+from opdgeo.errors import CheckpointError
+
+HERE = Path(__file__).parent
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/ and tuned/: a Qwen3 of two layers before and after an update, in float32 as transformers writes it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    root = tmp_path_factory.mktemp("pair")
+    config = Qwen3Config(
+        vocab_size=56, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(root / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model.save_pretrained(root / "tuned")
+    (root / "expected.json").write_text(json.dumps(table(root / "base", root / "tuned").to_dicts()))
+    return root
+
+
+def table(base: Path, tuned: Path) -> pl.DataFrame:
+    return opdgeo.compare(base, tuned, settings=opdgeo.Settings(nulls=0), cache=False, workers=1).measurements.drop(
+        "checkpoint", "step"
+    )
+
+
+def weights(folder: Path) -> Tensors:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def check(pair: Path, tuned: Path, base: Path | None = None) -> None:
+    """`tuned` measures like pair/tuned: equal names, roles, states; values within 1e-12."""
+    found = table(base or pair / "base", tuned).to_dicts()
+    expected = json.loads((pair / "expected.json").read_text())
+    assert len(found) == len(expected) == 14 * 22
+    for one, other in zip(found, expected, strict=True):
+        for number in ("value", "error"):
+            assert one.pop(number) == pytest.approx(other.pop(number), rel=1e-12, abs=1e-300)
+        assert one == other
+
+
+def folder(pair: Path, path: Path) -> Path:
+    path.mkdir(parents=True)
+    shutil.copy(pair / "tuned" / "config.json", path)
+    return path
+
+
+class Runs:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.trace}",)
+
+
+# Files of torch.save --------------------------------------------------------------------------------------------
+
+
+def test_a_bin_file_and_its_shards(pair: Path, tmp_path: Path) -> None:
+    state = weights(pair / "tuned")
+    torch.save(state, folder(pair, tmp_path / "single") / "pytorch_model.bin")
+    check(pair, tmp_path / "single")
+    check(pair, tmp_path / "single" / "pytorch_model.bin")
+    shards = folder(pair, tmp_path / "sharded")
+    where = {name: f"pytorch_model-0000{i % 2}-of-00002.bin" for i, name in enumerate(state)}
+    for file in set(where.values()):
+        torch.save({n: t for n, t in state.items() if where[n] == file}, shards / file)
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    torch.save({"state": {}}, shards / "optimizer.bin")
+    check(pair, shards)
+    assert len(open_checkpoint(shards).files) == 2
+
+
+def test_views_and_wrapped_names_in_a_bin_file(pair: Path, tmp_path: Path) -> None:
+    wrapped: Tensors = {}
+    for name, tensor in weights(pair / "tuned").items():
+        inner = name.replace("layers.1.", "layers.1._checkpoint_wrapped_module.")
+        # A transposed view of a larger storage: strides and offsets count.
+        wide = torch.zeros(*(n + 3 for n in reversed(tensor.shape)))
+        view = wide.permute(*reversed(range(tensor.ndim)))[tuple(slice(2, 2 + n) for n in tensor.shape)]
+        view.copy_(tensor)
+        wrapped[f"module.{inner}"] = view
+    torch.save(wrapped, folder(pair, tmp_path / "views") / "pytorch_model.bin")
+    check(pair, tmp_path / "views")
+
+
+def test_a_bin_file_that_runs_something_is_refused_and_not_run(pair: Path, tmp_path: Path) -> None:
+    bad = folder(pair, tmp_path / "bad")
+    torch.save(weights(pair / "tuned") | {"x": Runs(tmp_path / "trace")}, bad / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"posix\.system to be run .*ran nothing"):
+        open_checkpoint(bad)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("shard", ["../outside", "/etc/outside", "a/b", "..\\outside"])
+def test_an_index_that_leaves_its_folder_is_refused(kind: str, shard: str, tmp_path: Path) -> None:
+    name = "pytorch_model.bin" if kind == "bin" else "model.safetensors"
+    (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": {"a": f"{shard}.{kind}"}}))
+    with pytest.raises(CheckpointError, match="in the folder"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_truncated_bin_file_is_refused(pair: Path, tmp_path: Path) -> None:
+    file = folder(pair, tmp_path / "cut") / "pytorch_model.bin"
+    torch.save(weights(pair / "tuned"), file)
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is not a readable torch file"):
+        open_checkpoint(tmp_path / "cut")
+
+
+# Distributed checkpoints ----------------------------------------------------------------------------------------
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist
+from pathlib import Path
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+import torch.distributed.checkpoint as dcp
+
+def rank(rank, world, out, source):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
+    out, state = Path(out), load_file(Path(source) / "model.safetensors")
+    meshes = {
+        "flat": (init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",)), [Shard(0)]),
+        "hybrid": (init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ddp", "fsdp")), [Replicate(), Shard(0)]),
+        "twice": (init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("fsdp", "tp")), [Shard(0), Shard(1)]),
+        "same": (init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("fsdp", "tp")), [Shard(0), Shard(0)]),
+    }
+    for name, (mesh, placements) in meshes.items():
+        (out / name).mkdir(exist_ok=True)
+        flat = [p if not isinstance(p, Shard) or p.dim == 0 else Replicate() for p in placements]
+        shards = {n: distribute_tensor(t, mesh, placements if t.ndim > 1 else flat) for n, t in state.items()}
+        torch.save(shards, out / name / f"model_world_size_{world}_rank_{rank}.pt")
+        torch.save({"state": {}}, out / name / f"optim_world_size_{world}_rank_{rank}.pt")
+        if name in ("flat", "twice"):
+            optimizer = {"state": {n: {"exp_avg": t} for n, t in shards.items()}}
+            dcp.save({"model": shards, "optim": optimizer}, checkpoint_id=out / f"dcp-{name}")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(rank, (4, sys.argv[1], sys.argv[2]), 4, start_method="fork")
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tuned weights from four processes: DTensors on four meshes, as a file a rank and by torch's DCP."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "ranks.py").write_text(RANKS)
+    subprocess.run([sys.executable, out / "ranks.py", out, pair / "tuned"], check=True, timeout=300)
+    for inner in ("flat", "hybrid", "twice", "same", "dcp-flat", "dcp-twice"):
+        shutil.copy(pair / "tuned" / "config.json", out / inner)
+    return out
+
+
+@pytest.mark.parametrize("mesh", ["flat", "hybrid", "twice", "same"])
+def test_shards_of_four_ranks(mesh: str, pair: Path, ranks: Path) -> None:
+    check(pair, ranks / mesh)
+
+
+@pytest.mark.parametrize("mesh", ["dcp-flat", "dcp-twice"])
+def test_a_distributed_checkpoint_of_four_ranks(mesh: str, pair: Path, ranks: Path) -> None:
+    check(pair, ranks / mesh)
+    opened = open_checkpoint(ranks / mesh)
+    assert opened.tensors.keys() == weights(pair / "tuned").keys()
+    assert ".metadata" in [f["name"] for f in opened.manifest()["files"]]
+
+
+def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
+    shutil.copytree(ranks / "flat", tmp_path / "flat")
+    (tmp_path / "flat" / "model_world_size_4_rank_2.pt").unlink()
+    with pytest.raises(CheckpointError, match="lacks the shards of rank 2 of 4"):
+        open_checkpoint(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_metadata_that_runs_something_is_refused_and_not_run(protocol: int, ranks: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(ranks / "dcp-flat", tmp_path / "bad"))
+    metadata = pickle.loads((bad / ".metadata").read_bytes())
+    metadata.planner_data = Runs(tmp_path / "trace")
+    (bad / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
+    with pytest.raises(CheckpointError, match=r"posix\.system to be run .*ran nothing"):
+        open_checkpoint(bad)
+    (bad / ".metadata").write_bytes(pickle.dumps(metadata.state_dict_metadata, protocol))
+    with pytest.raises(CheckpointError, match="expected a torch distributed checkpoint's index"):
+        open_checkpoint(bad)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("outside", ["../flat/x.distcp", "/etc/passwd", ".."])
+def test_metadata_that_leaves_its_folder_is_refused(outside: str, ranks: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(ranks / "dcp-flat", tmp_path / "bad"))
+    metadata = pickle.loads((bad / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = outside
+    (bad / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="expected a file in the folder"):
+        open_checkpoint(bad)
+
+
+def test_a_chunk_that_runs_something_is_refused_and_not_run(ranks: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(ranks / "dcp-flat", tmp_path / "bad"))
+    metadata = pickle.loads((bad / ".metadata").read_bytes())
+    torch.save(Runs(tmp_path / "trace"), bad / "chunk.distcp")
+    for info in metadata.storage_data.values():
+        info.relative_path, info.offset, info.length = "chunk.distcp", 0, (bad / "chunk.distcp").stat().st_size
+    (bad / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="ran nothing"):
+        next(iter(open_checkpoint(bad).tensors.values()))[0:1, 0:1]
+    assert not (tmp_path / "trace").exists()
+
+
+def test_shards_that_run_something_are_refused_and_not_run(ranks: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(ranks / "flat", tmp_path / "bad"))
+    torch.save({"x": Runs(tmp_path / "trace")}, bad / "model_world_size_4_rank_3.pt")
+    with pytest.raises(CheckpointError, match=r"rank_3\.pt asks for posix\.system"):
+        open_checkpoint(bad)
+    assert not (tmp_path / "trace").exists()
+
+
+# Where trainers put them ----------------------------------------------------------------------------------------
+
+
+def test_a_run_of_verl_is_a_trajectory(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    for step in (2, 10):
+        actor = tmp_path / "run" / f"global_step_{step}" / "actor"
+        shutil.copytree(ranks / "flat", actor)
+        (actor / "huggingface").mkdir()
+        (actor / "config.json").rename(actor / "huggingface" / "config.json")
+    opened = run_checkpoints([tmp_path / "run"])
+    assert [(c.name, c.step, c.format) for c in opened] == [
+        ("global_step_2", 2, "FSDP shards"),
+        ("global_step_10", 10, "FSDP shards"),
+    ]
+    inner = open_checkpoint(tmp_path / "run" / "global_step_2" / "actor")
+    assert (inner.name, inner.step) == ("global_step_2", 2)
+    assert opened[0].config["model_type"] == "qwen3"
+    check(pair, tmp_path / "run" / "global_step_10")
+
+
+def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
+    shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
+    shutil.copytree(ranks / "dcp-twice", checkpoint / "optimizer_0")
+    shutil.copy(pair / "base" / "model.safetensors", checkpoint / "adapter_model.safetensors")
+    (opened,) = run_checkpoints([tmp_path / "run"])
+    assert opened.notes == ()
+    check(pair, checkpoint)
+    shutil.copy(pair / "base" / "model.safetensors", checkpoint)
+    (noticed,) = open_checkpoint(checkpoint).notes
+    assert "also holds safetensors weights (model.safetensors), which were not read" in noticed
+    check(pair, checkpoint)
