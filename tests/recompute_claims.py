@@ -37,8 +37,12 @@ class Study:
         )
         self.rows: dict[str, pl.DataFrame] = {str(run): part for (run,), part in split.group_by("run")}
         self.logs: dict[str, list[dict[str, Any]]] = {}
+        self.outside: dict[str, float] = {}
         for path in sorted((folder / "arms").glob("*/log.jsonl")):
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+            for row in rows:
+                if row["event"] == "step" and row.get("channel/outside") is not None:
+                    self.outside[path.parent.name] = row["channel/outside"]
             self.logs[path.parent.name] = sorted((r for r in rows if r["event"] == "eval"), key=lambda r: r["step"])
         self.cache: dict[Any, Any] = {}
 
@@ -112,6 +116,11 @@ def cross(key: np.ndarray, value: float) -> tuple[int, float]:
 def blend(array: np.ndarray, place: tuple[int, float]) -> np.ndarray:
     i, w = place
     return array[..., i] * (1 - w) + array[..., i + 1] * w
+
+
+def recovered(held: np.ndarray, free: np.ndarray, frozen: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(free > frozen, (held - frozen) / (free - frozen), np.nan)
 
 
 def statistic(text: str, of: dict[str, np.ndarray], norms: dict[str, np.ndarray], chance: float) -> np.ndarray:
@@ -367,22 +376,23 @@ class Checker:
             self.comparisons(
                 where, control, lambda text, c=control, s=stop: self.accuracy_statistic(text, c["seeds"], s)
             )
+        for seed, k in enumerate(claim["k"]):
+            ranks = self.study.array("opd", [seed], "stable_rank", [""], "value")[0][:, 0]
+            self.same(f"S1/k/{seed}", k, max(1, math.floor(ranks[np.isfinite(ranks)].mean())))
         for paradigm, kinds in claim["recovery"].items():
             for what, stated in kinds.items():
                 seeds = list(range(len(stated["seeds"])))
                 arms = [f"s1-{paradigm}-{w}" for w in (what, "free", "frozen")]
                 held, free, frozen = (self.drawn(arm, seeds, None) for arm in arms)
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    drawn = (held - frozen) / (free - frozen)
+                drawn = recovered(held, free, frozen)
                 where = f"S1/recovery/{paradigm}/{what}"
                 self.same(f"{where}/mean", stated["mean"], drawn[0])
                 low, high = np.quantile(drawn[1:], [0.025, 0.975])
                 self.same(f"{where}/low", stated["low"], low)
                 self.same(f"{where}/high", stated["high"], high)
                 for seed in seeds:
-                    a, b, c = (np.float64(self.reached(arm, seed, None)[0]) for arm in arms)
-                    with np.errstate(invalid="ignore", divide="ignore"):
-                        self.same(f"{where}/seeds/{seed}", stated["seeds"][seed], (a - c) / (b - c))
+                    one = recovered(*(np.array([self.reached(arm, seed, None)[0]]) for arm in arms))
+                    self.same(f"{where}/seeds/{seed}", stated["seeds"][seed], one[0])
 
     def stop(self) -> tuple[int, float]:
         ours, theirs = "s1-sft-matched-free", "s1-opd-free"
@@ -413,14 +423,16 @@ class Checker:
             self.same(f"{where}/{key}", stated[key], ours)
         for i, seed in enumerate(seeds):
             self.same(f"{where}/seeds/{i}", stated["seeds"][i], self.reached(arm, seed, stop)[0])
+        runs = [self.study.run(arm, seed) for seed in seeds]
+        leaks = [self.study.outside[run] for run in runs if run in self.study.outside]
+        self.same(f"{where}/outside", stated.get("outside"), sum(leaks) / len(leaks) if leaks else None)
 
     def accuracy_statistic(self, text: str, seeds: list[int], stop: tuple[int, float] | None) -> np.ndarray:
         def of(paradigm: str, what: str) -> np.ndarray:
             return self.drawn(f"s1-{paradigm}-{what}", seeds, stop)
 
         def recovery(paradigm: str, what: str) -> np.ndarray:
-            none = of(paradigm, "frozen")
-            return (of(paradigm, what) - none) / (of(paradigm, "free") - none)
+            return recovered(of(paradigm, what), of(paradigm, "free"), of(paradigm, "frozen"))
 
         if m := re.match(r"OPD: projected \((\w+)\) minus free", text):
             return of("opd", m[1]) - of("opd", "free")

@@ -18,6 +18,7 @@ checkpoint takes the first or the last of the five.
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -34,6 +35,7 @@ from opdgeo.experiments.rules import (
     OPD,
     PARADIGMS,
     R5,
+    STABLE_RANK,
     Claim,
     Comparison,
     Control,
@@ -58,10 +60,17 @@ class Data:
             pl.col("checkpoint").str.extract(r"-seed(\d+)/").cast(pl.Int64).fill_null(0).alias("seed"),
         )
         self.evals: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        self.outside: dict[str, dict[int, float]] = {}
+        """Arm → seed → share of the update's energy outside the channel after the last step."""
         for folder, rows in logs.items():
             arm, _, seed = folder.partition("-seed")
             evals = sorted((r for r in rows if r["event"] == "eval"), key=lambda r: r["step"])
             self.evals.setdefault(arm, {})[int(seed or 0)] = evals
+            leaks = [
+                r["channel/outside"] for r in rows if r["event"] == "step" and r.get("channel/outside") is not None
+            ]
+            if leaks:
+                self.outside.setdefault(arm, {})[int(seed or 0)] = float(leaks[-1])
         self._kept: dict[Any, Any] = {}
         tracked = self.table.select("arm", "seed").unique().iter_rows()
         self.tracked: dict[str, set[int]] = {}
@@ -415,6 +424,7 @@ def _judge_accuracy(claim: Claim, data: Data) -> dict[str, Any]:
         "seeds": data.seeds(claim.arms, tracked=False),
         "measured": {arm: _accuracy_measured(data, arm) for arm in sorted(arms)},
         "recovery": _recoveries(data, arms),
+        "k": [early_rank(data, seed) for seed in data.seeds([OPD])],
     }
 
 
@@ -472,15 +482,22 @@ def _accuracy_measured(data: Data, arm: str, stop: tuple[int, float] | None = No
     drawn = _drawn(data, arm, seeds, stop)
     low, high = np.quantile(drawn[1:], [0.025, 0.975])
     each = [_accuracy(data, arm, seed, stop)[0] for seed in seeds]
-    return {"mean": float(drawn[0]), "low": float(low), "high": float(high), "seeds": each}
+    out = {"mean": float(drawn[0]), "low": float(low), "high": float(high), "seeds": each}
+    leaks = [data.outside[arm][seed] for seed in seeds if seed in data.outside.get(arm, {})]
+    return out | ({"outside": sum(leaks) / len(leaks)} if leaks else {})
+
+
+def early_rank(data: Data, seed: int) -> int:
+    """K of S1: the whole number just below the mean stable rank of OPD's update at its first checkpoint."""
+    return max(1, math.floor(_mean(data.values(OPD, STABLE_RANK, "value", [seed])[:, :, 0])))
 
 
 def _recoveries(data: Data, arms: list[str]) -> dict[str, dict[str, Any]]:
     """paradigm → constraint → recovery, its interval and each seed's, after the last step."""
     out: dict[str, dict[str, Any]] = {}
 
-    def accuracy(arm: str, seed: int) -> np.float64:
-        return np.float64(_accuracy(data, arm, seed, None)[0])
+    def accuracy(arm: str, seed: int) -> float:
+        return _accuracy(data, arm, seed, None)[0]
 
     for paradigm in PARADIGMS:
         free, frozen = s1(paradigm, "free"), s1(paradigm, "frozen")
@@ -491,19 +508,19 @@ def _recoveries(data: Data, arms: list[str]) -> dict[str, dict[str, Any]]:
             seeds = data.seeds([arm, free, frozen], tracked=False)
             if not seeds:
                 continue
-            with np.errstate(invalid="ignore", divide="ignore"):
-                held, loose, none = (_drawn(data, a, seeds) for a in (arm, free, frozen))
-                drawn = (held - none) / (loose - none)
-                each = [
-                    (accuracy(arm, seed) - accuracy(frozen, seed)) / (accuracy(free, seed) - accuracy(frozen, seed))
-                    for seed in seeds
-                ]
+            drawn = _share_recovered(*(_drawn(data, a, seeds) for a in (arm, free, frozen)))
+            each = _share_recovered(*(np.array([accuracy(a, seed) for seed in seeds]) for a in (arm, free, frozen)))
             low, high = np.quantile(drawn[1:], [0.025, 0.975])
             out.setdefault(paradigm, {})[what] = {
                 "mean": _known(float(drawn[0])), "low": _known(float(low)), "high": _known(float(high)),
                 "seeds": [_known(float(x)) for x in each],
             }  # fmt: skip
     return out
+
+
+def _share_recovered(held: np.ndarray, free: np.ndarray, frozen: np.ndarray) -> np.ndarray:
+    gained = free - frozen
+    return np.divide(held - frozen, gained, out=np.full(len(gained), np.nan), where=gained > 0)
 
 
 def outcomes(logs: Logs) -> dict[str, dict[str, Any]]:

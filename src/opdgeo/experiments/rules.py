@@ -181,9 +181,10 @@ def s1(paradigm: str, what: str) -> str:
 
 
 def recovery(m: Sample, paradigm: str, what: str) -> float:
-    """(constrained − frozen) / (free − frozen), of accuracies."""
+    """(constrained − frozen) / (free − frozen), of accuracies; undefined where training the matrices brings nothing."""
     frozen = m.accuracy(s1(paradigm, "frozen"))
-    return (m.accuracy(s1(paradigm, what)) - frozen) / (m.accuracy(s1(paradigm, "free")) - frozen)
+    gained = m.accuracy(s1(paradigm, "free")) - frozen
+    return (m.accuracy(s1(paradigm, what)) - frozen) / gained if gained > 0 else math.nan
 
 
 def _s1_arms(what: str, *paradigms: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ the mean stable rank of OPD's update there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,8 +107,10 @@ def _control(suffix: str, by_arm: Mapping[str, dict[str, Any]]) -> list[Arm]:
 
 def _s1(like: str) -> list[Arm]:
     def arm(what: str, where: Held | None, seeds: int = 3) -> Arm:
+        # An adapter's B takes Adam steps entry by entry, and has few entries: ten times the rate, as LoRA is usually trained.
+        faster = {"learning_rate": 3e-3 if like == SFT else 1e-3} if what == "adapter" else {}
         return Arm(s1(like, what), like, *AXES[like], where, start=like, start_at=0.2, part=0.8, seeds=seeds,
-                   tracked=where is FREE, changes={"eval_prompts_between": 256})  # fmt: skip
+                   tracked=where is FREE, changes={"eval_prompts_between": 256, **faster})  # fmt: skip
 
     return [
         arm("free", FREE),
@@ -235,6 +236,9 @@ def channel_path(out: Path, arm: Arm, seed: int) -> Path:
 
 def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool = False) -> Path:
     """Write the channel that `arm` is held in, unless it is there."""
+    import polars as pl
+
+    from opdgeo.experiments.claims import Data, early_rank
     from opdgeo.training import models
     from opdgeo.training.channel import Channel
 
@@ -244,7 +248,9 @@ def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool 
     source = BY_NAME[_other(arm) if held.of == "other" else arm.like]
     start = configure(source, seed, preset, out, rehearse=rehearse)
     early = origin(replace(arm, start=source.name), seed, preset, out, rehearse=rehearse)
-    k = max(1, math.floor(early_stable_rank(out / "arms" / folder(OPD, seed) / "geometry")))
+    geometry = pl.read_parquet(out / "arms" / folder(OPD, seed) / "geometry" / "measurements.parquet")
+    named = geometry.with_columns((pl.lit(f"{OPD}/") + pl.col("checkpoint")).alias("checkpoint"))
+    k = early_rank(Data(named, {}), 0)
     channel = Channel.extract(models.resolve(start.origin), early, max(1, round(k * held.size)))
     if held.size == 0:
         channel = channel.cut(0)
@@ -252,14 +258,6 @@ def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool 
         channel = Channel.random(channel, seed)
     channel.save(path)
     return path
-
-
-def early_stable_rank(geometry: Path) -> float:
-    """Mean over matrices of the stable rank at the first checkpoint of a measured run."""
-    import polars as pl
-
-    rows = pl.read_parquet(geometry / "measurements.parquet").filter(pl.col("diagnostic") == "stable_rank")
-    return float(rows.filter(pl.col("step") == rows["step"].min())["value"].mean())  # type: ignore[arg-type]
 
 
 BY_NAME = {arm.name: arm for arm in ARMS}

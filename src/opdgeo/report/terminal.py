@@ -78,7 +78,9 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
         console.print(
             Text("a rehearsal: every arm trained for a few steps, and the numbers mean nothing", style="bold")
         )
-    for arm, reached in (claims.get("outcomes") or {}).items():
+    reached_by = claims.get("outcomes") or {}
+    for arm in [arm for arm in ARMS if arm in reached_by] or list(reached_by):
+        reached = reached_by[arm]
         parts = []
         for key, name, unit in OUTCOMES:
             if ends := reached.get(key):
