@@ -118,12 +118,22 @@ def hill_exponent(spectrum: Matrix, top_k: int) -> float | None:
 
 
 def subspace_similarity(delta: Matrix, other: Matrix, top_k: int = 16) -> float | None:
-    """‖V_K(Δ)ᵀ V_K(Δ′)‖²_F / K for the top-K right singular vectors of two updates."""
+    """‖V_K(Δ)ᵀ V_K(Δ′)‖²_F / K for the top-K right singular vectors of two updates; for the left ones, of the transposes."""
     k = cut(top_k, *delta.shape)
     one, two = svd(delta), svd(other)
     if not (one.determined(k, delta.shape[1]) and two.determined(k, delta.shape[1])):
         return None
     return float(((one.v[:, :k].T @ two.v[:, :k]) ** 2).sum() / k)
+
+
+def channel_energy(delta: Matrix, earlier: Matrix, top_k: int = 16) -> float | None:
+    """‖ΔV Vᵀ‖²_F / ‖Δ‖²_F with V the top-K right singular vectors of an earlier update; for the left ones, of the transposes."""
+    k = cut(top_k, *delta.shape)
+    channel = svd(earlier)
+    if not channel.determined(k, delta.shape[1]):
+        return None
+    v = channel.v[:, :k]
+    return float(((delta @ v @ v.T) ** 2).sum() / (delta**2).sum())
 
 
 @dataclass(frozen=True)

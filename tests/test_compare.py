@@ -20,7 +20,7 @@ import opdgeo
 import planted
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError, ConfigError
-from reference import Matrix, Values, disagreement, gaussian_null, measure, subspace_similarity
+from reference import Matrix, Values, channel_energy, disagreement, gaussian_null, measure, subspace_similarity
 
 SOURCE = Path(__file__).parents[1] / "src"
 SCHEMA = {
@@ -430,15 +430,24 @@ def test_a_trajectory_agrees_with_the_reference(tmp_path: Path) -> None:
         for name in NAMES:
             expected = measure(before[name], before[name] + deltas[step][name]).values
             delta = deltas[step][name]
-            expected["subspace_similarity", "final.16"] = subspace_similarity(delta, deltas[100][name])
-            expected["subspace_similarity", "previous.16"] = (
-                subspace_similarity(delta, deltas[previous][name]) if previous else None
-            )
+            others = {"final": deltas[100][name], "previous": deltas[previous][name] if previous else None}
+            for kind, other in others.items():
+                for k in (1, 2, 4, 8, 16, 32):
+                    of = None if other is None else subspace_similarity(delta, other, k)
+                    left = None if other is None else subspace_similarity(delta.T, other.T, k)
+                    expected["subspace_similarity", f"{kind}.{k}"] = of
+                    expected["subspace_similarity", f"{kind}.left.{k}"] = left
+            channels = {"first": deltas[2][name] if previous else None, "previous": others["previous"]}
+            for kind, other in channels.items():
+                of = None if other is None else channel_energy(delta, other)
+                left = None if other is None else channel_energy(delta.T, other.T)
+                expected["channel_energy", f"{kind}.16"] = of
+                expected["channel_energy", f"{kind}.left.16"] = left
             check_rows(rows, name, expected)
-            if step != 100:
-                null = rows[name, "subspace_similarity", "final.16"]
-                assert null["null_mean"] is not None
-                assert 0 < null["null_mean"] < 1
+            for key, row in rows.items():
+                if key[0] == name and key[1] in ("subspace_similarity", "channel_energy"):
+                    assert (row["null_mean"] is None) == (row["value"] is None), key
+                    assert row["null_mean"] is None or 0 < row["null_mean"] <= 1, key
     summary = json.loads((out / "summary.json").read_text())["checkpoints"]
     assert [(c["checkpoint"], c["step"]) for c in summary] == [
         ("checkpoint-2", 2),
@@ -447,31 +456,43 @@ def test_a_trajectory_agrees_with_the_reference(tmp_path: Path) -> None:
     ]
 
 
-def test_the_walk_null_of_similarity_shares_a_prefix(tmp_path: Path) -> None:
-    # Independent sampling of a walk with the observed increments' norms, for one matrix.
+def test_the_walk_null_shares_a_prefix(tmp_path: Path) -> None:
+    # Independent sampling of a walk with the observed increments' norms, for one matrix of each shape.
     base, run, steps = write_run(tmp_path)
-    draws, name = 40, planted.tensor_name(1, "self_attn.o_proj")
-    rows = opdgeo.track(base, run, roles="o_proj", settings=Settings(nulls=draws)).measurements
-    before = planted.stored(BASE[name], "float32")
-    points = [before] + [planted.stored(steps[s][name], "float32") for s in (2, 10, 100)]
-    norms = [float(np.linalg.norm(b - a)) for a, b in itertools.pairwise(points)]
+    draws, names = 60, [planted.tensor_name(1, m) for m in ("self_attn.o_proj", "mlp.up_proj")]
+    rows = opdgeo.track(base, run, roles="o_proj,up_proj", settings=Settings(nulls=1)).measurements
     rng = np.random.default_rng(12)
-    sampled: list[list[float]] = []
-    for _ in range(draws):
-        walk = [np.zeros_like(before)]
-        for norm in norms:
-            noise = rng.standard_normal(before.shape)
-            walk.append(walk[-1] + noise * (norm / np.linalg.norm(noise)))
-        pairs = ((walk[1], walk[3]), (walk[2], walk[3]), (walk[2], walk[1]))
-        sampled.append([subspace_similarity(a, b) or 0.0 for a, b in pairs])
-    means, deviations = np.mean(sampled, axis=0), np.std(sampled, axis=0, ddof=1)
-    asked = ((2, "final.16"), (10, "final.16"), (10, "previous.16"))
-    for (step, variant), mean, deviation in zip(asked, means, deviations, strict=True):
-        row = rows_of(rows.filter(step=step))[name, "subspace_similarity", variant]
-        assert abs(row["null_mean"] - mean) <= 5 * math.sqrt((deviation**2 + row["null_std"] ** 2) / draws), (
-            step,
-            variant,
-        )
+    for name in names:
+        before = planted.stored(BASE[name], "float32")
+        points = [before] + [planted.stored(steps[s][name], "float32") for s in (2, 10, 100)]
+        norms = [float(np.linalg.norm(b - a)) for a, b in itertools.pairwise(points)]
+        sampled: dict[tuple[int, str, str], list[float]] = {}
+        for _ in range(draws):
+            walk = [np.zeros_like(before)]
+            for norm in norms:
+                noise = rng.standard_normal(before.shape)
+                walk.append(walk[-1] + noise * (norm / np.linalg.norm(noise)))
+            for step, kind, one, two in ((2, "final", 1, 3), (10, "final", 2, 3), (10, "previous", 2, 1)):
+                for k in (1, 4, 16):
+                    found = (
+                        subspace_similarity(walk[one], walk[two], k),
+                        subspace_similarity(walk[one].T, walk[two].T, k),
+                    )
+                    for side, value in zip(("", "left."), found, strict=True):
+                        assert value is not None
+                        sampled.setdefault((step, "subspace_similarity", f"{kind}.{side}{k}"), []).append(value)
+            for step, kind, at, channel in ((10, "previous", 2, 1), (100, "previous", 3, 2), (100, "first", 3, 1)):
+                found = channel_energy(walk[at], walk[channel]), channel_energy(walk[at].T, walk[channel].T)
+                for side, value in zip(("", "left."), found, strict=True):
+                    assert value is not None
+                    sampled.setdefault((step, "channel_energy", f"{kind}.{side}16"), []).append(value)
+        for (step, diagnostic, variant), values in sampled.items():
+            row = rows_of(rows.filter(step=step))[name, diagnostic, variant]
+            mean, deviation = np.mean(values), np.std(values, ddof=1)
+            assert abs(row["null_mean"] - mean) <= 5 * math.hypot(deviation / draws**0.5, row["null_std"] / 4), (
+                step,
+                variant,
+            )
 
 
 # Pairing --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "opdgeo", *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], ["signals", "--help"], []]
+)
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom opdgeo.cli import main\n"
@@ -36,7 +38,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_public_names() -> None:
-    assert opdgeo.__all__ == ["Channel", "Result", "Settings", "compare", "open_checkpoint", "track"]
+    assert opdgeo.__all__ == ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
     for name in opdgeo.__all__:
         assert getattr(opdgeo, name).__doc__
 

@@ -198,7 +198,7 @@ def test_a_changed_setting_measures_exactly_what_reads_it(
     reading = {name for name, d in diagnostics().items() if setting in d.READS}
     assert measured == reading
     assert setting in ("nulls", "null") or sampled <= reading
-    similar = set() if setting == "top_k" else {"subspace_similarity"}
+    similar = set() if setting == "top_k" else {"subspace_similarity", "channel_energy"}
     assert set(again.run["reused"]) == set(diagnostics()) - reading | similar
     assert set(again.run["reused"].values()) == {3}
     again.save(tmp_path / "out")

@@ -60,6 +60,18 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="a folder of step-* or checkpoint-* folders, or checkpoints in order",
     )
+    track.add_argument(
+        "--follow",
+        action="store_true",
+        help="measure a run that is still going on, checkpoint by checkpoint, until it says that it is over",
+    )
+    track.add_argument(
+        "--idle",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="end --follow after so long without a new one (default: 30)",
+    )
     _survey_options(track)
     track.set_defaults(run=_track)
 
@@ -70,9 +82,13 @@ def parser() -> argparse.ArgumentParser:
         "writes the tokens and what credit a token gets.",
     )
     train.add_argument(
-        "paradigm", choices=("sft", "opd", "rlvr"), help="demonstrations, teacher gap, or verifier reward"
+        "paradigm",
+        metavar="{sft|opd|rlvr}",
+        help="demonstrations, teacher gap, or verifier reward; or another arm of the preset, such as sft-matched",
     )
-    train.add_argument("--preset", default="tiny", help="models, task and settings: tiny (default) or smollm2")
+    train.add_argument(
+        "--preset", default="tiny", help="models, task and settings: tiny (default), smollm2 or qwen3-8b"
+    )
     train.add_argument("-o", "--out", type=Path, help="the arm's folder (default: opdgeo-PARADIGM)")
     train.add_argument("--model", help="start from this checkpoint instead of the preset's")
     train.add_argument("--steps", type=int, help="optimizer steps")
@@ -88,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
         "--rollouts",
         metavar="student|teacher|FILE",
         help="who writes the tokens of opd and rlvr: student, teacher, or the rollouts.jsonl of an earlier run",
+    )
+    train.add_argument(
+        "--vllm",
+        choices=("off", "colocate", "server"),
+        help="let vLLM write the student's rollouts, here or on a server",
     )
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
@@ -114,6 +135,31 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="avg@k of a checkpoint on problems with answers",
+        description="Sample k completions of every problem, verify them, and write the share that is right (avg@k) with its "
+        "settings to OUT/evaluation.json and every completion to OUT/completions.jsonl.",
+    )
+    evaluate.add_argument("model", metavar="CKPT", help="checkpoint folder, preset model or hub id")
+    evaluate.add_argument(
+        "problems",
+        metavar="PROBLEMS",
+        help="a .jsonl or .parquet file with prompt (or problem) and answer, a dataset of the hub such as HuggingFaceH4/aime_2024, "
+        "or `task`: the held-out problems of the run that CKPT belongs to",
+    )
+    evaluate.add_argument("-k", type=int, default=8, help="samples of a problem (default: 8)")
+    evaluate.add_argument("-o", "--out", type=Path, default=Path("opdgeo-evaluation"), help="folder for the results")
+    evaluate.add_argument("--limit", type=int, help="the first so many problems only")
+    evaluate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    evaluate.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1, off)")
+    evaluate.add_argument("--max-tokens", type=int, default=8192, help="longest completion (default: 8192)")
+    evaluate.add_argument("--batch", type=int, default=16, help="completions at a time (default: 16)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--plain", action="store_true", help="prompts as they are, without the chat template")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.set_defaults(run=_evaluate)
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -142,6 +188,40 @@ def parser() -> argparse.ArgumentParser:
         help="give every arm a few steps: whether the whole study runs, not what it finds",
     )
     reproduce.set_defaults(run=_reproduce)
+
+    signals = commands.add_parser(
+        "signals",
+        help="compare the gradients that SFT, OPD and RLVR give a checkpoint",
+        description="At each checkpoint, sample held-out prompts and take the gradient of every token under every objective (SFT, OPD, "
+        "RLVR, their mixtures, token masks). Says how many directions the gradients of an objective fill, how far the objectives' "
+        "second moments agree with each other, with chance, with credit of random sign and with the weights' principal directions, what "
+        "masking tokens does, and whether mixtures follow the paper's formula.",
+        epilog="example: opdgeo signals runs/opd/step-000020 runs/opd/step-000100 -o signals",
+    )
+    signals.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT | RUN_DIR",
+        nargs="+",
+        help="Hugging Face folders, a run's folder (all its checkpoints), or tiny/base",
+    )
+    signals.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-signals"), help="results folder (default: opdgeo-signals)"
+    )
+    signals.add_argument("--teacher", help="gives OPD's credit (default: the run's own, else the preset's)")
+    signals.add_argument(
+        "--preset", default="tiny", help="task, lengths and teacher of a checkpoint outside a run (default: tiny)"
+    )
+    signals.add_argument("--task", help="another task than the run's")
+    signals.add_argument("--prompts", type=int, default=64, help="held-out prompts; at least 4 (default: 64)")
+    signals.add_argument("--generations", type=int, default=8, help="samples of one prompt (default: 8)")
+    signals.add_argument(
+        "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
+    )
+    signals.add_argument("--layers", help="such as 0,3, or all (default: the middle and the last)")
+    signals.add_argument("--top-k", type=int, default=16, help="leading directions compared (default: 16)")
+    signals.add_argument("--seed", type=int, default=0, help="of prompts, samples, masks and bootstrap (default: 0)")
+    signals.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
+    signals.set_defaults(run=_signals)
 
     channel = commands.add_parser(
         "channel",
@@ -250,7 +330,29 @@ def _track(args: argparse.Namespace) -> int:
 
     if args.plan:
         return _plan(args, args.checkpoints)
+    if args.follow:
+        return _finish(args, _follow(args))
     return _finish(args, track(args.base, args.checkpoints, **_survey_arguments(args)))
+
+
+def _follow(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from opdgeo.report import write_report
+    from opdgeo.survey.follow import follow
+
+    if len(args.checkpoints) != 1 or args.engine != "local":
+        raise ConfigError("--follow takes one run folder and measures on this machine. Leave the rest out.")
+    wanted = _survey_arguments(args)
+
+    def report(_: object) -> None:
+        if not args.no_report:
+            write_report(args.out)
+
+    return follow(
+        args.base, args.checkpoints[0], args.out, idle=args.idle,
+        tell=lambda text: print(f"opdgeo: {text}", file=sys.stderr, flush=True),
+        each=report,
+        **{name: wanted[name] for name in ("roles", "settings", "workers", "device", "cache")},
+    )  # fmt: skip
 
 
 def _plan(args: argparse.Namespace, checkpoints: list[str]) -> int:
@@ -314,24 +416,41 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
 
 def _train(args: argparse.Namespace) -> int:
-    from opdgeo.experiments.presets import train_config
+    from opdgeo.experiments.presets import make_teacher, train_config
     from opdgeo.training.engine import is_main
     from opdgeo.training.models import resolve
     from opdgeo.training.run import train
 
     names = (
         "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "channel", "constrain",
-        "moments", "unconstrained",
+        "moments", "unconstrained", "vllm",
     )  # fmt: skip
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")
+    make_teacher(config, progress=sys.stderr.isatty())
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
     if not is_main():
         return DONE
     print(f"last checkpoint: {last}")
     print(f"measure it:      opdgeo track {resolve(config.origin)} {out}")
+    return DONE
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from opdgeo.training.benchmark import evaluate
+
+    names = ("k", "limit", "temperature", "top_p", "max_tokens", "batch", "seed", "plain", "device")
+    result = evaluate(
+        args.model, args.problems, args.out, **{n: getattr(args, n) for n in names}, progress=sys.stderr.isatty()
+    )
+    low, high = result["interval"]
+    print(
+        f"avg@{args.k}: {100 * result['average']:.1f} %  (95 % interval over problems {100 * low:.1f}–{100 * high:.1f}), "
+        f"{result['problems']} problems, {result['mean_tokens']:.0f} tokens a completion, {100 * result['cut']:.1f} % cut"
+    )
+    print(f"data: {args.out}/evaluation.json, completions.jsonl")
     return DONE
 
 
@@ -358,9 +477,26 @@ def _reproduce(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _signals(args: argparse.Namespace) -> int:
+    from opdgeo.experiments.signals import signals
+    from opdgeo.report import write_report
+    from opdgeo.report.signals import print_signals
+
+    names = ("preset", "task", "prompts", "generations", "roles", "layers", "top_k", "seed", "out")
+    result = signals(
+        args.checkpoints, args.teacher, progress=sys.stderr.isatty(), **{name: getattr(args, name) for name in names}
+    )
+    result.save(args.out)
+    print_signals(result.summary)
+    if not args.no_report:
+        print(f"report: {write_report(args.out)}")
+    print(f"data:   {args.out}/signals.parquet, signals_spectra.parquet, signals.json, run.json")
+    return DONE
+
+
 def _channel(args: argparse.Namespace) -> int:
     from opdgeo.report.terminal import print_channel
-    from opdgeo.training.channel import Channel, lora_config, parse_choice
+    from opdgeo.training.channel import Channel, parse_choice
 
     progress = None
     if sys.stderr.isatty():
@@ -373,11 +509,9 @@ def _channel(args: argparse.Namespace) -> int:
     print_channel(channel.table())
     print(f"channel: {path}")
     try:
-        lora_config(channel, args.base)
+        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     except ConfigError as error:
         print(f"no adapter: {error}")
-    else:
-        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     return DONE
 
 

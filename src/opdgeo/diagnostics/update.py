@@ -111,12 +111,17 @@ class Base:
         self.weights, self.settings = weights, settings
 
     @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.weights.shape
+        return rows, cols
+
+    @property
     def matrix(self) -> Tensor:
         return self.weights.double()
 
     def cut(self, rank: int) -> tuple[int, str | None]:
         """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
-        allowed = max(1, min(self.weights.shape) // 2)
+        allowed = max(1, min(self.shape) // 2)
         return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
     @cached
@@ -135,7 +140,7 @@ class Base:
     @cached
     def low_magnitude(self) -> dict[float, Mask]:
         """For every share, the mask of the smallest |W₀|."""
-        return masks(magnitudes(self.weights), self._shape, self.settings.mask_share, top=False)
+        return masks(magnitudes(self.weights), self.shape, self.settings.mask_share, top=False)
 
     @cached
     def principal(self) -> dict[float, Mask] | None:
@@ -151,19 +156,15 @@ class Base:
             for part in left.split(rows_of_block(right_t.shape[1])):
                 yield (part @ right_t).abs_()
 
-        return masks(score, self._shape, self.settings.mask_share, top=True, slack=slack)
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        rows, cols = self.weights.shape
-        return rows, cols
+        return masks(score, self.shape, self.settings.mask_share, top=True, slack=slack)
 
 
 class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
     `tuned` is W₊ as it is stored, or ΔW in factors; then W₊ is their sum, formed only where its entries are asked for.
-    `directions` asks for the singular vectors of ΔW to full accuracy, which a trajectory compares; `sampled` marks a draw
+    `directions` asks for so many singular triplets of ΔW, the vectors to full accuracy, which a trajectory compares (0: the
+    values of the leading `top_k`); `sampled` marks a draw
     whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
     near ΔW's leading right ones.
     """
@@ -173,7 +174,7 @@ class Update:
         base: Base,
         tuned: Tensor | Factors,
         *,
-        directions: bool = False,
+        directions: int = 0,
         sampled: bool = False,
         start: Tensor | None = None,
     ):
@@ -188,6 +189,10 @@ class Update:
         """W₊."""
         assert self.factors is not None
         return torch.addmm(self.base.matrix, self.factors.left, self.factors.right.T)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
 
     @property
     def delta(self) -> Difference | Factors:
@@ -226,11 +231,14 @@ class Update:
 
     @cached
     def delta_spectrum(self) -> Spectrum:
-        """The leading `top_k` singular triplets of ΔW; of a small matrix, all singular values."""
-        k = min(self.settings.top_k, max(1, min(self.base.weights.shape) // 2))
+        """The leading `top_k` singular triplets of ΔW, or `directions`; of a small matrix, all singular values."""
+        largest = max(1, min(self.shape) // 2)
+        k = min(self.settings.top_k, largest)
         if self.sampled:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
-        return leading(self.delta, k, angle=1e-5 if self.directions else math.inf, start=self.start)
+        if not self.directions:
+            return leading(self.delta, k, angle=math.inf, start=self.start)
+        return leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
 
     @cached
     def angles(self) -> dict[str, Tensor]:

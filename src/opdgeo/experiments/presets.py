@@ -7,7 +7,16 @@
 * `sft-matched`: from the anchor, on demonstrations, with OPD's learning rate, schedule, Adam, steps, checkpoints and
   sequences a step. Without it the paper's comparison cannot tell the paradigm from the budget.
 
-`smollm2` fine-tunes the real SmolLM2-135M-Instruct on the prose of the standard library's docstrings.
+`smollm2`: the same arms on the real SmolLM2-135M-Instruct and sums of reasoning-gym; patient on a CPU, minutes on a GPU. OPD and
+RLVR start from the released model unless an anchor is given. The teacher is real too: the same model trained further on the
+task's demonstrations (arm `teacher`), made once and kept in the cache. It has the student's vocabulary and chat format
+exactly, costs minutes on two cores, and is better at the task for a known reason; a larger model of the family would need a
+download and 13 times the compute.
+
+`qwen3-8b`: the paper, its section on training, to the letter; what it does not give (lengths, batch in memory) is marked. It says "300
+prompts × 8" for OPD's rollouts with a batch of 64 and "1024 × 8" with 512 for RLVR: 37 whole updates a rollout (296 prompts; TRL takes
+whole batches) and 16. Its step counts (299 and 1023, saved at 63, 127, …) also fit 300 and 1024 rollouts of one update each; for that
+reading set rollout_prompts = 0. Variants are arms: `opd-teacher-14b`, `sft-student-4b` and `opd-student-4b`, `opd-code`, …
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ from typing import Any
 
 from opdgeo.errors import ConfigError
 from opdgeo.training.config import TrainConfig
+from opdgeo.training.models import SMOLLM2_TEACHER_STEPS
 
 TINY_TASK: dict[str, Any] = {
     "task": "arithmetic",
@@ -37,6 +47,94 @@ TINY_AFTER_ANCHOR: dict[str, Any] = {
     "eval_kl_origin": True,
 }
 
+SMOLLM2_TASK: dict[str, Any] = {
+    "task": "reasoning_gym",
+    "task_options": {"family": "chain_sum", "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "chat": True,
+    "origin": "smollm2",
+    "sequences_per_step": 8,
+    "micro_batch": 4,
+    "max_prompt_tokens": 96,
+    "eval_prompts": 16,
+    "eval_prompts_between": 8,
+    "eval_batch": 8,
+}
+SMOLLM2_SFT: dict[str, Any] = {
+    **SMOLLM2_TASK,
+    "rollouts": "demonstrations",
+    "max_tokens": 16,
+    "learning_rate": 2e-5,
+    "schedule": "cosine",
+    "betas": (0.9, 0.95),
+}
+SMOLLM2_AFTER_ANCHOR: dict[str, Any] = {
+    **SMOLLM2_TASK,
+    "teacher": "smollm2/teacher",
+    "generations": 4,
+    "steps": 48,
+    "max_tokens": 16,
+    "learning_rate": 3e-5,
+    "schedule": "constant",
+    "betas": (0.9, 0.98),
+    "checkpoints": (1 / 3, 2 / 3, 1.0),
+}
+
+
+def _dolci(examples: int) -> dict[str, Any]:
+    """The demonstrations of the paper's SFT."""
+    return {
+        "task": "problems",
+        "task_options": {"source": "allenai/Dolci-Think-SFT-7B"},
+        "train_examples": examples,
+        "max_tokens": 16384,  # not in the paper
+    }
+
+
+# One sequence in memory at a time, evaluation by `opdgeo evaluate`: both for one node of eight 80 GB GPUs, not from the paper.
+QWEN3: dict[str, Any] = {
+    "chat": True,
+    "end_token": "<|im_end|>",
+    "micro_batch": 1,
+    "gradient_checkpointing": True,
+    "max_prompt_tokens": 2048,
+    "weight_decay": 0.1,
+    "eval_prompts": 0,
+    "eval_prompts_between": 0,
+}
+QWEN3_SFT: dict[str, Any] = {
+    **QWEN3,
+    **_dolci(5375 * 256 // 5),  # five epochs
+    "origin": "Qwen/Qwen3-8B-Base",
+    "rollouts": "demonstrations",
+    "steps": 5375,
+    "sequences_per_step": 256,
+    "learning_rate": 1e-5,
+    "schedule": "cosine",
+    "betas": (0.9, 0.95),
+    "checkpoints": (*(256 * i / 5375 for i in range(1, 21)), 1.0),
+}
+QWEN3_AFTER_ANCHOR: dict[str, Any] = {
+    **QWEN3,
+    "task": "problems",
+    "task_options": {"source": "BytedTsinghua-SIA/DAPO-Math-17k", "held_out": "HuggingFaceH4/aime_2024"},
+    "rollouts": "student",
+    "vllm": "colocate",
+    "generations": 8,
+    "learning_rate": 1e-6,
+    "schedule": "constant",
+    "betas": (0.9, 0.98),
+    "max_tokens": 8192,  # not in the paper
+}
+QWEN3_OPD: dict[str, Any] = {
+    **QWEN3_AFTER_ANCHOR,
+    "teacher": "Qwen/Qwen3-32B",
+    "alpha": 1.0,
+    "steps": 299,
+    "sequences_per_step": 64,
+    "rollout_prompts": 300,
+    "checkpoints": tuple(step / 299 for step in (63, 127, 191, 255, 299)),
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "sft": {
@@ -54,25 +152,42 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "rlvr": {**TINY_AFTER_ANCHOR, "rollouts": "student", "alpha": 0.0, "generations": 8, "sequences_per_step": 128},
     },
     "smollm2": {
-        "sft": {
-            "task": "docstrings",
-            "origin": "smollm2",
-            "rollouts": "demonstrations",
-            "steps": 100,
-            "sequences_per_step": 8,
-            "micro_batch": 4,
-            "max_prompt_tokens": 1,
-            "max_tokens": 128,
-            "learning_rate": 1e-5,
-            "schedule": "cosine",
-            "betas": (0.9, 0.95),
-            "checkpoints": (0.5, 1.0),
-            "eval_prompts": 16,
-            "eval_prompts_between": 16,
-            "eval_batch": 4,
-        },
+        "sft": {**SMOLLM2_SFT, "teacher": "smollm2/teacher", "steps": 24},
+        "sft-matched": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "demonstrations"},
+        "opd": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 1.0},
+        "rlvr": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 0.0, "sequences_per_step": 16},
+        "teacher": {**SMOLLM2_SFT, "steps": SMOLLM2_TEACHER_STEPS, "learning_rate": 1e-4, "checkpoints": (1.0,), "eval_prompts": 0},
     },
-}
+    "qwen3-8b": {
+        "sft": QWEN3_SFT,
+        "sft-matched": {**QWEN3_OPD, **_dolci(299 * 64), "rollouts": "demonstrations", "rollout_prompts": 0},
+        "opd": QWEN3_OPD,
+        "rlvr": {
+            **QWEN3_AFTER_ANCHOR,
+            "alpha": 0.0,
+            "steps": 1023,
+            "sequences_per_step": 512,
+            "rollout_prompts": 1024,
+            "adam_epsilon": 1e-15,
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "drop_flat_groups": True,
+        },
+        **{f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"} for size in ("8B", "14B", "30B-A3B")},
+        **{f"sft-student-{size.lower()}": {**QWEN3_SFT, "origin": f"Qwen/Qwen3-{size}-Base"} for size in ("4B", "14B")},
+        **{f"opd-student-{size.lower()}": QWEN3_OPD for size in ("4B", "14B")},
+        "opd-code": {**QWEN3_OPD, "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset"}},
+    },
+}  # fmt: skip
+
+
+def make_teacher(config: TrainConfig, progress: bool = False) -> None:
+    """Train the teacher that `config` names, if it is one that a preset makes and it is not there yet."""
+    from opdgeo.training import models
+    from opdgeo.training.run import train
+
+    if config.teacher == models.SMOLLM2_TEACHER and not models.smollm2_teacher().is_dir():
+        train(train_config("teacher", "smollm2"), models.smollm2_teacher().parent, resume=True, progress=progress)
 
 
 def train_config(paradigm: str, preset: str, *, origin: str | None = None, **overrides: Any) -> TrainConfig:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opdgeo.numerics.precision import to_bf16
+from opdgeo.numerics.spectra import spectrum
 
 
 def seed(*key: object) -> int:
@@ -90,6 +93,14 @@ def energy_share(inside: float, total: float) -> tuple[float, float]:
     return share, math.sqrt(share * (1 - share) / (total / 2 + 1))
 
 
+@lru_cache(maxsize=256)
+def own_energy(rows: int, cols: int, k: int) -> tuple[float, float]:
+    """Mean and standard deviation of the share of a Gaussian matrix's energy in its own top k singular directions."""
+    rng = np.random.default_rng(seed("own", rows, cols, k))
+    shares = (top_singular_values(rows, cols, 1.0, k, 16, rng) ** 2).sum(axis=1)
+    return float(shares.mean()), float(shares.std(ddof=1))
+
+
 def spacing(sigma: Tensor, scale: float) -> float:
     """`scale` relative to the median spacing of the singular values; first-order perturbation needs it well below 1."""
     gaps = sigma[:-1] - sigma[1:]
@@ -145,3 +156,84 @@ def _factor(count: int, k: int, rng: torch.Generator) -> Tensor:
     freedom = torch.arange(count, count - k, -1, dtype=torch.float64)
     diagonal = (2 * torch._standard_gamma(freedom / 2, generator=rng)).sqrt()
     return torch.randn(k, k, dtype=torch.float64, generator=rng).triu(1) + torch.diag(diagonal)
+
+
+SIZE = 1200  # a larger smaller side is scaled down to this one
+FINE = 3  # nodes of the table of similarities for every halving of the angle
+NODES = 10 * FINE
+
+
+class PairSimilarity:
+    """Sim_K between S and S + R, independent Gaussian (rows, cols) matrices S and R: two points of a random walk.
+
+    It depends on their shape and on the angle θ with cos θ = ‖S‖ / √(‖S‖² + ‖R‖²) alone, for both sides and every K at once. So one
+    table over θ serves all matrices of a shape, at every pair of checkpoints: its nodes halve θ in `FINE` steps, are
+    computed when they are first asked for, from the same draws, and in between the similarity is linear in log θ.
+
+    A smaller side above `SIZE` is replaced by `SIZE` at the same aspect: near the edge of the spectrum the singular vectors
+    depend on tan θ in units of the spacing there, 2 tan θ (rows^−½ + cols^−½)^−⅓ (Johnstone's scaling). At K = 32 that is
+    right to about 0.02, at smaller K to less.
+    """
+
+    def __init__(self, rows: int, cols: int, ranks: tuple[int, ...]):
+        self.asked, self.ranks, self.lock = (rows, cols), ranks, Lock()
+        shrink = min(1.0, SIZE / min(rows, cols))
+        self.shape = round(rows * shrink), round(cols * shrink)
+        self.draws = 16 if min(self.shape) <= SIZE // 2 else 8
+        self.nodes: dict[int, Tensor] = {}
+        self.origins: list[dict[str, Tensor]] = []
+
+    def __call__(self, theta: float) -> dict[tuple[str, int], tuple[float, float]]:
+        """(side, K) → mean and standard deviation of the similarity at an angle in [0, π/2]."""
+        if theta <= 0:
+            return {(side, k): (1.0, 0.0) for side in ("left", "right") for k in self.ranks}
+        scaled = math.atan(math.tan(min(theta, math.pi / 2)) * _edge(*self.asked) / _edge(*self.shape))
+        place = min(FINE * math.log2(math.pi / 2 / scaled), NODES)
+        below = min(int(place), NODES - 1)
+        with self.lock:
+            low, high = self._node(below), self._node(below + 1)
+        drawn = low + (high - low) * (place - below)
+        if scaled < _angle(NODES):  # as small perturbations act, in proportion to the square
+            drawn = 1 - (1 - drawn) * (scaled / _angle(NODES)) ** 2
+        found = {}
+        for i, side in enumerate(("left", "right")):
+            for j, k in enumerate(self.ranks):
+                chance, there = k / self.asked[i], k / self.shape[i]
+                values = chance + (drawn[:, i, j] - there) * (1 - chance) / (1 - there)
+                found[side, k] = float(values.mean()), float(values.std())
+        return found
+
+    def _node(self, index: int) -> Tensor:
+        """(draws, sides, ranks) similarities at one angle."""
+        if index not in self.nodes:
+            theta = _angle(index)
+            values = torch.empty(self.draws, 2, len(self.ranks), dtype=torch.float64)
+            for draw in range(self.draws):
+                rng = generator("walk", *self.shape, draw)
+                start, step = (torch.randn(*self.shape, dtype=torch.float64, generator=rng) for _ in range(2))
+                if len(self.origins) <= draw:
+                    self.origins.append(self._leading(start))
+                there = self._leading(start * math.cos(theta) + step * math.sin(theta))
+                for i, side in enumerate(("left", "right")):
+                    squares = (self.origins[draw][side].T @ there[side]).square()
+                    values[draw, i] = torch.stack([squares[:k, :k].sum() / k for k in self.ranks])
+            self.nodes[index] = values
+        return self.nodes[index]
+
+    def _leading(self, matrix: Tensor) -> dict[str, Tensor]:
+        found = spectrum(matrix, max(self.ranks))
+        return {"left": found.left, "right": found.right}
+
+
+@lru_cache(maxsize=64)
+def pair_similarity(rows: int, cols: int, ranks: tuple[int, ...]) -> PairSimilarity:
+    """The table of a shape, one in a process."""
+    return PairSimilarity(rows, cols, ranks)
+
+
+def _angle(index: int) -> float:
+    return math.pi / 2 * 2 ** (-index / FINE)
+
+
+def _edge(rows: int, cols: int) -> float:
+    return 2 / (rows**-0.5 + cols**-0.5) ** (1 / 3)

@@ -309,18 +309,20 @@ def leading(
     tolerance: float = 3e-10,
     angle: float = 1e-5,
     start: Tensor | None = None,
+    cut: int | None = None,
 ) -> Spectrum:
     """The top k singular triplets of a (rows, cols) matrix by a block Krylov iteration; small matrices in full.
 
     Blocks of k + 8 random vectors, so that values repeated up to k + 8 times are all found; every new block is
     orthogonalised twice against all earlier ones. Float32 finds the subspace; float64 goes on from there only as far as
-    needed, until the values are known to `tolerance`·σ₁ and the subspaces of rank k to `angle`, both measured from the
+    needed, until the values are known to `tolerance`·σ₁ and the subspaces of rank `cut` to `angle`, both measured from the
     residual of the triplets themselves. Where it does not get there within a basis that costs as much as the dense
     method, that one answers, and `method` says so.
 
     Args:
         angle: as far as the caller needs the vectors; `math.inf`: not at all, and a dense method returns none.
         start: (cols, any) directions expected near the leading right ones, such as those of an earlier checkpoint.
+        cut: the rank, at most k (the default), whose subspaces are to be that well known.
     """
     if isinstance(matrix, Factors):
         return matrix.spectrum(k)
@@ -334,7 +336,7 @@ def leading(
         assert isinstance(matrix, Tensor)
         return spectrum(matrix, vectors)
     scaled, exponent, largest = (matrix, 0, 1.0) if isinstance(matrix, Difference) else _scaled(matrix)
-    found = _krylov(scaled, k, limit, tolerance, angle, start) if largest > 0 else None
+    found = _krylov(scaled, k, limit, tolerance, angle, start, cut or k) if largest > 0 else None
     if found is not None:
         return _unscaled(found, exponent)
     dense = spectrum(matrix.whole() if isinstance(matrix, Difference) else matrix, vectors)
@@ -342,7 +344,7 @@ def leading(
 
 
 def _krylov(
-    matrix: Tensor | Difference, k: int, limit: int, tolerance: float, angle: float, start: Tensor | None
+    matrix: Tensor | Difference, k: int, limit: int, tolerance: float, angle: float, start: Tensor | None, cut: int
 ) -> Spectrum | None:
     rows, cols = matrix.shape
     device = matrix.before.device if isinstance(matrix, Difference) else matrix.device
@@ -357,18 +359,18 @@ def _krylov(
     single = tall.single() if isinstance(tall, Difference) else (tall / norm).float()
     for work, scale in ((single, norm), (tall, 1.0)):
         for directions, rest in _ritz(
-            work, k, width, limit, tolerance, angle, block.float() if work is single else block
+            work, k, width, limit, tolerance, angle, block.float() if work is single else block, cut
         ):
             found = _measured(tall, directions.double(), rest * scale, k)
             known = found.error <= 2 * tolerance * float(found.sigma[0]) + svd_error(rows, cols, float(found.sigma[0]))
-            if known and (angle == math.inf or found.subspace_error(k, "right") <= 2 * angle):
+            if known and (angle == math.inf or found.subspace_error(cut, "right") <= 2 * angle):
                 return found if rows >= cols else replace(found, left=found.right, right=found.left)
             block = directions.double()
     return None
 
 
 def _ritz(
-    tall: Tensor | Difference, k: int, width: int, limit: int, tolerance: float, angle: float, start: Tensor
+    tall: Tensor | Difference, k: int, width: int, limit: int, tolerance: float, angle: float, start: Tensor, cut: int
 ) -> Iterator[tuple[Tensor, float]]:
     """Leading right Ritz directions of `tall`, and the next Ritz value, whenever they look good enough to be measured.
 
@@ -403,7 +405,7 @@ def _ritz(
         missed = (again @ beyond).double() @ mixing[-width:] / sigma[:width].clamp(min=floor)
         if len(sigma) <= width:
             sigma = torch.cat([sigma, sigma[-1:]])
-        values, subspace = _ritz_errors(sigma, missed, k)
+        values, subspace = _ritz_errors(sigma, missed, k, cut)
         done = float(values.max()) <= tolerance * float(sigma[0]) and subspace <= angle
         spent = float(torch.linalg.vector_norm(missed[:, :k])) <= exhausted * float(sigma[0])
         # Cheap estimates first; only triplets that look done are measured.
@@ -423,8 +425,8 @@ def _squared(tall: Tensor | Difference, block: Tensor) -> Tensor:
     return product.T
 
 
-def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float]:
-    """Bounds on the top k Ritz values and on sin Θ of their subspace, from all (≥ k + 1) Ritz values and residual columns.
+def _ritz_errors(sigma: Tensor, residual: Tensor, k: int, cut: int) -> tuple[Tensor, float]:
+    """Bounds on the top k Ritz values and on sin Θ of the subspace of rank `cut`, from all (≥ k + 1) Ritz values and residuals.
 
     The values' bound is quadratic in the residual of the leading ℓ ≥ k triplets over the gap below them; the best ℓ counts.
     """
@@ -432,17 +434,19 @@ def _ritz_errors(sigma: Tensor, residual: Tensor, k: int) -> tuple[Tensor, float
     count = min(residual.shape[1], len(sigma) - 1)
     best = sigma.new_full((k,), math.inf)
     subspace = 1.0
-    for ell in range(k, count):
+    for ell in (e for e in sorted({cut, *range(k, count)}) if e < count):
         rho = float(torch.linalg.vector_norm(sizes[:ell]))
         rest = float(sigma[ell]) + float(sizes[ell])
         gap = (sigma[:k] - rest).clamp(min=0)
+        if ell == cut:
+            room = float(sigma[cut - 1]) - rest - rho
+            subspace = 1.0 if room <= rho else rho / room
+        if ell < k:
+            continue
         if rho == 0:
             best = torch.zeros_like(best)
         else:
             best = torch.minimum(best, 2 * rho**2 / (gap + (gap**2 + 4 * rho**2).sqrt()))
-        if ell == k:
-            room = float(gap[-1]) - rho
-            subspace = 1.0 if room <= rho else rho / room
     return best, subspace
 
 
@@ -455,7 +459,7 @@ def _measured(tall: Tensor | Difference, directions: Tensor, rest: float, k: int
     left, right = outer @ turn, directions @ back.T
     residual = tall.T @ left - right * sigma
     known = torch.cat([sigma, sigma.new_tensor([rest])])
-    errors, _ = _ritz_errors(known, residual, k)
+    errors, _ = _ritz_errors(known, residual, k, k)
     rounding = EPS * (16 + 2 * math.sqrt(rows + cols)) * float(sigma[0])
     errors = errors + rounding
     noise = float(torch.linalg.vector_norm(residual[:, :k])) + rounding

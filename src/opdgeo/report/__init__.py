@@ -10,12 +10,13 @@ def write_report(out: Path, figures: bool = False) -> Path:
 
     Raises ConfigError when a data file is missing or damaged.
     """
+    from opdgeo.report import signals
     from opdgeo.report.charts import save, write_whole
     from opdgeo.report.data import load
     from opdgeo.report.page import build
 
     out = Path(out)
-    page, charts = build(load(out))
+    page, charts = signals.build(out) if (out / signals.TABLE).is_file() else build(load(out))
     if figures:
         for chart in charts:
             save(chart, out / "figures")

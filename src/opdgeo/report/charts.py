@@ -92,7 +92,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a trajectory: `low`..`high` is its spread, `null` the value of the null at each x (None: no null)."""
+    """One line of a trajectory: `low`..`high` is its spread, `null` the value of the null at each x (None: no null), `null_std`
+    the null's standard deviation there.
+    """
 
     label: str
     x: Sequence[float]
@@ -101,6 +103,7 @@ class Series:
     high: Sequence[float] | None = None
     null: Sequence[float | None] | None = None
     style: int = 0
+    null_std: Sequence[float | None] | None = None
 
 
 def style_of(arm: str, others: Sequence[str] = ()) -> int:
@@ -166,6 +169,10 @@ def trajectory(
             colour, marker = SERIES[one.style], MARKERS[one.style]
             if one.null is not None and any(n is not None for n in one.null):
                 grey = [np.nan if n is None else n for n in one.null]
+                if one.null_std is not None:
+                    middle, wide = np.asarray(grey), np.asarray([np.nan if n is None else 2 * n for n in one.null_std])
+                    low = np.maximum(middle - wide, 0.1 * middle) if log else middle - wide
+                    axes.fill_between(one.x, low, middle + wide, color=NULL, alpha=0.22, linewidth=0, zorder=0.9)
                 axes.plot(one.x, grey, color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
                 axes.plot(
                     one.x[-1:], grey[-1:], color=NULL, marker=marker, markersize=4.5, markerfacecolor=PAPER, zorder=2.2
@@ -200,6 +207,25 @@ def trajectory(
         axes.margins(y=0.12)
         _legend(figure, axes)
     return Chart(name, title, f"{title} along training", figure)
+
+
+def locking(
+    name: str, title: str, thresholds: Sequence[float], lines: Sequence[tuple[str, Sequence[int | None], bool]]
+) -> Chart:
+    """The locking step over thresholds; `lines` holds label, steps (None: not before the last checkpoint) and whether it is a null."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _frame(2.35, [], top=0.28)
+        for i, (text, steps, null) in enumerate(lines):
+            axes.step(
+                thresholds, [np.nan if s is None else s for s in steps], where="mid", marker=MARKERS[i], markersize=3.4,
+                color=NULL if null else SERIES[i], linestyle=(0, (4, 2)) if null else "-", label=clean(text, 24),
+            )  # fmt: skip
+        axes.set_xlim(min(thresholds) - 0.03, max(thresholds) + 0.03)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("threshold", loc="right")
+        _legend(figure, axes)
+    return Chart(name, title, title, figure)
 
 
 def heatmap(

@@ -24,7 +24,7 @@ class Results:
     """Everything the page may show.
 
     `summary` is the list under `checkpoints` of summary.json; `claims` is None except for `reproduce`;
-    `logs` maps a folder under arms/ to its rows, in file order.
+    `logs` maps a folder under arms/ to its rows, in file order; `locking` is the list of that name in summary.json.
     """
 
     measurements: pl.DataFrame
@@ -33,6 +33,7 @@ class Results:
     run: dict[str, Any]
     claims: dict[str, Any] | None = None
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    locking: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -71,7 +72,8 @@ def load(out: Path) -> Results:
         )
     measurements = _table(out / "measurements.parquet", MEASUREMENTS)
     curves = _table(out / "curves.parquet", CURVES)
-    summary = summary_of(_json(out / "summary.json"), out / "summary.json")
+    stored = _json(out / "summary.json")
+    summary, locking = summary_of(stored, out / "summary.json"), locking_of(stored, out / "summary.json")
     run = _json(out / "run.json")
     if not isinstance(run, dict):
         raise _broken(out / "run.json", f"a {type(run).__name__}", "a JSON object")
@@ -80,7 +82,7 @@ def load(out: Path) -> Results:
         claims = claims_of(_json(out / "claims.json"), out / "claims.json")
         for arm in sorted(p for p in (out / "arms").glob("*") if p.is_dir() and not p.name.startswith(".")):
             logs[arm.name] = _lines(arm / "log.jsonl")
-    return Results(measurements, curves, summary, run, claims, logs)
+    return Results(measurements, curves, summary, run, claims, logs, locking)
 
 
 def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,6 +114,21 @@ def summary_of(data: Any, path: Path) -> list[dict[str, Any]]:
         if not isinstance(rows, list) or any(not isinstance(r, dict) or any(k not in r for k in needed) for r in rows):
             raise _broken(path, f"{one['checkpoint']!r} without its diagnostics", "rows with " + ", ".join(needed))
     return checkpoints
+
+
+def locking_of(data: Any, path: Path) -> list[dict[str, Any]]:
+    """The locking steps of a summary, none where it has none; ConfigError for another shape."""
+    rows = data.get("locking", [])
+    lists = ("thresholds", "step", "null_step", "median_step")
+
+    def sound(row: Any) -> bool:
+        if not isinstance(row, dict) or not {"run", "side", "rank", *lists} <= set(row):
+            return False
+        return all(isinstance(row[k], list) and len(row[k]) == len(row["thresholds"]) for k in lists)
+
+    if not isinstance(rows, list) or not all(map(sound, rows)):
+        raise _broken(path, "locking steps of another shape", "rows with run, side, rank, " + ", ".join(lists))
+    return list(rows)
 
 
 def claims_of(data: Any, path: Path) -> dict[str, Any]:

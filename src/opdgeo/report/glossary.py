@@ -34,6 +34,7 @@ PRIMARY = (
     ("mask_overlap", "low_magnitude.0.5"),
     ("principal_energy", "both"),
     ("subspace_similarity", "final"),
+    ("channel_energy", "previous"),
 )
 """The variants that get a heatmap and a trajectory (a variant matches by its beginning); the tables hold every variant."""
 
@@ -130,8 +131,17 @@ GLOSSARY: dict[str, Entry] = {
         "Subspace similarity", "share", False, "Sim<sub>K</sub>(t, end) = ‖V<sub>K</sub>(t)ᵀ V<sub>K</sub>(end)‖<sub>F</sub>² / K",
         "How much of the final update's top-K right subspace is there at step t already (and, as “previous”, of the checkpoint before).",
         "Two checkpoints of a run share a prefix and look alike for that reason alone. The null is a walk of independent increments with "
-        "the observed norms; only similarity above it says that the channel was found early.",
+        "the observed norms; only similarity above it says that the channel was found early. Tables show K = 16, right; the data files hold "
+        "every K and both sides.",
         _PAPER + "§2, subspace similarity",
+    ),
+    "channel_energy": Entry(
+        "Energy in the earlier channel", "share", False,
+        "‖ΔW<sub>t</sub> V<sub>K</sub>(s)‖<sub>F</sub>² / ‖ΔW<sub>t</sub>‖<sub>F</sub>², s the first checkpoint or the one before t",
+        "Share of the update that lies in the top-K right subspace of an earlier checkpoint's update.",
+        "What training held in that channel would have kept. The null is the walk of the similarity: it keeps what it had, and gains chance, "
+        "K/cols, in every new increment.",
+        "this program; the subspaces are those of " + _PAPER + "§2, subspace similarity",
     ),
     "bound_ratio": Entry(
         "Bound ratio", "number", False, "measured / bound: Mirsky (σ shift ≤ ‖ΔW‖<sub>F</sub>), Weyl and Wedin (≤ ‖ΔW‖₂)",
@@ -185,7 +195,11 @@ def variant_label(diagnostic: str, variant: str) -> str:
     if diagnostic == "principal_energy":
         return f"{head} top {tail}"
     if diagnostic == "subspace_similarity":
-        return f"to {head}, K = {tail}"
+        side, _, k = tail.rpartition(".")
+        return f"to {head}, {side + ', ' if side else ''}K = {k}"
+    if diagnostic == "channel_energy":
+        side, _, k = tail.rpartition(".")
+        return f"{head} checkpoint's{' ' + side if side else ''} top {k}"
     return clean(variant)
 
 
@@ -195,11 +209,30 @@ def label(diagnostic: str, variant: str) -> str:
     return entry(diagnostic).title + (f" ({named})" if named else "")
 
 
+def is_listed(diagnostic: str, variant: str) -> bool:
+    """Whether tables and verdicts show this variant: of a similarity K = 16 and the right side, of a channel the right side."""
+    if diagnostic == "subspace_similarity":
+        return ".left." not in variant and variant.endswith(".16")
+    return diagnostic != "channel_energy" or ".left." not in variant
+
+
 def is_primary(diagnostic: str, variant: str) -> bool:
     """Whether this variant gets a heatmap and a trajectory. Unknown diagnostics do."""
+    if not is_listed(diagnostic, variant):
+        return False
     if diagnostic not in GLOSSARY:
         return True
     return any(d == diagnostic and (variant == v or variant.startswith(v + ".") or not v) for d, v in PRIMARY)
+
+
+def expert_of(matrix: str) -> int | None:
+    """The number of the expert that a matrix belongs to, which its name carries.
+
+    >>> expert_of("model.layers.3.mlp.experts.7.up_proj.weight")
+    7
+    """
+    found = re.search(r"\.experts\.(\d+)\.", matrix)
+    return int(found[1]) if found else None
 
 
 def role_order(roles: set[str]) -> list[str]:

@@ -25,7 +25,9 @@ from opdgeo.report.glossary import (
     arm_order,
     clean,
     entry,
+    expert_of,
     interval_decimals,
+    is_listed,
     is_primary,
     label,
     number,
@@ -67,7 +69,9 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "outcome_columns": OUTCOMES,
         "diagnostics": _diagnostics(results, last, arms, made),
         "heatmaps": _heatmaps(results, last, made),
+        "experts": _experts(results, last),
         "trajectories": _trajectories(results, made),
+        "channel": _channel(results, made),
         "spectra": _spectra(results, last, arms, made),
         "provenance": _provenance(everything),
         "problems": _problems(everything),
@@ -89,8 +93,13 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "title_of": lambda name: entry(name).title,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    source = resources.files("opdgeo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(context), made.all
+    return environment.from_string(_resource("page.html.j2")).render(
+        context, style=Markup(_resource("style.css"))
+    ), made.all
+
+
+def _resource(name: str) -> str:
+    return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _main_arms(results: Results) -> Results:
@@ -208,7 +217,7 @@ def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "computed": c,
             "total": t,
-            "every": len(group) == most and len(group) > len(checkpoint["diagnostics"]) / 2,
+            "every": len(group) == most and len(group) > len(findings(checkpoint)) / 2,
             "found": _by_diagnostic(group),
         }
         for (c, t), group in sorted(grouped.items(), key=lambda item: -len(item[1]))
@@ -370,7 +379,7 @@ def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: 
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         block["reasons"] += [r for r in _reasons(rows) if r not in block["reasons"]]
         rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
-        if rows.is_empty() or _is_self_comparison(diagnostic, rows):
+        if not is_listed(diagnostic, variant) or rows.is_empty() or _is_self_comparison(diagnostic, rows):
             continue
         groups = []
         if many:
@@ -472,9 +481,36 @@ def _cells(rows: pl.DataFrame, known: Entry, excess: bool) -> dict[tuple[int | N
             tip += f", null {number(found[0]['null_mean'], known.unit)}"
         cells[place] = (
             colour,
-            tip if len(found) == 1 else f"{clean(place[1])}: several matrices, colour is their mean",
+            tip if len(found) == 1 else f"{clean(place[1])}: {_several(found)}, colour is their mean",
         )
     return cells
+
+
+def _several(rows: list[dict[str, Any]]) -> str:
+    return "all experts" if all(expert_of(r["matrix"]) is not None for r in rows) else "several matrices"
+
+
+def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
+    """The experts' matrices of every last checkpoint with their primary diagnostics, those that moved furthest first."""
+    blocks = []
+    for arm, checkpoint in last.items():
+        table = results.measurements.filter(
+            (pl.col("checkpoint") == checkpoint) & pl.col("matrix").str.contains(r"\.experts\.\d+\.")
+        )
+        columns: dict[tuple[str, str], Entry] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for row in table.to_dicts():
+            key = (row["diagnostic"], row["variant"])
+            if is_primary(*key):
+                columns[key] = entry(key[0])
+                one = found.setdefault(row["matrix"], row | {"expert": expert_of(row["matrix"]), "values": {}})
+                one["values"][key] = row["value"]
+        if found:
+            size = ("relative_norm", "")
+            rows = sorted(found.values(), key=lambda r: -(r["values"].get(size) or 0.0))
+            names = [(key, label(*key), known.unit) for key, known in columns.items()]
+            blocks.append({"arm": arm, "columns": names, "rows": rows[:_MAX_LISTED], "total": len(rows)})
+    return blocks
 
 
 def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
@@ -512,10 +548,72 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
         if not series:
             continue
         name = f"trajectory-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
-        out.append(
-            made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic == "subspace_similarity"))
-        )
+        out.append(made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic in WALKS)))
     return out
+
+
+WALKS = ("subspace_similarity", "channel_energy")
+"""Diagnostics whose null is the walk."""
+
+
+def _channel(results: Results, made: _Charts) -> dict[str, Any]:
+    """Sim_K of one run for every K, left and right, and the step at which it locks, over thresholds; of several runs, K = 16."""
+    runs = results.runs()
+    locked = results.locking
+    if not locked:
+        return {}
+    one = len(runs) == 1
+    out = []
+    if one:
+        checkpoints = next(iter(runs.values()))
+        ranks = sorted({row["rank"] for row in locked})
+        known = entry("subspace_similarity")
+        for other, side, text in (
+            ("final", "right", "to the final update, right"), ("final", "left", "to the final update, left"),
+            ("previous", "right", "to the checkpoint before, right"),
+        ):  # fmt: skip
+            series = []
+            for i, k in enumerate(ranks):
+                variant = f"{other}.{k}" if side == "right" else f"{other}.{side}.{k}"
+                rows = [
+                    {**r, "step": c["step"] if c.get("step") is not None else n}
+                    for n, c in enumerate(checkpoints, 1)
+                    for r in c["diagnostics"]
+                    if (r["diagnostic"], r["variant"]) == ("subspace_similarity", variant) and r["mean"] is not None
+                ]
+                if rows:
+                    null = [(r["null"] or {}).get("mean") for r in rows]
+                    x = [float(r["step"]) for r in rows]
+                    series.append(
+                        Series(f"K = {k}", x, [r["mean"] for r in rows], null=null, style=i % len(charts.SERIES))
+                    )
+            if series:
+                name = f"similarity-{other}-{side}"
+                out.append(made.add(charts.trajectory(name, f"Sim_K {text}, %", known, series, walk=True)))
+        row = next((r for r in locked if (r["rank"], r["side"]) == (16, "right")), locked[0])
+        lines = [
+            ("mean", row["step"], False),
+            ("half the matrices", row["median_step"], False),
+            ("null: walk", row["null_step"], True),
+        ]
+        out.append(made.add(charts.locking("locking", f"Locking step, K = {row['rank']}", row["thresholds"], lines)))
+    shown = [r for r in locked if one or (r["rank"], r["side"]) == (16, "right")]
+    return {
+        "charts": out,
+        "thresholds": shown[0]["thresholds"] if shown else [],
+        "rows": [
+            {
+                "name": f"K = {r['rank']}, {r['side']}" if one else _run_label(r["run"]),
+                "steps": list(zip(r["step"], r["null_step"], strict=True)),
+            }
+            for r in shown
+        ],
+    }
+
+
+def _run_label(run: str) -> str:
+    arm, seed = split_seed(run)
+    return arm_label(arm) + (f", seed {seed}" if seed else "")
 
 
 def _row(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> Finding | None:
@@ -538,6 +636,7 @@ def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str
         "mean", [float(x) for x, _ in got], [f.row["mean"] for _, f in got],
         [f.row["p10"] for _, f in got] if band else None, [f.row["p90"] for _, f in got] if band else None,
         [f.null.get("mean") if f.null else None for _, f in got] if known_null else None,
+        null_std=[f.null.get("std") if f.null else None for _, f in got] if known_null else None,
     )  # fmt: skip
     return [one], "step" if stepped else "checkpoint"
 

@@ -217,7 +217,7 @@ def sentences(checkpoint: dict[str, Any]) -> list[str]:
     for found in incomplete(checkpoint):
         left_out.setdefault((found.row["computed"], found.row["total"]), []).append(found)
     for (computed, total), group in left_out.items():
-        what = "every diagnostic" if len(group) == len(checkpoint["diagnostics"]) else ", ".join(names(group))
+        what = "every diagnostic" if len(group) == len(findings(checkpoint)) else ", ".join(names(group))
         lines.append(f"Computed for {computed} of {total} matrices: {what}.")
     return lines
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opdgeo.report.glossary import GLOSSARY, entry, label, variant_label
+from opdgeo.report.glossary import GLOSSARY, entry, is_listed, label, variant_label
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,13 @@ class Finding:
 
 
 def findings(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Every row of a summary's checkpoint, in the order of the glossary, unknown diagnostics last."""
+    """Every listed row of a summary's checkpoint, in the order of the glossary, unknown diagnostics last."""
     order = {name: i for i, name in enumerate(GLOSSARY)}
-    rows = [Finding(r["diagnostic"], r["variant"], r) for r in checkpoint["diagnostics"]]
+    rows = [
+        Finding(r["diagnostic"], r["variant"], r)
+        for r in checkpoint["diagnostics"]
+        if is_listed(r["diagnostic"], r["variant"])
+    ]
     return sorted(rows, key=lambda f: order.get(f.diagnostic, len(order)))
 
 

@@ -6,18 +6,25 @@ import json
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.diagnostics import MODULES, Base, Settings, Update, Value, diagnostics, subspace_similarity
+from opdgeo.diagnostics import MODULES, Base, Settings, Update, Value, channel_energy, diagnostics, subspace_similarity
 from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.diagnostics.update import undefined
+from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Factors, Spectrum, leading
+from opdgeo.numerics.spectra import Factors, Spectrum
 from opdgeo.survey.cache import SpectrumCache
+
+if TYPE_CHECKING:
+    from opdgeo.survey.trail import Trail
+
+# Diagnostics that compare the checkpoints of a trajectory with each other.
+TRAJECTORY = {"subspace_similarity": subspace_similarity, "channel_energy": channel_energy}
 
 # Which diagnostic a curve is computed with.
 CURVES = {
@@ -46,7 +53,8 @@ class Measured:
 class Job:
     """What is measured of every matrix: plain data, so that it can be sent to another machine.
 
-    `trajectory` compares the checkpoints' update subspaces with each other; `cache` None keeps no factors.
+    `trajectory` compares the checkpoints' update subspaces with each other; `cache` None keeps no factors; `trail` holds
+    what was measured of earlier checkpoints of a run that is still growing.
     """
 
     base: Checkpoint
@@ -55,6 +63,7 @@ class Job:
     trajectory: bool
     device: str = "cpu"
     cache: SpectrumCache | None = None
+    trail: Trail | None = None
 
 
 def outdated(known: dict[str, Any] | None, settings: Settings, trajectory: bool) -> tuple[set[str], set[str]]:
@@ -65,9 +74,24 @@ def outdated(known: dict[str, Any] | None, settings: Settings, trajectory: bool)
     changed = {name for name, value in now.items() if not known or known.get(name) != value}
     reads = {name: set(d.READS) for name, d in diagnostics().items()}
     if trajectory:
-        reads["subspace_similarity"] = set(subspace_similarity.READS)
+        reads |= {name: set(_reads(name)) for name in TRAJECTORY}
     values = set(reads) if not known else {name for name, names in reads.items() if names & changed}
     return values, set(reads) if changed & {"nulls", "null"} else values
+
+
+@dataclass
+class Step:
+    """What a trajectory keeps of one checkpoint: its rows, and the factors that later checkpoints are compared with.
+
+    `spectrum` holds ΔW's leading triplets, None where the matrix did not move, was skipped (`finite` tells which) or its
+    values are taken over; `increment` is ‖W_t − W_{t−1}‖_F, None where the checkpoint before is not there to read.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    spectrum: Spectrum | None = None
+    increment: float | None = None
+    finite: bool = True
 
 
 def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured:
@@ -78,7 +102,8 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     settings, base, known = job.settings, job.base, known or Measured()
     values_of, nulls_of = outdated(known.settings, settings, job.trajectory)
     reading = nulls_of & set(MODULES)
-    directions = job.trajectory and any("top_k" in _reads(name) for name in values_of)
+    compared = job.trajectory and any("top_k" in _reads(name) for name in values_of)
+    directions = max(subspace_similarity.ranks(settings)) if job.trajectory else 0
     old = _Old(known)
     out = Measured(settings=settings.to_json(), seconds=dict(known.seconds))
     clock = _Clock(out.seconds)
@@ -88,60 +113,75 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     if job.cache and not blocked and any("rank" in _reads(name) for name in reading):
         with clock("factor"):
             _factor(before, job.cache, job.device)
-    spectra: dict[int, Spectrum | None] = {}
-    moved: dict[int, bool] = {}
-    increments: dict[int, float] = {}
-    last = before.weights
+    steps: list[Step] = []
+    last: Tensor | None = before.weights  # the newest finite weights; None: not read yet
     for index, checkpoint in enumerate(job.checkpoints):
+        if job.trail and (kept := job.trail.load(matrix, index)):
+            steps.append(kept)
+            last = None if kept.finite else last
+            continue
+        step = Step()
+        steps.append(step)
         with clock("read"):
             factors = checkpoint.factors(matrix)
             tuned = Factors(*(f.to(job.device) for f in factors)) if factors else checkpoint.read(matrix).to(job.device)
-            near = next((s.right for s in reversed(spectra.values()) if s), None)
-            update = Update(before, tuned, directions=job.trajectory, start=near)
+            near = next((s.spectrum.right for s in reversed(steps) if s.spectrum), None)
+            update = Update(before, tuned, directions=directions, start=near)
         reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
         curves: dict[str, list[float]] = {}
         null: Null = {}
         if reason:
+            step.finite = False
             skipped = Value(None, status="skipped", reason=reason)
             values = {n: dict.fromkeys(d.variants(settings), skipped) for n, d in diagnostics().items()}
+            if job.trajectory:
+                values["channel_energy"] = dict.fromkeys(channel_energy.variants(settings), skipped)
         else:
             with clock("measure"):
                 values = {n: d.measure(update) for n, d in diagnostics().items() if n in values_of}
                 curves = dict(_curves(update, values_of))
-                if directions:
-                    spectra[index] = update.delta_spectrum if update.moved else None
-            if job.trajectory and "subspace_similarity" in nulls_of:
-                moved[index] = update.moved
-                increments[index] = Update(Base(last, settings), update.weights).norm
+                if compared:
+                    step.spectrum = update.delta_spectrum if update.moved else None
+                    values["channel_energy"] = dict(_energies(update, steps))
+            if job.trajectory and nulls_of.intersection(TRAJECTORY):
+                with clock("read"):
+                    last = _before(job, matrix, steps, before.weights) if last is None else last
+                step.increment = None if last is None else Update(Base(last, settings), update.weights).norm
                 last = update.weights
             with clock("nulls"):
                 null = _null(update, matrix, checkpoint, reading)
-        for name in MODULES:
+                if job.trajectory and settings.nulls:
+                    null |= _energy_nulls(matrix, settings, steps)
+        for name in (*MODULES, *(["channel_energy"] if job.trajectory else [])):
             found = values[name] if name in values_of else old.values(checkpoint, name)
             for variant, value in found.items():
                 beside = null.get((name, variant)) if name in nulls_of else old.null(checkpoint, name, variant)
-                out.rows.append(_row(checkpoint, matrix, name, variant, value, beside))
+                beside = beside if value.value is not None or name in MODULES else None
+                step.rows.append(_row(checkpoint, matrix, name, variant, value, beside))
         for curve, diagnostic in CURVES.items():
             points = curves.get(curve) if diagnostic in values_of else old.curves.get((checkpoint.name, curve))
             if points is not None:
                 place = {"checkpoint": checkpoint.name, "step": checkpoint.step, "matrix": matrix.name}
-                out.curves.append(place | {"curve": curve, "values": points})
+                step.curves.append(place | {"curve": curve, "values": points})
+        if job.trail:
+            job.trail.save(matrix, index, step)
+    out.rows = [row for step in steps for row in step.rows]
+    out.curves = [curve for step in steps for curve in step.curves]
     if job.trajectory:
         with clock("nulls"):
-            walks = _walks(matrix, settings, moved, increments, job.device)
+            walk = _walk(matrix, settings, steps) if settings.nulls and "subspace_similarity" in nulls_of else {}
         for index, checkpoint in enumerate(job.checkpoints):
             found = (
-                dict(_similarities(matrix, index, len(job.checkpoints), settings, spectra))
+                dict(_similarities(matrix, index, settings, steps))
                 if "subspace_similarity" in values_of
                 else old.values(checkpoint, "subspace_similarity")
             )
             for variant, value in found.items():
-                other = len(job.checkpoints) - 1 if variant.startswith("final") else index - 1
                 if "subspace_similarity" not in nulls_of:
                     beside = old.null(checkpoint, "subspace_similarity", variant)
                 else:
-                    beside = _walked(walks, index, other) if value.value is not None else None
+                    beside = walk.get((index, variant)) if value.value is not None else None
                 out.rows.append(_row(checkpoint, matrix, "subspace_similarity", variant, value, beside))
     return out
 
@@ -166,7 +206,7 @@ class _Old:
 
 
 def _reads(name: str) -> tuple[str, ...]:
-    return subspace_similarity.READS if name == "subspace_similarity" else diagnostics()[name].READS
+    return TRAJECTORY[name].READS if name in TRAJECTORY else diagnostics()[name].READS
 
 
 def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
@@ -205,50 +245,106 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
-def _similarity_rank(matrix: Matrix, settings: Settings) -> int:
-    return min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2))
+def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor | None:
+    """The finite weights before the newest step, W₀ where there are none; None where they are gone: a run may keep its last
+    checkpoints only."""
+    index = max((i for i, s in enumerate(steps[:-1]) if s.finite), default=None)
+    if index is None:
+        return base
+    try:
+        checkpoint = job.checkpoints[index]
+        factors = checkpoint.factors(matrix)
+        if factors:
+            return Update(Base(base, job.settings), Factors(*(f.to(job.device) for f in factors))).weights
+        return checkpoint.read(matrix).to(job.device)
+    except CheckpointError:
+        return None
 
 
-def _walks(
-    matrix: Matrix, settings: Settings, moved: dict[int, bool], increments: dict[int, float], device: str
-) -> list[dict[int, Spectrum | None]]:
-    """Draws of the walk null: spectra of running sums of independent Gaussian increments with the observed norms."""
-    if not any(moved.values()):
-        return []
-    k = _similarity_rank(matrix, settings)
-    walks = []
-    for draw in range(settings.nulls):
-        rng = nulls.generator("walk", matrix.name, draw)
-        position = torch.zeros(matrix.rows, matrix.cols, dtype=torch.float64)
-        walk: dict[int, Spectrum | None] = {}
-        for index, norm in increments.items():
-            position = position + nulls.gaussian(matrix.rows, matrix.cols, norm, rng)
-            walk[index] = leading(position.to(device), k, tolerance=1e-4, angle=1e-3) if moved[index] else None
-        walks.append(walk)
-    return walks
+def _lengths(steps: list[Step]) -> list[float | None]:
+    """The squared length of the walk at every step, the sum of the squared increments; None where one is unknown."""
+    lengths: list[float | None] = []
+    total: float | None = 0.0
+    for step in steps:
+        if step.finite:
+            total = None if total is None or step.increment is None else total + step.increment**2
+        lengths.append(total if step.finite else None)
+    return lengths
 
 
-def _similarities(
-    matrix: Matrix, index: int, count: int, settings: Settings, spectra: dict[int, Spectrum | None]
-) -> Iterator[tuple[str, Value]]:
-    """Similarity of checkpoint `index` of `count` with the last and with the one before."""
-    k = _similarity_rank(matrix, settings)
-    reason = None if k == settings.top_k else f"rank {settings.top_k} cut to {k}: half the smaller side"
-    for variant, other in zip(subspace_similarity.variants(settings), (count - 1, index - 1), strict=True):
-        if other < 0:
-            yield variant, undefined("there is no earlier checkpoint")
-        elif index not in spectra or other not in spectra:
-            reason_skipped = "non-finite entries in one of the two checkpoints"
-            yield variant, Value(None, status="skipped", reason=reason_skipped)
-        else:
-            yield variant, subspace_similarity.similarity(spectra[index], spectra[other], reason)
+def _walk_angle(lengths: list[float | None], index: int, other: int) -> float | None:
+    """The angle between two points of the walk, the earlier and the later of two steps."""
+    earlier, later = lengths[min(index, other)], lengths[max(index, other)]
+    return None if earlier is None or later is None else subspace_similarity.walk_angle(earlier, later)
 
 
-def _walked(walks: list[dict[int, Spectrum | None]], index: int, other: int) -> tuple[float, float] | None:
-    """The similarity of two checkpoints over the walks."""
-    drawn = [subspace_similarity.similarity(w[index], w[other]).value for w in walks]
-    known = [x for x in drawn if x is not None]
-    return mean_std(known) if known else None
+def _energies(update: Update, steps: list[Step]) -> Iterator[tuple[str, Value]]:
+    """The energy of the newest step's update inside the channels of the first step and of the one before."""
+    k, reason = update.base.cut(update.settings.top_k)
+    for other, index in (("first", 0), ("previous", len(steps) - 2)):
+        for side in subspace_similarity.SIDES:
+            name = subspace_similarity.name(other, side, update.settings.top_k)
+            if len(steps) < 2:
+                yield name, undefined("there is no earlier checkpoint")
+            elif not steps[index].finite:
+                yield name, Value(None, status="skipped", reason="non-finite entries in the earlier checkpoint")
+            else:
+                yield name, channel_energy.share(update, steps[index].spectrum, k, side, reason)
+
+
+def _energy_nulls(matrix: Matrix, settings: Settings, steps: list[Step]) -> Null:
+    """The walk null of `_energies`, in closed form."""
+    found: Null = {}
+    k, lengths = min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2)), _lengths(steps)
+    for other, index in (("first", 0), ("previous", len(steps) - 2)):
+        angle = _walk_angle(lengths, index, len(steps) - 1) if len(steps) > 1 else None
+        for side, size in (("right", matrix.cols), ("left", matrix.rows)):
+            if angle is not None:
+                own = nulls.own_energy(matrix.rows, matrix.cols, k)
+                name = subspace_similarity.name(other, side, settings.top_k)
+                found["channel_energy", name] = channel_energy.null(own, k / size, angle)
+    return found
+
+
+def _others(index: int, count: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """What checkpoint `index` of `count` is compared with."""
+    return ("final", count - 1), ("previous", index - 1)
+
+
+def _similarities(matrix: Matrix, index: int, settings: Settings, steps: list[Step]) -> Iterator[tuple[str, Value]]:
+    """Similarity of the step `index` with the last and with the one before, for every K and both sides."""
+    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    for kind, other in _others(index, len(steps)):
+        for side in subspace_similarity.SIDES:
+            for asked in subspace_similarity.ranks(settings):
+                k = min(asked, largest)
+                name = subspace_similarity.name(kind, side, asked)
+                reason = None if k == asked else f"rank {asked} cut to {k}: half the smaller side"
+                if other < 0:
+                    yield name, undefined("there is no earlier checkpoint")
+                elif not (steps[index].finite and steps[other].finite):
+                    problem = "non-finite entries in one of the two checkpoints"
+                    yield name, Value(None, status="skipped", reason=problem)
+                else:
+                    pair = steps[index].spectrum, steps[other].spectrum
+                    yield name, subspace_similarity.similarity(*pair, k, side, reason)
+
+
+def _walk(matrix: Matrix, settings: Settings, steps: list[Step]) -> dict[tuple[int, str], tuple[float, float]]:
+    """The walk null of `_similarities`, by (index, variant)."""
+    ranks, lengths = subspace_similarity.ranks(settings), _lengths(steps)
+    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    table = nulls.pair_similarity(matrix.rows, matrix.cols, tuple(sorted({min(k, largest) for k in ranks})))
+    found = {}
+    for index in range(len(steps)):
+        for kind, other in _others(index, len(steps)):
+            angle = _walk_angle(lengths, index, other) if other >= 0 else None
+            if angle is not None:
+                chances = table(angle)
+                for side in subspace_similarity.SIDES:
+                    for k in ranks:
+                        found[index, subspace_similarity.name(kind, side, k)] = chances[side, min(k, largest)]
+    return found
 
 
 def _curves(update: Update, wanted: Collection[str]) -> Iterator[tuple[str, list[float]]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from opdgeo.diagnostics.locking import THRESHOLDS, locking_step
 from opdgeo.errors import ConfigError
 
 MEASUREMENTS: dict[str, Any] = {
@@ -31,7 +32,8 @@ CURVES: dict[str, Any] = {
 }
 
 # Diagnostics that are shares of something: their difference from a null is read in absolute terms.
-SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity")
+SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity", "channel_energy")
+TRAJECTORY = ("subspace_similarity", "channel_energy")  # their null is the walk
 SIZES = ("frobenius_norm", "relative_norm")  # the null has the same value by definition
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP = 2000
@@ -52,10 +54,10 @@ class Result:
         """Matrices that could not be computed at some checkpoint."""
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
 
-    def save(self, out: Path) -> None:
+    def save(self, out: Path, *, growing: bool = False) -> None:
         """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
 
-        A page that was made from other data goes first.
+        A page that was made from other data goes first; the finished parts go last, unless the run is still growing.
         """
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("run.json", "report.html"):
@@ -64,7 +66,8 @@ class Result:
         write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
         write_json(out / "summary.json", self.summary)
         write_json(out / "run.json", self.run)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
+        if not growing:
+            shutil.rmtree(out / PARTS, ignore_errors=True)
 
     def report(self, path: str | Path) -> Path:
         """Write the data files and `report.html` into the folder `path`; returns the page's path."""
@@ -104,23 +107,69 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
 
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
-    it lies outside, "unclear" when it does neither, "by construction" for the norms.
+    it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
+    A trajectory adds `locking`.
     """
     checkpoints = []
     for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
         entries = []
         for (diagnostic, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
             entry = {"diagnostic": diagnostic, "variant": variant, **_statistics(group, str(diagnostic))}
-            entry["null"] = _against_null(
-                group, str(diagnostic), "walk" if diagnostic == "subspace_similarity" else null
-            )
+            entry["null"] = _against_null(group, str(diagnostic), "walk" if diagnostic in TRAJECTORY else null)
             entry["roles"] = {
                 str(role): _statistics(part, str(diagnostic)) | {"null_mean": _mean(part, "null_mean", str(diagnostic))}
                 for (role,), part in group.group_by("role", maintain_order=True)
             }
             entries.append(entry)
         checkpoints.append({"checkpoint": checkpoint, "step": rows["step"][0], "diagnostics": entries})
-    return {"checkpoints": checkpoints}
+    locked = locking(measurements)
+    return {"checkpoints": checkpoints} | ({"locking": locked} if locked else {})
+
+
+def locking(measurements: pl.DataFrame) -> list[dict[str, Any]]:
+    """Where every run's Sim_K to its final checkpoint locks, for every K and side, over a range of thresholds.
+
+    `step`: of the mean over matrices; `null_step`: of the mean of their walk nulls; `median_step`: the step by which half of
+    the matrices have locked, one by one; None: not before the last checkpoint. A checkpoint without a step counts as its place.
+    """
+    final = measurements.filter(
+        (pl.col("diagnostic") == "subspace_similarity") & pl.col("variant").str.starts_with("final.")
+    ).with_columns(run=pl.col("checkpoint").str.extract(r"^(.+)/", 1).fill_null(""))
+    found = []
+    for (run, variant), rows in final.group_by("run", "variant", maintain_order=True):
+        names = rows["checkpoint"].unique(maintain_order=True).to_list()
+        steps = [rows.filter(checkpoint=n)["step"][0] for n in names]
+        if None in steps:
+            steps = list(range(1, len(names) + 1))
+        order = sorted(range(len(names)), key=lambda i: steps[i])[:-1]  # the last one equals itself
+        if not order:
+            continue
+        tables = [rows.filter(checkpoint=names[i]) for i in order]
+        steps = [steps[i] for i in order]
+        curve, chance = ([_mean(t, column, "") for t in tables] for column in ("value", "null_mean"))
+        alone = [[t.get(m) for t in (dict(zip(t["matrix"], t["value"], strict=True)) for t in tables)]
+                 for m in tables[-1]["matrix"]]  # fmt: skip
+        side, k = ("left", str(variant)[11:]) if ".left." in str(variant) else ("right", str(variant)[6:])
+        found.append(
+            {
+                "run": run,
+                "side": side,
+                "rank": int(k),
+                "steps": steps,
+                "thresholds": list(THRESHOLDS),
+                "step": [locking_step(steps, curve, t) for t in THRESHOLDS],
+                "null_step": [locking_step(steps, chance, t) for t in THRESHOLDS],
+                "median_step": [_median_step([locking_step(steps, a, t) for a in alone]) for t in THRESHOLDS],
+            }
+        )
+    return found
+
+
+def _median_step(steps: list[int | None]) -> int | None:
+    """The step by which at least half have locked."""
+    known = sorted(s for s in steps if s is not None)
+    half = (len(steps) + 1) // 2
+    return known[half - 1] if 0 < half <= len(known) else None
 
 
 def _weights(group: pl.DataFrame, diagnostic: str) -> np.ndarray:
@@ -154,6 +203,7 @@ def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, 
         return None
     weights = _weights(known, diagnostic)
     mean = float(np.average(known["null_mean"].to_numpy(), weights=weights))
+    spread = known["null_std"].mean()
     differences = (known["value"] - known["null_mean"]).to_numpy()
     excess = float(np.average(differences, weights=weights))
     rng = np.random.default_rng(0)
@@ -172,6 +222,7 @@ def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, 
     return {
         "kind": kind,
         "mean": mean,
+        "std": spread,
         "excess": excess,
         "low": low,
         "high": high,

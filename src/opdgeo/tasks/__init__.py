@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from opdgeo.errors import ConfigError
 
@@ -14,6 +14,8 @@ NAMES = {
     "arithmetic": "opdgeo.tasks.arithmetic:Arithmetic",
     "digits": "opdgeo.tasks.digits:Digits",
     "docstrings": "opdgeo.tasks.docstrings:Docstrings",
+    "problems": "opdgeo.tasks.problems:Problems",
+    "reasoning_gym": "opdgeo.tasks.gym:ReasoningGym",
 }
 
 
@@ -31,6 +33,10 @@ class Task(Protocol):
 
     @property
     def verifiable(self) -> bool:
+        """True where answers can be checked, as RLVR needs."""
+
+    @property
+    def prompted(self) -> bool:
         """False for plain text: there are no prompts to answer, so only SFT can use the task."""
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
@@ -40,7 +46,7 @@ class Task(Protocol):
         """Reward of a decoded completion: 1.0 right, 0.0 wrong."""
 
 
-def load(name: str, options: Mapping[str, int] | None = None) -> Task:
+def load(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task called `name`, with its own options (`arithmetic`: operands).
 
     Raises:

@@ -148,6 +148,10 @@ class Arithmetic:
     def verifiable(self) -> bool:
         return True
 
+    @property
+    def prompted(self) -> bool:
+        return True
+
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
         found = problems(count, seed, held_out=held_out, operands=self.operands, largest=self.largest)
         return [Example(p.prompt, p.demonstration, str(p.answer)) for p in found]

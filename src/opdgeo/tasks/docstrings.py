@@ -35,6 +35,10 @@ class Docstrings:
     def verifiable(self) -> bool:
         return False
 
+    @property
+    def prompted(self) -> bool:
+        return False
+
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
         texts = [text for module, text in corpus() if in_held_out(module) == held_out]
         random.Random(f"{seed}-{held_out}").shuffle(texts)

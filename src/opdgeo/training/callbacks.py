@@ -7,12 +7,13 @@ complete. `step-NNNNNN/` holds weights (fp32), configuration and tokenizer only;
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,14 +155,14 @@ class Recorder(TrainerCallback):
             self._row({"event": "eval", "step": step, **asdict(measured)})
 
     def _save(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:
-        """The weights, an adapter's merged ones and its factors in adapter/, and the moments where they are kept."""
+        """The weights, an adapter's factors beside them in adapter/, and the moments where they are kept."""
         weights = self.gather()
         moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
         if not engine.is_main():
             return
         factors: dict[str, Any] = {}
         if self.config.constrain == "adapter":
-            weights, factors = constrain.merged(weights or model.state_dict())
+            weights, factors = constrain.without_factors(weights or model.state_dict())
 
         def beside(folder: Path) -> None:
             if factors:
@@ -263,6 +264,17 @@ def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, 
         "parameters": parameters, "optimizer": moments, "autocast": "bfloat16" if args.bf16 else None,
         "max_grad_norm": args.max_grad_norm,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar for one loop; yields a function that takes how much is done."""
+    if not show:
+        yield lambda done: None
+        return
+    with _bar() as progress:
+        task = progress.add_task(label, total=total, note="")
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _bar() -> Progress:

@@ -28,9 +28,13 @@ class TrainConfig:
     arm: str
     """A label for people: sft, sft-matched, opd, rlvr, …"""
     task: str
-    task_options: Mapping[str, int] = field(default_factory=dict)
+    task_options: Mapping[str, Any] = field(default_factory=dict)
     origin: str
     """Where the weights start (`models.resolve`): a model's name or a checkpoint folder."""
+    chat: bool = False
+    """Put every prompt into the tokenizer's chat template, as the user's turn."""
+    end_token: str | None = None
+    """Ends a completion, in the student and the teacher; None = each tokenizer's own end token."""
     teacher: str | None = None
     """Gives the token credit when `alpha` > 0; otherwise only measured against."""
 
@@ -59,6 +63,8 @@ class TrainConfig:
     # size of the run
     steps: int
     sequences_per_step: int
+    train_examples: int = 0
+    """Draw at most so many examples and go over them again; 0 = as many as the steps can use, or as the task has."""
     generations: int = 8
     """Completions of one prompt; sequences_per_step / generations prompts a step. Not used with demonstrations."""
     rollout_prompts: int = 0
@@ -67,10 +73,18 @@ class TrainConfig:
     """Replace groups in which all completions have the same reward by other prompts (dynamic sampling)."""
     micro_batch: int = 0
     """Sequences that a process holds at once; 0 = all of its share of a step."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
     max_prompt_tokens: int = 64
     """Evaluation and rollouts refuse longer prompts rather than cut them."""
     max_tokens: int = 64
     """Longest completion sampled; longest sequence with demonstrations (longer ones are cut)."""
+
+    vllm: Literal["off", "colocate", "server"] = "off"
+    """Who runs the student while it writes: the trainer, vLLM in the same processes, or a vLLM server at `vllm_server`."""
+    vllm_server: str = "http://localhost:8000"
+    vllm_memory: float = 0.3
+    """Share of a GPU's memory that a colocated vLLM takes."""
 
     # optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -135,6 +149,8 @@ class TrainConfig:
         )
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        need(self.vllm in ("off", "colocate", "server"), "vllm", "off, colocate or server")
+        need(0.0 < self.vllm_memory < 1.0, "vllm_memory", "a share between 0 and 1")
         need(self.constrain in (None, "gradient", "update", "adapter"), "constrain", "gradient, update or adapter")
         need(self.moments in ("reset", "project", "keep"), "moments", "reset, project or keep")
         need(self.unconstrained in ("free", "frozen"), "unconstrained", "free or frozen")
@@ -158,6 +174,7 @@ class TrainConfig:
             "eval_prompts",
             "eval_prompts_between",
             "rollout_prompts",
+            "train_examples",
             "resume_every",
             "weight_decay",
             "max_grad_norm",

@@ -6,6 +6,7 @@ configuration's, whatever the number of processes; checkpoints hold whole weight
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from importlib import resources
 from pathlib import Path
@@ -69,6 +70,18 @@ def shard_without_gpu() -> None:
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if wanted and not torch.cuda.is_available() and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate makes FSDP of it
+
+
+def require_vllm(cuda: bool) -> None:
+    """Raises:
+    ConfigError: vLLM cannot run here.
+    """
+    if importlib.util.find_spec("vllm") is None or not cuda:
+        what = "its package is not installed" if cuda else "there is no CUDA GPU"
+        raise ConfigError(
+            f"vLLM was asked for and {what}; expected both. Use --vllm off, which lets the trainer write the rollouts, or "
+            "pip install vllm on a machine with a GPU."
+        )
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ The random state is seeded inside and put back, so evaluating more or less often
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,13 @@ def complete(
     *,
     sample: bool,
     keep_logits: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Completions:
-    """Complete every prompt, greedily or at temperature 1; stops when all have ended. Uses the global random state."""
+    """Complete every prompt, greedily or by sampling; stops when all have ended. Uses the global random state."""
     tokenizer.padding_side = "left"
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sample else {}
     settings = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=sample, **sampling, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, disable_compile=True, return_dict_in_generate=True, output_logits=keep_logits,
@@ -236,3 +238,36 @@ def require_short_prompts(examples: list[Example], tokenizer: PreTrainedTokenize
                 f"the prompt {example.prompt[:60]!r} has {size} tokens; expected at most max_prompt_tokens = {longest}. "
                 "Raise max_prompt_tokens, or make the task's prompts shorter."
             )
+
+
+def average_at(
+    k: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], *,
+    temperature: float, top_p: float, max_tokens: int, batch: int, seed: int = SEED,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`k` samples of every prompt, verified: one row a problem with its completions, rewards and their mean.
+
+    The mean over problems is avg@k. Temperature 0 is greedy decoding, of which one sample is enough.
+
+    Raises:
+        ConfigError: greedy decoding with k above 1.
+    """
+    if temperature == 0 and k > 1:
+        raise ConfigError(f"k is {k} at temperature 0; expected k = 1, because greedy samples are all alike.")
+    model.eval()
+    rows: list[dict[str, Any]] = [
+        {"prompt": e.prompt, "answer": e.answer, "completions": [], "rewards": [], "tokens": []} for e in examples
+    ]
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start, part in _batches([i for i in range(len(examples)) for _ in range(k)], batch):
+            done = complete(
+                model, tokenizer, [examples[i].prompt for i in part], max_tokens, sample=temperature > 0,
+                temperature=temperature, top_p=top_p,
+            )  # fmt: skip
+            for i, text, count in zip(part, done.texts(tokenizer), done.mask_BT.sum(1).tolist(), strict=True):
+                rows[i]["completions"].append(text)
+                rows[i]["tokens"].append(count)
+                rows[i]["rewards"].append(task.verify(text, examples[i].answer))
+            progress(start + len(part))
+    return [row | {"mean": sum(row["rewards"]) / k} for row in rows]

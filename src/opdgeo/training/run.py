@@ -4,8 +4,7 @@ OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
 OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
 OUT/channel.safetensors  the channel of a constrained run
-OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's are merged, its factors beside
-                         them in adapter/
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's factors beside the weights
 OUT/resume/              trainer state, only while the run is unfinished
 """
 
@@ -62,12 +61,17 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     origin = models.resolve(config.origin)
     teacher = models.resolve(config.teacher) if config.teacher else None
     if teacher is not None:
-        models.require_same_vocabulary(origin, teacher)
+        models.require_same_vocabulary(origin, teacher, config.end_token)
     task = tasks.load(config.task, config.task_options)
-    if config.rollouts != "demonstrations" and not task.verifiable:
+    if config.rollouts != "demonstrations" and not task.prompted:
         raise ConfigError(
-            f"the task {config.task!r} is plain text without prompts; expected a task with a verifier for rollouts. "
+            f"the task {config.task!r} is plain text without prompts; expected a task with prompts for rollouts. "
             "Use SFT with it, or the task `arithmetic`."
+        )
+    if config.rollouts != "demonstrations" and config.alpha < 1 and not task.verifiable:
+        raise ConfigError(
+            f"the task {config.task!r} has no answers and alpha is {config.alpha:g}; expected answers that a verifier can check. "
+            "Use alpha = 1 (OPD) or SFT with it."
         )
 
     channel = _channel(config, out)
@@ -143,14 +147,15 @@ def _build(
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import GRPOConfig, SFTConfig
 
     from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    tokenizer = models.load_tokenizer(origin)
+    if config.vllm != "off" and config.rollouts == "student":
+        engine.require_vllm(cuda)
+    tokenizer = models.load_tokenizer(origin, config.end_token)
     model = models.load_model(origin, config.weights)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
     teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
@@ -161,14 +166,17 @@ def _build(
     updates = config.updates_per_rollout
     count = per_step * updates * -(-config.steps // updates)
     spare = config.drop_flat_groups and config.replays is None
-    examples = task.examples(count * (1 + spare), config.data_seed, held_out=False)
+    wanted = min(config.train_examples or count, count)
+    examples = task.examples(wanted * (1 + spare), config.data_seed, held_out=False)
     if len(examples) < per_step * updates:
         raise ConfigError(
             f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step * updates} for one "
             "step. Lower sequences_per_step or rollout_prompts."
         )
-    reserve = examples[count:] or examples  # a task that has no more prompts lends its own once more
-    if task.verifiable:
+    if config.chat:
+        examples, held_out = models.as_chat(examples, tokenizer), models.as_chat(held_out, tokenizer)
+    examples, reserve = examples[:wanted], examples[wanted:] or examples  # a task without more lends its own again
+    if task.prompted:
         evaluation.require_short_prompts([*examples, *held_out], tokenizer, config.max_prompt_tokens)
 
     known = _known_evaluation(config, origin)
@@ -185,12 +193,41 @@ def _build(
             longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
-    size, micro_batches = engine.batch_sizes(config)
     recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: engine.whole_weights(trainer), progress)
+    arguments = trl_arguments(config, out, cuda)
+    engine.shard_without_gpu()
+    trainer: Any
+    if demonstrations:
+        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        trainer = sft.DemonstrationTrainer(
+            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
+            args=arguments,
+        )  # fmt: skip
+        trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
+    else:
+        trainer = policy.PolicyTrainer(
+            config=config, task=task, model=model, teacher=teacher, tokenizer=tokenizer, callbacks=[recorder],
+            train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
+            record=out / rollouts.FILE if config.record_rollouts else None,
+        )  # fmt: skip
+    start = start and engine.prepare_teacher(trainer, start)
+    engine.prepare_student(trainer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, recorder
+
+
+def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
+    """The run in TRL's terms: an `SFTConfig` or a `GRPOConfig`. Nothing is read and no model is needed."""
+    from trl import GRPOConfig, SFTConfig
+
+    from opdgeo.training import callbacks
+
+    size, micro_batches = engine.batch_sizes(config)
     cosine = config.schedule == "cosine"
     common: dict[str, Any] = dict(
         output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
-        per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, gradient_checkpointing=False,
+        per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
         adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
@@ -200,35 +237,19 @@ def _build(
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
-    trainer: Any
-    if demonstrations:
-        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
-        sft_args = SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
-        engine.shard_without_gpu()
-        trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
-            args=sft_args,
-        )  # fmt: skip
-        trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
-    else:
-        off_policy = config.rollouts == "teacher"
-        grpo_args = GRPOConfig(
-            **common, num_generations=config.generations, max_completion_length=config.max_tokens,
-            steps_per_generation=micro_batches * updates, num_iterations=1, beta=0.0,
-            epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
-            loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
-            vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
-        )  # fmt: skip
-        engine.shard_without_gpu()
-        trainer = policy.PolicyTrainer(
-            config=config, task=task, model=model, teacher=teacher, tokenizer=tokenizer, callbacks=[recorder],
-            train_dataset=Dataset.from_list(_prompts(examples[:count])), args=grpo_args, reserve=_prompts(reserve),
-            record=out / rollouts.FILE if config.record_rollouts else None,
-        )  # fmt: skip
-    start = start and engine.prepare_teacher(trainer, start)
-    engine.prepare_student(trainer)
-    trainer.remove_callback(PrinterCallback)
-    return trainer, recorder
+    if config.rollouts == "demonstrations":
+        return SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+    off_policy = config.rollouts == "teacher"
+    return GRPOConfig(
+        **common, num_generations=config.generations, max_completion_length=config.max_tokens,
+        steps_per_generation=micro_batches * config.updates_per_rollout, num_iterations=1, beta=0.0,
+        epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
+        loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
+        use_vllm=config.vllm != "off", vllm_mode="server" if config.vllm == "server" else "colocate",
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
+        vllm_gpu_memory_utilization=config.vllm_memory, vllm_max_model_length=config.max_prompt_tokens + config.max_tokens,
+        vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
+    )  # fmt: skip
 
 
 def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
@@ -250,6 +271,8 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
     if differing.keys() & {
         "task",
         "task_options",
+        "chat",
+        "end_token",
         "teacher",
         "max_tokens",
         "eval_prompts",

@@ -89,6 +89,15 @@ def divergence(student_BTV: Tensor, teacher_BTV: Tensor, direction: Literal["rev
     return (logp_BTV.exp() * (logp_BTV - logq_BTV)).sum(-1)
 
 
+def group_advantages(reward_G: Tensor, generations: int) -> Tensor:
+    """(r − mean) / (std + 1e-4) within each prompt's `generations` consecutive completions; 0 where all rewards are equal.
+
+    What TRL computes in training (a test holds the two together), for measurements outside a trainer.
+    """
+    reward_PG = reward_G.view(-1, generations)
+    return ((reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + 1e-4)).flatten()
+
+
 def token_advantages(adv_opd_BT: Tensor | None, adv_G: Tensor, mask_BT: Tensor, alpha: float) -> Tensor:
     """alpha · A_OPD + (1 − alpha) · A_group on completion tokens, 0 on padding.
 

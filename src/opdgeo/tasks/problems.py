@@ -1,0 +1,190 @@
+"""Problems, and demonstrations, from a local file or a dataset of the Hugging Face hub.
+
+    {"prompt": "What is 2 + 2?", "answer": "4", "completion": "2 + 2 = 4, so \\\\boxed{4}"}
+
+one a line (.jsonl) or a row (.parquet). Usual other names are known (`PROMPTS`, `ANSWERS`, `COMPLETIONS`; nested ones with
+dots), so that DAPO-Math-17k and the AIME sets are read as they are; unusual ones are told by options. Conversations are understood: a list of messages as the prompt, or a `messages`
+column as the whole demonstration (its first user turn and the reply to it). Prompts that occur twice are used once
+(DAPO-Math-17k's mirrors hold 1.79 M rows of 17 thousand prompts). One prompt in 64 is held out, by a checksum, unless
+`held_out` names another source (an AIME file, for instance).
+
+Answers are compared by math-verify (extra `opdgeo[tasks]`): equal numbers and expressions are equal however they are
+written, and of a long completion the last answer counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from opdgeo.errors import ConfigError
+from opdgeo.tasks import Example
+
+HELD_OUT_ONE_IN = 64
+PROMPTS = ("prompt", "problem", "question")
+ANSWERS = ("answer", "reward_model.ground_truth", "ground_truth")
+COMPLETIONS = ("completion", "solution", "response")
+SECONDS = 5  # that one answer may take to parse, and one pair to compare
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The task as trainers see it (`opdgeo.tasks.Task`).
+
+    Raises:
+        ConfigError: no such source, or its rows lack what the options name.
+    """
+
+    source: str = ""
+    held_out: str = ""
+    split: str = "train"
+    prompt: str = ""
+    answer: str = ""
+    completion: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError(
+                "the task `problems` has no source; expected a .jsonl or .parquet file, or the id of a dataset on the hub: "
+                '--set task_options={"source": "problems.jsonl"}.'
+            )
+
+    @property
+    def verifiable(self) -> bool:
+        return any(examples and examples[0].answer for examples in self._examples.values())
+
+    @property
+    def prompted(self) -> bool:
+        return True
+
+    @cached_property
+    def _examples(self) -> dict[bool, list[Example]]:
+        found = self._read(self.source)
+        if self.held_out:
+            return {False: found, True: self._read(self.held_out)}
+        kept = {example.prompt for example in found if zlib.crc32(example.prompt.encode()) % HELD_OUT_ONE_IN == 0}
+        return {held: [e for e in found if (e.prompt in kept) == held] for held in (False, True)}
+
+    def _read(self, source: str) -> list[Example]:
+        found: dict[str, Example] = {}
+        for number, row in enumerate(rows(source, self.split), start=1):
+            example = self._example(row)
+            if example is None:
+                raise ConfigError(
+                    f"row {number} of {source} has {', '.join(row)}; expected a prompt with an answer or a completion, or a "
+                    "conversation in 'messages'. Name the columns in task_options: prompt, answer, completion."
+                )
+            found.setdefault(example.prompt, example)
+        if not found:
+            raise ConfigError(f"{source} holds no problems; expected one a line.")
+        return list(found.values())
+
+    def _example(self, row: dict[str, Any]) -> Example | None:
+        prompt = _text(_get(row, self.prompt, PROMPTS), "user")
+        completion = _text(_get(row, self.completion, COMPLETIONS), "assistant")
+        answer = _get(row, self.answer, ANSWERS)
+        if prompt is None:
+            prompt, completion = (_text(row.get("messages"), role) for role in ("user", "assistant"))
+        if prompt is None or (completion is None and answer is None):
+            return None
+        return Example(prompt, completion or "", "" if answer is None else str(answer))
+
+    def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
+        found = list(self._examples[held_out])
+        random.Random(f"{seed}-{held_out}").shuffle(found)
+        return found[:count]
+
+    def all(self) -> list[Example]:
+        """Every problem of the source, in its order: for evaluation."""
+        return self._read(self.source)
+
+    def verify(self, completion: str, answer: str) -> float:
+        return verify(completion, answer)
+
+
+def verify(completion: str, answer: str) -> float:
+    """1.0 when the last answer in `completion` equals `answer` as mathematics, else 0.0.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(
+            "the task `problems` needs the package math-verify, which is not installed; try: pip install 'opdgeo[tasks]'"
+        )
+    import math_verify
+
+    # math-verify stops what takes too long by a signal, which only the main thread may set.
+    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+    gold = math_verify.parse(f"${answer}$", parsing_timeout=seconds)
+    return float(
+        math_verify.verify(gold, math_verify.parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
+    )
+
+
+def rows(source: str, split: str = "train") -> Iterable[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, or of a dataset on the hub.
+
+    Raises:
+        ConfigError: it is neither, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _file(path)
+    if path.suffix or source.count("/") != 1:
+        raise ConfigError(
+            f"there is no file {source}; expected a .jsonl or .parquet file, or the id of a dataset such as owner/name."
+        )
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:
+        raise ConfigError(
+            f"the dataset {source} is neither on this machine nor to be had from the hub ({type(error).__name__}); expected "
+            "either. Download it, or name a local .jsonl or .parquet file as the source."
+        ) from None
+
+
+def _file(path: Path) -> Iterable[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        import polars as pl
+
+        yield from pl.read_parquet(path).iter_rows(named=True)
+        return
+    with path.open() as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except ValueError as error:
+                    raise ConfigError(f"line {number} of {path} is not a JSON object: {error}.") from None
+                yield row
+
+
+def _get(row: dict[str, Any], name: str, usual: Sequence[str]) -> Any:
+    """The column `name`, or the first of the usual ones that the row has; None without it."""
+    for column in [name] if name else usual:
+        value: Any = row
+        for part in column.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def _text(value: Any, role: str) -> str | None:
+    """A text as it is, or the first message of `role` in a conversation."""
+    if isinstance(value, list):
+        return next((m["content"] for m in value if isinstance(m, dict) and m.get("role") == role), None)
+    return value if isinstance(value, str) else None
