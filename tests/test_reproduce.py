@@ -73,13 +73,15 @@ def test_sft_starts_from_the_base_and_the_others_from_its_last_checkpoint(study:
     assert {origins[arm] for arm in ARMS[1:]} == {str((out / "arms" / "sft" / "step-000003").resolve())}
 
 
-def test_unknown_presets_and_seeds_are_refused(tmp_path: Path) -> None:
+def test_unknown_presets_and_seeds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="tiny"):
         reproduce("tny", tmp_path)
     with pytest.raises(ConfigError, match="at least 1"):
         reproduce("tiny", tmp_path, seeds=0)
-    with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'smollm2'"):
-        reproduce("smollm2", tmp_path)
+    three = {arm: presets.PRESETS["tiny"][arm] for arm in ARMS[:-1]}
+    monkeypatch.setitem(presets.PRESETS, "three", three)
+    with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'three'"):
+        reproduce("three", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

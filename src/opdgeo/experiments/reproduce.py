@@ -26,10 +26,12 @@ import polars as pl
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
+from opdgeo.experiments.presets import make_teacher
 from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import Result, load_result, summarise, write_json
 from opdgeo.survey.run import peak_memory, provenance
+from opdgeo.training.config import TrainConfig
 
 GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files
 
@@ -40,10 +42,11 @@ class Job:
 
     name: str
     """The folder below arms/ or models/."""
-    arm: Arm | None
-    seed: int
-    needs: tuple[str, ...]
-    cost: int
+    arm: Arm | None = None
+    seed: int = 0
+    config: TrainConfig | None = None
+    needs: tuple[str, ...] = ()
+    cost: int = 5000
     """Sequences that it trains on; a rollout costs twice a demonstration."""
 
 
@@ -60,8 +63,6 @@ def reproduce(
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}; expected at least 1.")
     arms = arms_of.chosen(study, preset)
-    for arm in arms:  # every setting is checked before anything is written
-        arms_of.configure(arm, 0, preset, out, rehearse=rehearse)
     jobs = plan(arms, seeds, preset, out, rehearse=rehearse)
     from opdgeo.report import write_report
     from opdgeo.training.callbacks import read_log
@@ -69,6 +70,8 @@ def reproduce(
     started, clock = datetime.now(UTC), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     workers = workers or min(2, cpu_cores())
+    for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
+        make_teacher(teacher, progress=sys.stderr.isatty())
     _run_all(out, jobs, workers, preset, rehearse)
 
     names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
@@ -105,17 +108,17 @@ def reproduce(
 
 
 def plan(arms: list[Arm], seeds: int, preset: str, out: Path, *, rehearse: bool = False) -> list[Job]:
-    """Every run, and every model that one of them needs."""
+    """Every run, and every model that one of them needs. Nothing is written."""
     jobs, models = [], set()
     for arm in arms:
-        config = arms_of.configure(arm, 0, preset, out, rehearse=rehearse)
-        cost = config.steps * config.sequences_per_step * (1 if config.rollouts == "demonstrations" else 2)
         needs = arms_of.needs(arm)
         models |= {name for name in needs if name not in BY_NAME}
         for seed in range(min(seeds, arm.seeds)):
             before = (arms_of.folder(n, seed) if n in BY_NAME else n for n in sorted(needs))
-            jobs.append(Job(arms_of.folder(arm.name, seed), arm, seed, tuple(before), cost))
-    return [*(Job(name, None, 0, (), 5000) for name in sorted(models)), *jobs]
+            config = arms_of.configure(arm, seed, preset, out, rehearse=rehearse)
+            cost = config.steps * config.sequences_per_step * (1 if config.rollouts == "demonstrations" else 2)
+            jobs.append(Job(arms_of.folder(arm.name, seed), arm, seed, config, tuple(before), cost))
+    return [*(Job(name) for name in sorted(models)), *jobs]
 
 
 def _named(table: pl.DataFrame, arm: str) -> pl.DataFrame:
@@ -176,19 +179,18 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
     from opdgeo.training import models
     from opdgeo.training.run import quiet, train
 
-    if job.arm is None:
+    if job.arm is None or job.config is None:
         with quiet():
             derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)
         return
     folder = out / "arms" / job.name
-    config = arms_of.configure(job.arm, job.seed, preset, out, rehearse=rehearse)
     if job.arm.where is not None:
         arms_of.make_channel(job.arm, job.seed, preset, out, rehearse=rehearse)
-    train(config, folder, resume=True, progress=False)
+    train(job.config, folder, resume=True, progress=False)
     geometry = folder / GEOMETRY
     if job.arm.tracked and not (geometry / "run.json").is_file():
-        start = models.resolve(config.origin)
-        few = {"roles": "q_proj", "settings": Settings(nulls=1)} if rehearse else {}
+        start = models.resolve(job.config.origin)
+        few = {"roles": "k_proj", "settings": Settings(nulls=1)} if rehearse else {}
         track(start, folder, workers=1, out=geometry, **few).save(geometry)  # type: ignore[arg-type]
 
 
@@ -199,7 +201,6 @@ def _progress(out: Path, jobs: list[Job]) -> Iterator[Any]:
     from rich.console import Console
 
     from opdgeo.training.callbacks import read_log
-    from opdgeo.training.config import TrainConfig
 
     console = Console(stderr=True)
     bars = progress.Progress(
@@ -213,11 +214,10 @@ def _progress(out: Path, jobs: list[Job]) -> Iterator[Any]:
     def show(running: list[Job], finished: set[str]) -> None:
         for job in running:
             folder = out / "arms" / job.name
-            if job.arm is None or not (folder / "config.json").is_file():
+            if job.config is None or not (folder / "log.jsonl").is_file():
                 continue
             if job.name not in tasks:
-                total = TrainConfig.from_json((folder / "config.json").read_text()).steps
-                tasks[job.name] = bars.add_task(job.name, total=total)
+                tasks[job.name] = bars.add_task(job.name, total=job.config.steps)
             steps = [row["step"] for row in read_log(folder) if row["event"] == "step"]
             bars.update(tasks[job.name], completed=max(steps, default=0))
         for name in sorted(finished - told):
