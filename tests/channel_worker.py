@@ -56,8 +56,9 @@ def save(trained: SFTTrainer, path: Path) -> None:
     weights = trained.accelerator.get_state_dict(trained.model)
     if trained.accelerator.is_main_process:
         clean = {constrain.parameter_name(n): w.clone().contiguous() for n, w in weights.items()}
-        save_file(constrain.merged(clean)[0], path)
-        if factors := {n: w for n, w in clean.items() if ".lora_" in n}:
+        own, factors = constrain.without_factors(clean)
+        save_file(own, path)
+        if factors:
             save_file(factors, path.with_suffix(".factors"))
     trained.accelerator.wait_for_everyone()
 
@@ -79,6 +80,8 @@ def main(origin: Path, channel: Path, out: Path, modes: list[str]) -> None:
                 "parameters": type(next(whole.model.parameters()).data).__name__,
             }
             (folder / "log.json").write_text(json.dumps(facts))
+        if name == "left":
+            continue
         resumed = trainer(origin, folder / "states", [])
         constrain.constrain(resumed, held, mode)
         resumed.train(resume_from_checkpoint=str(folder / "states" / f"checkpoint-{STEPS // 2}"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import channel_worker
 from opdgeo import Channel
@@ -47,25 +47,29 @@ def outside(held: Channel, base: Path, tuned: Path) -> list[float]:
     return [share for share in shares.values() if share is not None]
 
 
-def factors_outside(held: Channel, factors: Path) -> list[float]:
-    """‖B A (I − V Vᵀ)‖² / ‖B A‖² in float64, from the saved factors alone."""
-    stored, shares = {n: w.double() for n, w in load_file(factors).items()}, []
-    for name in (n for n in stored if ".lora_A." in n):
-        a, b = stored[name], stored[name.replace("lora_A", "lora_B")]
-        tensor = name.split("base_model.model.")[-1].replace(".lora_A.default.", ".").replace(".lora_A.", ".")
-        basis = torch.linalg.qr(held[tensor].basis.double()).Q
-        shares.append(float((b @ (a - (a @ basis) @ basis.T)).norm() / (b @ a).norm()) ** 2)
+def factors_outside(held: Channel, factors: dict[str, torch.Tensor]) -> list[float]:
+    """‖B Vᵀ (I − V Vᵀ)‖² / ‖B Vᵀ‖² in float64 of every factor B, with V as stored and the span of it made orthonormal."""
+    assert factors.keys() == {s.matrix.tensor for s in held.open()}
+    shares = []
+    for tensor, b in factors.items():
+        a, basis = held[tensor].basis.double().T, torch.linalg.qr(held[tensor].basis.double()).Q
+        shares.append(float((b.double() @ (a - (a @ basis) @ basis.T)).norm() / (b.double() @ a).norm()) ** 2)
     return shares
 
 
 def check(held: Channel, base: Path, folder: Path, mode: str) -> None:
-    for name in ("whole", "resumed"):
+    runs = ["whole"] if mode == "left" else ["whole", "resumed"]
+    for name in runs:
         shares = outside(held, base, folder / mode / f"{name}.safetensors")
         assert max(shares) <= 1e-8 if mode != "gradient" else 0.01 < max(shares) < 0.9
         if mode == "adapter":
-            found = factors_outside(held, folder / mode / f"{name}.factors")
-            assert len(found) == len(held.open()) and max(found) <= 1e-12
-    ours, again = (load_file(folder / mode / f"{n}.safetensors") for n in ("whole", "resumed"))
+            factors = load_file(folder / mode / f"{name}.factors")
+            assert max(factors_outside(held, factors)) <= 1e-12
+            update = load_file(folder / mode / f"{name}.safetensors")
+            for tensor, b in factors.items():  # the checkpoint's weights are the factors' to rounding
+                expected = weights(base)[tensor] + b @ held[tensor].basis.T
+                torch.testing.assert_close(update[tensor], expected, rtol=0, atol=3e-7)
+    ours, again = (load_file(folder / mode / f"{n}.safetensors") for n in (runs[0], runs[-1]))
     assert all(torch.equal(ours[n], again[n]) for n in ours)
 
 
@@ -123,6 +127,32 @@ def test_two_processes_stay_in_the_channel_and_reach_the_same_weights(
                 assert (two - one[name]).norm() <= 1e-5 * one[name].norm(), name
 
 
+def test_gradients_are_projected_before_they_are_clipped(origin: Path, channel: Path, tmp_path: Path) -> None:
+    """The norm that the trainer clips, and logs, is that of the projected gradient."""
+    held, norms, found = Channel.load(channel), {}, {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.update({n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None})
+
+    for mode in (None, "gradient"):
+        made = channel_worker.trainer(origin, tmp_path / str(mode), [Watch()], steps=1)
+        made.args.logging_steps, made.args.max_grad_norm = 1, 1e9 if mode is None else 0.5
+        if mode:
+            constrain.constrain(made, held, mode, unconstrained="frozen")
+        made.train()
+        norms[mode] = next(row["grad_norm"] for row in made.state.log_history if "grad_norm" in row)
+        if mode is None:
+            free = dict(found)
+            found.clear()
+    inside = {s.matrix.name: held.project(s.matrix.name, free[s.matrix.name]) for s in held.open()}
+    norm = sum(float(g.norm()) ** 2 for g in inside.values()) ** 0.5
+    assert norms["gradient"] == pytest.approx(norm, rel=1e-4) and norm > 0.5
+    assert found.keys() == inside.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, inside[name] * (0.5 / norm), rtol=1e-3, atol=1e-6)
+
+
 def test_the_adapter_in_plain_peft_and_trl_ends_where_the_mode_does(
     origin: Path,
     channel: Path,
@@ -176,7 +206,7 @@ def test_a_run_records_its_constraint_and_resumes_to_the_same_weights(
     steps = [row for row in callbacks.read_log(tmp_path / "whole") if row["event"] == "step"]
     assert steps[0]["channel/outside"] <= 1e-12 and len(steps) == 5
     assert max(outside(held, origin, whole)) <= 1e-8
-    assert max(factors_outside(held, whole / "adapter" / "adapter_model.safetensors")) <= 1e-12
+    assert max(outside(held, origin, whole / "adapter")) <= 1e-12  # from its factors: read as an adapter of its origin
     assert {n for n, w in weights(whole).items() if not torch.equal(w, weights(origin)[n])} == {
         s.matrix.tensor for s in held.open()
     }
@@ -254,7 +284,7 @@ def test_moments_come_back_equal_and_projected(origin: Path, channel: Path, tmp_
     constrain.prepare(models[1], held, "adapter", "frozen")
     factors = steps(models[1], 0)
     constrain.load_moments(models[1].named_parameters(), factors, tmp_path, held)
-    b = models[1].get_parameter(name.replace(".weight", ".lora_B.default.weight"))
+    b = models[1].get_parameter(name.replace(".weight", ".channel_B"))
     basis, slots = held[name].basis, before.state[parameter]
     torch.testing.assert_close(factors.state[b]["exp_avg"], slots["exp_avg"] @ basis)
     torch.testing.assert_close(factors.state[b]["exp_avg_sq"], slots["exp_avg_sq"] @ basis**2)

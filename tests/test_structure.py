@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import polars as pl
@@ -55,6 +56,14 @@ def test_every_expert_of_a_qwen3_moe(tmp_path: Path) -> None:
     assert {f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(4)} <= set(experts)
     assert result.run["pairing"]["unrecognised"] == []
     assert result.run["pairing"]["not_selected"]["router"] == 2
+    page = result.report(tmp_path / "out").read_text()
+    listed = re.findall(r"<tr><td><data[^>]*>(\d)</data></td><td><data[^>]*>(\d)</data></td><td>(\w+)</td>", page)
+    roles = ("gate_proj", "up_proj", "down_proj")
+    assert sorted(listed) == sorted((str(i), str(e), r) for i in range(2) for e in range(4) for r in roles)
+    norms = result.measurements.filter(pl.col("matrix").is_in(experts), diagnostic="relative_norm")
+    first = norms.sort("value", descending=True).row(0, named=True)
+    assert listed[0] == (str(first["layer"]), re.findall(r"experts\.(\d)", first["matrix"])[0], first["role"])
+    assert repr(first["value"]) in page
 
 
 def test_stacked_experts_are_the_experts_one_by_one(tmp_path: Path) -> None:

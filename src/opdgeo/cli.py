@@ -60,6 +60,18 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="a folder of step-* or checkpoint-* folders, or checkpoints in order",
     )
+    track.add_argument(
+        "--follow",
+        action="store_true",
+        help="measure a run that is still going on, checkpoint by checkpoint, until it says that it is over",
+    )
+    track.add_argument(
+        "--idle",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="end --follow after so long without a new one (default: 30)",
+    )
     _survey_options(track)
     track.set_defaults(run=_track)
 
@@ -313,7 +325,29 @@ def _track(args: argparse.Namespace) -> int:
 
     if args.plan:
         return _plan(args, args.checkpoints)
+    if args.follow:
+        return _finish(args, _follow(args))
     return _finish(args, track(args.base, args.checkpoints, **_survey_arguments(args)))
+
+
+def _follow(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from opdgeo.report import write_report
+    from opdgeo.survey.follow import follow
+
+    if len(args.checkpoints) != 1 or args.engine != "local":
+        raise ConfigError("--follow takes one run folder and measures on this machine. Leave the rest out.")
+    wanted = _survey_arguments(args)
+
+    def report(_: object) -> None:
+        if not args.no_report:
+            write_report(args.out)
+
+    return follow(
+        args.base, args.checkpoints[0], args.out, idle=args.idle,
+        tell=lambda text: print(f"opdgeo: {text}", file=sys.stderr, flush=True),
+        each=report,
+        **{name: wanted[name] for name in ("roles", "settings", "workers", "device", "cache")},
+    )  # fmt: skip
 
 
 def _plan(args: argparse.Namespace, checkpoints: list[str]) -> int:
@@ -466,7 +500,7 @@ def _signals(args: argparse.Namespace) -> int:
 
 def _channel(args: argparse.Namespace) -> int:
     from opdgeo.report.terminal import print_channel
-    from opdgeo.training.channel import Channel, lora_config, parse_choice
+    from opdgeo.training.channel import Channel, parse_choice
 
     progress = None
     if sys.stderr.isatty():
@@ -479,11 +513,9 @@ def _channel(args: argparse.Namespace) -> int:
     print_channel(channel.table())
     print(f"channel: {path}")
     try:
-        lora_config(channel, args.base)
+        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     except ConfigError as error:
         print(f"no adapter: {error}")
-    else:
-        print(f"adapter: {channel.to_adapter(args.base, args.out / 'adapter')}  (A = Vᵀ, B = 0, scale 1)")
     return DONE
 
 

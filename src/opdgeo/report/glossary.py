@@ -225,6 +225,16 @@ def is_primary(diagnostic: str, variant: str) -> bool:
     return any(d == diagnostic and (variant == v or variant.startswith(v + ".") or not v) for d, v in PRIMARY)
 
 
+def expert_of(matrix: str) -> int | None:
+    """The number of the expert that a matrix belongs to, which its name carries.
+
+    >>> expert_of("model.layers.3.mlp.experts.7.up_proj.weight")
+    7
+    """
+    found = re.search(r"\.experts\.(\d+)\.", matrix)
+    return int(found[1]) if found else None
+
+
 def role_order(roles: set[str]) -> list[str]:
     """Known roles in their fixed order, then the others alphabetically."""
     return [r for r in ROLES if r in roles] + sorted(roles - set(ROLES))

@@ -23,6 +23,7 @@ from opdgeo.report.glossary import (
     arm_order,
     clean,
     entry,
+    expert_of,
     interval_decimals,
     is_listed,
     is_primary,
@@ -64,6 +65,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "outcome_columns": OUTCOMES,
         "diagnostics": _diagnostics(results, last, arms, made),
         "heatmaps": _heatmaps(results, last, made),
+        "experts": _experts(results, last),
         "trajectories": _trajectories(results, made),
         "channel": _channel(results, made),
         "spectra": _spectra(results, last, arms, made),
@@ -458,9 +460,36 @@ def _cells(rows: pl.DataFrame, known: Entry, excess: bool) -> dict[tuple[int | N
             tip += f", null {number(found[0]['null_mean'], known.unit)}"
         cells[place] = (
             colour,
-            tip if len(found) == 1 else f"{clean(place[1])}: several matrices, colour is their mean",
+            tip if len(found) == 1 else f"{clean(place[1])}: {_several(found)}, colour is their mean",
         )
     return cells
+
+
+def _several(rows: list[dict[str, Any]]) -> str:
+    return "all experts" if all(expert_of(r["matrix"]) is not None for r in rows) else "several matrices"
+
+
+def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
+    """The experts' matrices of every last checkpoint with their primary diagnostics, those that moved furthest first."""
+    blocks = []
+    for arm, checkpoint in last.items():
+        table = results.measurements.filter(
+            (pl.col("checkpoint") == checkpoint) & pl.col("matrix").str.contains(r"\.experts\.\d+\.")
+        )
+        columns: dict[tuple[str, str], Entry] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for row in table.to_dicts():
+            key = (row["diagnostic"], row["variant"])
+            if is_primary(*key):
+                columns[key] = entry(key[0])
+                one = found.setdefault(row["matrix"], row | {"expert": expert_of(row["matrix"]), "values": {}})
+                one["values"][key] = row["value"]
+        if found:
+            size = ("relative_norm", "")
+            rows = sorted(found.values(), key=lambda r: -(r["values"].get(size) or 0.0))
+            names = [(key, label(*key), known.unit) for key, known in columns.items()]
+            blocks.append({"arm": arm, "columns": names, "rows": rows[:_MAX_LISTED], "total": len(rows)})
+    return blocks
 
 
 def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:

@@ -27,17 +27,32 @@ COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
 LIBRARIES = ("torch", "numpy", "scipy")
 
 
+Stamp = list[tuple[str, int, int]]
+
+
+def stamp(checkpoint: Checkpoint) -> Stamp:
+    """Path, size and time of change of every file of a checkpoint."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
+
+
+def inputs(stamps: Sequence[Stamp], checkpoints: Sequence[Checkpoint], trajectory: bool, device: str) -> str:
+    """A digest of everything but the settings that a run's rows depend on."""
+    names = [(c.name, c.step) for c in checkpoints]
+    run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, list(stamps)]
+    return hashlib.sha256(json.dumps(run).encode()).hexdigest()
+
+
 class Parts:
     """The earlier work of the folder `out`; with None nothing is found and nothing kept.
 
     `inputs` is the digest of what this run measures, whatever its settings.
     """
 
-    def __init__(self, out: Path | None, checkpoints: Sequence[Checkpoint], *, trajectory: bool, device: str):
-        files = [[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in c.files] for c in checkpoints]
-        names = [(c.name, c.step) for c in checkpoints]
-        run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, files]
-        self.inputs = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+    def __init__(
+        self, out: Path | None, checkpoints: Sequence[Checkpoint], *, trajectory: bool, device: str,
+        stamps: Sequence[Stamp] | None = None,
+    ):  # fmt: skip
+        self.inputs = inputs(stamps or [stamp(c) for c in checkpoints], checkpoints, trajectory, device)
         self.folder = out / PARTS if out else None
         self.finished = _finished(out, self.inputs) if out else {}
 

@@ -54,10 +54,10 @@ class Result:
         """Matrices that could not be computed at some checkpoint."""
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
 
-    def save(self, out: Path) -> None:
+    def save(self, out: Path, *, growing: bool = False) -> None:
         """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
 
-        A page that was made from other data goes first.
+        A page that was made from other data goes first; the finished parts go last, unless the run is still growing.
         """
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("run.json", "report.html"):
@@ -66,7 +66,8 @@ class Result:
         write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
         write_json(out / "summary.json", self.summary)
         write_json(out / "run.json", self.run)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
+        if not growing:
+            shutil.rmtree(out / PARTS, ignore_errors=True)
 
     def report(self, path: str | Path) -> Path:
         """Write the data files and `report.html` into the folder `path`; returns the page's path."""

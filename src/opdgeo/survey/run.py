@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
 from opdgeo.diagnostics import Settings
@@ -24,6 +26,9 @@ from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.parts import Parts
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
+
+if TYPE_CHECKING:
+    from opdgeo.survey.follow import Seen
 
 
 def compare(
@@ -78,17 +83,26 @@ def track(
 def _survey(
     base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None, engine: str,
     ray_address: str | None, workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
-    *, trajectory: bool,
+    *, trajectory: bool, seen: Seen | None = None,
 ) -> Result:  # fmt: skip
+    """`seen`: a run that is still growing, whose steps are kept one by one instead of matrices."""
     started, clock = datetime.now(UTC), time.perf_counter()
     job = Job(base, checkpoints, settings or Settings(), trajectory, device, SpectrumCache() if cache else None)
+    if seen:
+        job = replace(job, trail=seen.trail(job))
     _check(engine, ray_address, workers, device)
     pairings = [pair(base, c, roles) for c in checkpoints]
     work = _in_all(pairings)
     if engine == "local":
         refuse_what_cannot_fit(work, [base, *checkpoints], job.settings)
 
-    parts = Parts(out, [base, *checkpoints], trajectory=trajectory, device=device)
+    parts = Parts(
+        None if seen else out,
+        [base, *checkpoints],
+        trajectory=trajectory,
+        device=device,
+        stamps=seen.stamps(job) if seen else None,
+    )
     measured: dict[Matrix, Measured] = {}
     reused: Counter[str] = Counter()
     rest: list[tuple[Matrix, Measured | None]] = []
@@ -107,7 +121,7 @@ def _survey(
     runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(lambda c: c.manifest(), [base, *checkpoints])
+        manifests = beside.map(seen.manifest if seen else methodcaller("manifest"), [base, *checkpoints])
         with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)

@@ -155,14 +155,14 @@ class Recorder(TrainerCallback):
             self._row({"event": "eval", "step": step, **asdict(measured)})
 
     def _save(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:
-        """The weights, an adapter's merged ones and its factors in adapter/, and the moments where they are kept."""
+        """The weights, an adapter's factors beside them in adapter/, and the moments where they are kept."""
         weights = self.gather()
         moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
         if not engine.is_main():
             return
         factors: dict[str, Any] = {}
         if self.config.constrain == "adapter":
-            weights, factors = constrain.merged(weights or model.state_dict())
+            weights, factors = constrain.without_factors(weights or model.state_dict())
 
         def beside(folder: Path) -> None:
             if factors:

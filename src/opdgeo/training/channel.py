@@ -259,10 +259,10 @@ class Channel:
         Raises:
             ConfigError: a left channel, fused or stacked matrices, or K = 0 everywhere.
         """
-        folder = Path(folder)
+        config, folder = self.adapter_config(base), Path(folder)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        lora_config(self, str(base)).save_pretrained(partial)
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors, factors = {}, factors or {}
         for s in self.open():
             module = f"base_model.model.{s.matrix.tensor.removesuffix('.weight')}"
@@ -277,6 +277,33 @@ class Channel:
             written.replace(folder / written.name)
         partial.rmdir()
         return folder
+
+    def adapter_config(self, base: str | Path) -> dict[str, Any]:
+        """PEFT's adapter_config.json: LoRA of rank K and scale 1 for every matrix with K > 0, by its full module name.
+
+        Raises:
+            ConfigError: as `to_adapter`.
+        """
+        if self.side != "right":
+            raise ConfigError(
+                "a left channel has no adapter with a frozen A; expected a right one. Extract it with --side right."
+            )
+        if fused := [s.matrix.name for s in self.open() if s.matrix.name != s.matrix.tensor or s.matrix.stacked]:
+            raise ConfigError(
+                f"{fused[0]} is a part of a larger tensor, for which one adapter cannot hold several channels; expected linear "
+                "layers of their own. Constrain this model with `gradient` or `update`."
+            )
+        ranks = {s.matrix.tensor.removesuffix(".weight"): s.k for s in self.open()}
+        if not ranks:
+            raise ConfigError("every K of the channel is 0, so an adapter would be empty; expected K ≥ 1 somewhere.")
+        usual = max(set(ranks.values()), key=list(ranks.values()).count)
+        others = {name: k for name, k in ranks.items() if k != usual}
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
+            "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0,
+            "bias": "none", "use_rslora": False, "use_dora": False, "target_modules": sorted(ranks),
+            "fan_in_fan_out": any(s.matrix.transposed for s in self.open()),
+        }  # fmt: skip
 
     def open(self) -> list[Subspace]:
         """The subspaces with K > 0: the matrices that may move."""
@@ -301,37 +328,6 @@ class Channel:
                 }
             )
         return rows
-
-
-def lora_config(channel: Channel, base: str, names: Mapping[str, str] | None = None) -> Any:
-    """The `peft.LoraConfig` of a channel: rank K and scale 1 for every matrix with K > 0, by its full module name.
-
-    `names` gives the modules' names by tensor where they are not the tensor's own.
-
-    Raises:
-        ConfigError: as `Channel.to_adapter`.
-    """
-    from peft import LoraConfig
-
-    if channel.side != "right":
-        raise ConfigError(
-            "a left channel has no adapter with a frozen A; expected a right one. Extract it with --side right."
-        )
-    if fused := [s.matrix.name for s in channel.open() if s.matrix.name != s.matrix.tensor or s.matrix.stacked]:
-        raise ConfigError(
-            f"{fused[0]} is a part of a larger tensor, for which one adapter cannot hold several channels; expected linear "
-            "layers of their own. Constrain this model with `gradient` or `update`."
-        )
-    ranks = {names[s.matrix.tensor] if names else s.matrix.tensor.removesuffix(".weight"): s.k for s in channel.open()}
-    if not ranks:
-        raise ConfigError("every K of the channel is 0, so an adapter would be empty; expected K ≥ 1 somewhere.")
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {name: k for name, k in ranks.items() if k != usual}
-    return LoraConfig(
-        r=usual, lora_alpha=usual, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", target_modules=sorted(ranks),
-        rank_pattern=others, alpha_pattern=others, base_model_name_or_path=base,
-        fan_in_fan_out=any(s.matrix.transposed for s in channel.open()),
-    )  # fmt: skip
 
 
 def _update(base: Checkpoint, tuned: Checkpoint, matrix: Matrix) -> Update:

@@ -11,8 +11,10 @@ With V the channel of a matrix and A its weights at the switch-on (for a left ch
     update     also W ← A + (W − A) V Vᵀ after every step, decay included. It equals W_prev + (W − W_prev) V Vᵀ in exact
                arithmetic, needs no copy of the weights a step, and rounding does not add up: what lies outside is one rounding
                of the stored W. Decay pulls towards the part of −W inside the channel.
-    adapter    W = A + B Vᵀ, a PEFT LoRA layer with A frozen to Vᵀ; only B (rows × K) has a gradient and moments. Decay pulls B,
-               so W, back to A. Adam divides entry by entry of B: another optimizer than `update`, in the same channel.
+    adapter    W = A + B Vᵀ; only B (rows × K) has a gradient and moments. The same training as a PEFT LoRA with its A frozen to
+               Vᵀ, but the layer multiplies by W itself, so that a step and a rollout do no more work than without a constraint
+               and the weights in memory are the checkpoint's. Decay pulls B, so W, back to A. Adam divides entry by entry of
+               B: another optimizer than `update` (with steps about √(n/K) shorter), in the same channel.
 
 A matrix with K = 0 is frozen in every mode. Parameters outside the channel (embeddings, norms, matrices of other roles) are
 `free` or `frozen`. Adam's moments at the switch-on are an explicit choice too (`moments`):
@@ -29,7 +31,7 @@ projects its copy; under FSDP2 its rows, on which V acts without communication (
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,13 +47,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opdgeo.checkpoints.names import Matrix, plain
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.training.channel import Channel, lora_config
+from opdgeo.training.channel import Channel
 
 Mode = Literal["gradient", "update", "adapter"]
 Moments = Literal["reset", "project", "keep"]
 Unconstrained = Literal["free", "frozen"]
 
 ANCHOR = "channel-anchor"
+FACTOR = ".channel_B"
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|module|_fsdp_wrapped_module)\.")
 
 
@@ -75,7 +78,7 @@ def constrain(
     the update's energy since the switch-on that lies outside the channel, over all its matrices.
 
     Args:
-        trainer: not trained yet; DDP, FSDP2 or one process (DeepSpeed: `adapter` alone).
+        trainer: not trained yet; one process, DDP or FSDP2.
         moments: see above.
         moments_from: a checkpoint folder with `moments.safetensors` (`keep_moments` of a run), for a trainer that starts from weights.
 
@@ -83,13 +86,19 @@ def constrain(
         ConfigError: the channel does not fit the model, or the choices contradict each other; the message names them.
     """
     check_choices(mode, moments, unconstrained)
-    if trainer.is_deepspeed_enabled and mode != "adapter":
+    if trainer.is_deepspeed_enabled:
         raise ConfigError(
-            f"DeepSpeed keeps gradients where {mode!r} cannot reach them; expected DDP, FSDP2, or `adapter`."
+            "DeepSpeed keeps gradients and weights where a constraint cannot reach them; expected one process, DDP or FSDP2. "
+            "With DeepSpeed, train the adapter of Channel.to_adapter as any LoRA, with freeze_directions."
         )
     if trainer.optimizer is not None:
         raise ConfigError(
             "the trainer has its optimizer already; expected a trainer that makes its own when it trains."
+        )
+    if mode == "adapter" and getattr(trainer, "use_vllm", False):
+        raise ConfigError(
+            "vLLM is sent every parameter of the model and does not know an adapter's factors; expected `update`, or the adapter of "
+            "Channel.to_adapter as a PEFT model, with freeze_directions."
         )
     prepare(trainer.model, channel, mode, unconstrained)
     held = _Held(channel, mode, moments, Path(moments_from) if moments_from else None)
@@ -103,7 +112,7 @@ def constrain(
         return loss
 
     def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "grad_norm" in logs and (outside := held.outside()) is not None:
+        if "grad_norm" in logs and held.constraint and (outside := held.constraint.outside()) is not None:
             logs["channel/outside"] = outside
         log(logs, *args, **kwargs)
 
@@ -148,24 +157,65 @@ def prepare(model: torch.nn.Module, channel: Channel, mode: Mode, unconstrained:
                 f"({len(matrices)} of its matrices); expected a channel of this model, and all or none of a fused tensor."
             )
     trainable = {name for name, p in named.items() if p.requires_grad}
-    if mode == "adapter":
-        from peft import inject_adapter_in_model
-
-        names = {parameter_name(n): n.removesuffix(".weight") for n, _ in model.named_parameters()}
-        inject_adapter_in_model(lora_config(channel, str(getattr(model, "name_or_path", "")), names), model)
-        for s in channel.open():
-            module = model.get_submodule(names[s.matrix.tensor])
-            module.lora_A.float(), module.lora_B.float()
-            with torch.no_grad():
-                module.lora_A["default"].weight.copy_(s.basis.T)  # type: ignore[index, union-attr]
-                module.lora_B["default"].weight.zero_()  # type: ignore[index, union-attr]
-        freeze_directions(model)
     moving = {s.matrix.tensor for s in channel.open()} if mode != "adapter" else set()
-    for name, parameter in model.named_parameters():
-        name = parameter_name(name).replace(".base_layer.", ".")
-        if ".lora_" not in name:
-            inside = name in moving if name in of else unconstrained == "free"
-            parameter.requires_grad_(inside and name in trainable)
+    for name, parameter in named.items():
+        inside = name in moving if name in of else unconstrained == "free"
+        parameter.requires_grad_(inside and name in trainable)
+    if mode == "adapter":
+        channel.adapter_config("")  # only what PEFT could hold too
+        names = {parameter_name(n): n for n, _ in model.named_parameters()}
+        for s in channel.open():
+            parent, _, own = names[s.matrix.tensor].removesuffix(".weight").rpartition(".")
+            holder = model.get_submodule(parent)
+            layer = getattr(holder, own)
+            if type(layer) is not torch.nn.Linear:
+                raise ConfigError(
+                    f"{s.matrix.tensor} belongs to a {type(layer).__name__}; expected a plain Linear layer."
+                )
+            setattr(holder, own, ChannelLinear(layer, s.basis))
+
+
+class ChannelLinear(torch.nn.Linear):
+    """A linear layer with W = A + B Vᵀ of which only B is trained.
+
+    `weight` holds W itself: whoever steps B calls `Constraint.project_weights` after it. The gradient of W is never formed.
+    """
+
+    def __init__(self, layer: torch.nn.Linear, basis: Tensor):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.channel_B = torch.nn.Parameter(torch.zeros(layer.out_features, basis.shape[1], device=layer.weight.device))
+        self.register_buffer("channel_V", basis.to(layer.weight.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _Through.apply(x, self.weight, self.channel_V, self.channel_B)
+        return out if self.bias is None else out + self.bias
+
+
+class _Through(torch.autograd.Function):
+    """x Wᵀ, with the gradients of x and of B in W = A + B Vᵀ: g W and gᵀ (x V)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, basis: Tensor, factor: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, basis = x.to(dtype), weight.to(dtype), basis.to(dtype)
+        else:
+            basis = basis.to(x.dtype)
+        inside = x @ basis if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(inside, weight)
+        ctx.dtype = factor.dtype
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        inside, weight = ctx.saved_tensors
+        to_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        to_factor = None
+        if inside is not None:
+            to_factor = (gradient.flatten(0, -2).T @ inside.flatten(0, -2)).to(ctx.dtype)
+        return to_x, None, None, to_factor
 
 
 def freeze_directions(model: torch.nn.Module) -> None:
@@ -175,33 +225,22 @@ def freeze_directions(model: torch.nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def merged(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's weights with its LoRA layers merged, rounded once, and every factor B by its tensor's name.
-
-    Weights without LoRA layers come back as they are.
-    """
-    plain_weights, factors = {}, {}
-    for name, weight in weights.items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            a, b = (weights[name.replace("base_layer", f"lora_{x}.default")] for x in "AB")
-            name = name.replace(".base_layer.", ".")
-            factors[parameter_name(name)] = b
-            weight = (weight.double() + b.double() @ a.double()).to(weight.dtype)
-        plain_weights[name] = weight
-    return plain_weights, factors
+def without_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A model's weights as a checkpoint has them, and every factor B of `adapter` by its tensor's name."""
+    own = {name: weight for name, weight in weights.items() if not name.endswith(FACTOR)}
+    factors = {_source(parameter_name(name)): w for name, w in weights.items() if name.endswith(FACTOR)}
+    return own, factors
 
 
 class Constraint:
-    """Gradients and weights of named parameters, held in a channel: `gradient` and `update` for any training loop.
+    """Gradients and weights of named parameters, held in a channel, for any training loop.
 
         constraint = Constraint(model.named_parameters(), channel, "update")
         constraint.hold(optimizer)      # from here on every optimizer.step() is constrained
         constraint.outside()            # share of the update's energy outside, from here on
 
     `hold` projects gradients right before the step; a loop that clips calls `project_gradients()` before it clips. Parameters
-    with K = 0 must have `requires_grad=False` (`prepare`).
+    with K = 0 must have `requires_grad=False`, and for `adapter` the layers must be `ChannelLinear`: `prepare` does both.
 
     Raises:
         ConfigError: a matrix of the channel has no parameter, or is sharded otherwise than by rows.
@@ -215,7 +254,8 @@ class Constraint:
             parameter = named.get(s.matrix.tensor)
             if parameter is None:
                 raise ConfigError(f"the model has no parameter {s.matrix.tensor}; expected a channel of this model.")
-            if not parameter.requires_grad:
+            factor = named.get(s.matrix.tensor.removesuffix(".weight") + FACTOR) if mode == "adapter" else None
+            if not parameter.requires_grad and factor is None:
                 continue
             self.device = parameter.device
             start, local = 0, parameter.detach()
@@ -223,6 +263,7 @@ class Constraint:
                 start, self.group, local = _sharding(s.matrix.tensor, parameter)
             part = _part(s.matrix, parameter, local, start, s.basis, channel.side, self.group)
             if part is not None:
+                part.factor = factor
                 self.parts.append(part)
         self.take_anchor()
 
@@ -233,10 +274,10 @@ class Constraint:
             part.anchor = part.view(part.parameter).clone()
 
     def hold(self, optimizer: torch.optim.Optimizer, *, gradients: bool = True) -> None:
-        """Project before (`gradients`) and, in the mode `update`, after every step of `optimizer`."""
+        """Project before (`gradients`) and, but for the mode `gradient`, after every step of `optimizer`."""
         if gradients:
             optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
-        if self.mode == "update":
+        if self.mode != "gradient":
             optimizer.register_step_post_hook(lambda *_: self.project_weights())
 
     @torch.no_grad()
@@ -249,20 +290,28 @@ class Constraint:
 
     @torch.no_grad()
     def project_weights(self) -> None:
-        """W ← A + (W − A) V Vᵀ."""
+        """W ← A + (W − A) V Vᵀ, or A + B Vᵀ."""
         for part in self.parts:
-            part.view(part.parameter).copy_(part.project(part.delta()).add_(part.anchor))
+            if part.factor is None:
+                part.view(part.parameter).copy_(part.project(part.delta()).add_(part.anchor))
+            else:
+                factor = part.view(part.factor)
+                part.view(part.parameter).copy_(torch.addmm(part.anchor, factor, part.basis.T.to(factor)))
 
     @torch.no_grad()
     def outside(self) -> float | None:
         """Σ‖ΔW − projection‖²_F / Σ‖ΔW‖²_F over all matrices, ΔW from the anchor; None before anything moved.
 
-        In the weights' own precision; every process of a sharded model must ask.
+        In the weights' own precision, an adapter's from its factors; every process of a sharded model must ask.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in self.parts:
-            delta = part.delta()
-            beyond = delta - part.project(delta)
+            if part.factor is None:
+                delta = part.delta()
+                beyond = delta - part.project(delta)
+            else:  # from the factors: B times what V Vᵀ leaves of Vᵀ
+                basis, factor = part.basis.double(), part.view(part.factor).double()
+                delta, beyond = factor @ basis.T, factor @ (basis - basis @ (basis.T @ basis)).T
             sums += torch.stack([torch.linalg.vector_norm(x).double() ** 2 for x in (beyond, delta)])
         out, whole = (sums if self.group is None else _summed(sums, self.group)).tolist()
         return out / whole if whole > 0 else None
@@ -306,18 +355,12 @@ class _Held(TrainerCallback):
     def __init__(self, channel: Channel, mode: Mode, moments: Moments, moments_from: Path | None):
         self.channel, self.mode, self.moments, self.moments_from = channel, mode, moments, moments_from
         self.constraint: Constraint | None = None
-        self.outside: Callable[[], float | None] = lambda: None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        if self.mode == "adapter":
-            self.outside = lambda: adapter_outside(model.named_parameters(), self.channel)
-            if state.global_step == 0:
-                self._switch_moments(model, optimizer, None)
-            return
         folder = Path(args.output_dir)
         constraint = Constraint(model.named_parameters(), self.channel, self.mode)
         path = _anchor_path(folder, constraint)
@@ -327,9 +370,9 @@ class _Held(TrainerCallback):
             self._switch_moments(model, optimizer, constraint)
             constraint.save_anchor(folder, state.global_step)
         constraint.hold(optimizer, gradients=False)
-        self.constraint, self.outside = constraint, constraint.outside
+        self.constraint = constraint
 
-    def _switch_moments(self, model: Any, optimizer: torch.optim.Optimizer, constraint: Constraint | None) -> None:
+    def _switch_moments(self, model: Any, optimizer: torch.optim.Optimizer, constraint: Constraint) -> None:
         if self.moments == "reset":
             optimizer.state.clear()
             return
@@ -340,7 +383,7 @@ class _Held(TrainerCallback):
                 f"moments is {self.moments!r} but there are none at the switch-on; expected the state of an unconstrained run, or "
                 "moments_from, a checkpoint saved with its moments. Choose moments = 'reset' otherwise."
             )
-        if self.moments == "project" and constraint is not None:
+        if self.moments == "project" and self.mode != "adapter":
             constraint.project_moments(optimizer)
 
 
@@ -356,26 +399,6 @@ class Carried(TrainerCallback):
         if state.global_step == 0:
             optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
             load_moments(kwargs["model"].named_parameters(), optimizer, self.folder, None)
-
-
-@torch.no_grad()
-def adapter_outside(parameters: Iterable[tuple[str, Tensor]], channel: Channel) -> float | None:
-    """The share of Σ‖B A‖²_F outside the channel, from the factors of its LoRA layers: 0 but for A's rounding while A is Vᵀ."""
-    sums, group, device = torch.zeros(2, dtype=torch.float64), None, torch.device("cpu")
-    factors = {parameter_name(n): p for n, p in parameters if ".lora_" in n}
-    for s in channel.open():
-        module = s.matrix.tensor.removesuffix(".weight")
-        a, b = (factors[f"{module}.lora_{x}.default.weight"].detach() for x in "AB")
-        a = (a.full_tensor() if isinstance(a, DTensor) else a).double()
-        if isinstance(b, DTensor):
-            _, group, b = _sharding(module, b)
-        basis, device, b = s.basis.to(a), b.device, b.double()
-        beyond = a - (a @ basis) @ basis.T
-        sums += torch.stack([torch.linalg.vector_norm(b @ x) ** 2 for x in (beyond, a)]).cpu()
-    if group is not None:
-        sums = _summed(sums.to(device), group).cpu()
-    out, whole = sums.tolist()
-    return out / whole if whole > 0 else None
 
 
 MOMENTS = "moments.safetensors"
@@ -406,7 +429,7 @@ def save_moments(moments: tuple[dict[str, Tensor], int], folder: Path) -> None:
 def load_moments(
     parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, folder: Path, channel: Channel | None
 ) -> None:
-    """Give the optimizer's parameters the moments of `save_moments`; those of a LoRA B are made from its matrix's and `channel`.
+    """Give the optimizer's parameters the moments of `save_moments`; those of an adapter's B are made from its matrix's.
 
     Raises:
         CheckpointError: the folder has no moments, or they are not of this model.
@@ -425,8 +448,8 @@ def load_moments(
             for name, parameter in parameters:
                 if id(parameter) not in ours or not parameter.requires_grad:
                     continue
-                source = parameter_name(name).replace(".lora_B.default.", ".")
-                basis = bases[source].to(parameter.device) if source != parameter_name(name) else None
+                source = _source(parameter_name(name))
+                basis = bases[source].to(parameter.device) if name.endswith(FACTOR) else None
                 state: dict[str, Tensor] = {"step": torch.tensor(step)}
                 start, local = 0, parameter
                 if isinstance(parameter, DTensor):
@@ -456,6 +479,7 @@ class _Part:
         index: where it lies in the local tensor; `local[index]` is 2-D, in stored orientation.
         basis: acts on that view's columns (n, K), or on its rows, of which this process has some.
         group: the processes among which the view's rows are spread; None where this one has them all.
+        factor: the B of an adapter, its rows spread like the parameter's.
     """
 
     name: str
@@ -465,6 +489,7 @@ class _Part:
     on_columns: bool
     group: Any
     anchor: Tensor
+    factor: Tensor | None = None
 
     def view(self, of: Tensor) -> Tensor:
         of = of.detach()
@@ -516,6 +541,11 @@ def _part(
     high = max(low, min(rows.stop, end))
     held = basis if on_columns else basis[low - matrix.start : high - matrix.start]
     return _Part(matrix.name, parameter, (slice(low - start, high - start),), held, on_columns, group, local)
+
+
+def _source(name: str) -> str:
+    """The tensor that a parameter belongs to: an adapter's B to the weight of its layer."""
+    return name.removesuffix(FACTOR) + ".weight" if name.endswith(FACTOR) else name
 
 
 def _fits(matrix: Matrix, shape: tuple[int, ...]) -> bool:

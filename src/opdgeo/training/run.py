@@ -4,8 +4,7 @@ OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
 OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
 OUT/channel.safetensors  the channel of a constrained run
-OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's are merged, its factors beside
-                         them in adapter/
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's factors beside the weights
 OUT/resume/              trainer state, only while the run is unfinished
 """
 

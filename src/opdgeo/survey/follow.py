@@ -1,0 +1,176 @@
+"""`track --follow`: a run folder that is still growing, measured checkpoint by checkpoint.
+
+When a checkpoint may be read:
+
+* step-* of `opdgeo train` appears whole, renamed into place;
+* checkpoint-* of transformers once its trainer_state.json parses: `Trainer._save_checkpoint` writes it last, after weights,
+  optimizer and random states;
+* any other once its weights open (a safetensors header fixes the file's length, an index names every shard) and none of its
+  files changed for `SETTLE` seconds.
+
+When the run is over: `opdgeo train` wrote the last step of its config.json; transformers' trainer_state.json says that
+global_step reached max_steps; else nothing new came for `idle` minutes, or Ctrl-C. Until then "final" is the last checkpoint
+seen, and the files say `growing`. A checkpoint that the run deletes (`save_total_limit`) keeps its place once measured; as
+the walk's increments need the checkpoint before, a run should keep two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from opdgeo.checkpoints import Checkpoint, open_checkpoint
+from opdgeo.checkpoints.checkpoint import step_folders
+from opdgeo.diagnostics import Settings
+from opdgeo.errors import CheckpointError
+from opdgeo.survey.measure import Job
+from opdgeo.survey.parts import Stamp, inputs, stamp
+from opdgeo.survey.results import PARTS, Result
+from opdgeo.survey.run import _survey
+from opdgeo.survey.trail import Trail
+
+SETTLE, POLL = 60.0, 2.0  # seconds
+
+
+class Seen:
+    """The checkpoints of a growing run, as they were when first seen: some may be gone since."""
+
+    def __init__(self, run: Path, base: Checkpoint, out: Path):
+        self.run, self.base, self.out = run, base, out
+        self.checkpoints: dict[int, Checkpoint] = {}
+        self._stamps: dict[Path, Stamp] = {base.path: stamp(base)}
+        self._manifests: dict[Path, dict[str, Any]] = {}
+        self.measured: set[Path] = set()
+        self._states: dict[Path, tuple[Any, float]] = {}  # files of a folder, and since when they are these
+
+    def look(self) -> list[str]:
+        """Take in the checkpoints that are complete and new; returns their names."""
+        new = []
+        for step, folder in sorted(step_folders(self.run).items() if self.run.is_dir() else ()):
+            if step not in self.checkpoints and self._complete(folder):
+                with suppress(CheckpointError, FileNotFoundError):  # not readable yet, or gone already
+                    opened = open_checkpoint(folder, self.base)
+                    self._stamps[opened.path] = stamp(opened)
+                    self.checkpoints[step] = opened
+                    new.append(opened.name)
+        return new
+
+    def forget_the_gone(self) -> None:
+        """Leave out what the run deleted before it was measured."""
+        self.checkpoints = {s: c for s, c in self.checkpoints.items() if c.path.exists() or c.path in self.measured}
+
+    def ordered(self) -> list[Checkpoint]:
+        return [self.checkpoints[step] for step in sorted(self.checkpoints)]
+
+    def over(self) -> bool:
+        """Whether the run says that it is finished."""
+        if not self.checkpoints:
+            return False
+        last = max(self.checkpoints)
+        config, state = _json(self.run / "config.json"), _json(self.checkpoints[last].path / "trainer_state.json")
+        if "arm" in config and isinstance(config.get("steps"), int):
+            return last >= config["steps"]
+        return bool(state.get("max_steps")) and state.get("global_step", 0) >= state["max_steps"]
+
+    def stamps(self, job: Job) -> list[Stamp]:
+        return [self._stamps[c.path] for c in (job.base, *job.checkpoints)]
+
+    def manifest(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        if checkpoint.path not in self._manifests:
+            self._manifests[checkpoint.path] = checkpoint.manifest()
+        return self._manifests[checkpoint.path]
+
+    def trail(self, job: Job) -> Trail:
+        stamps, keys = self.stamps(job), []
+        for count in range(1, len(job.checkpoints) + 1):
+            until = inputs(stamps[: count + 1], [job.base, *job.checkpoints[:count]], True, job.device)
+            keys.append(hashlib.sha256(f"{until} {json.dumps(job.settings.to_json())}".encode()).hexdigest())
+        return Trail(self.out / PARTS, tuple(keys))
+
+    def _complete(self, folder: Path) -> bool:
+        if _json(folder / "trainer_state.json") or "arm" in _json(self.run / "config.json"):
+            return True
+        files = []
+        with suppress(OSError):
+            files = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
+        known = self._states.get(folder)
+        if known is None or known[0] != files:
+            self._states[folder] = files, time.monotonic()
+            return False
+        return bool(files) and time.monotonic() - known[1] >= SETTLE
+
+
+def follow(
+    base: str | Path, run: str | Path, out: Path, *, roles: str = "all", settings: Settings | None = None,
+    workers: int | None = None, device: str = "cpu", cache: bool = True, idle: float = 30.0,
+    tell: Callable[[str], None] = lambda text: None, each: Callable[[Result], None] = lambda result: None,
+) -> Result:  # fmt: skip
+    """`track` of a run that is still going on; the data files in `out` are those of the checkpoints so far.
+
+    Args:
+        idle: minutes without a new checkpoint after which the run counts as over.
+        tell: hears what happens, a line at a time.
+        each: is given every provisional result after it was saved.
+
+    Raises:
+        CheckpointError: the run ended, or waiting did, without a checkpoint. PairingError, ConfigError: as `track`.
+    """
+    before, run = open_checkpoint(base), Path(run)
+    seen, result, since, due = Seen(run, before, out), None, time.monotonic(), False
+    try:
+        while True:
+            new = seen.look()
+            if new:
+                tell(f"{', '.join(new)}: measuring")
+            if new or due:
+                try:
+                    result = _survey(
+                        before, seen.ordered(), roles, settings, "local", None, workers, device, cache, False, out,
+                        trajectory=True, seen=seen,
+                    )  # fmt: skip
+                except (CheckpointError, FileNotFoundError):
+                    if all(c.path.exists() for c in seen.ordered()):
+                        raise
+                    tell("a checkpoint was deleted before it was measured; going on without it")
+                    seen.forget_the_gone()
+                    due = bool(seen.checkpoints)
+                    continue
+                due, seen.measured = False, {c.path for c in seen.ordered()}
+                result.run["growing"] = not seen.over()
+                result.save(out, growing=True)
+                each(result)
+                tell(
+                    f"{len(seen.checkpoints)} checkpoints measured{'; waiting for the next' if result.run['growing'] else ''}"
+                )
+                since = time.monotonic()
+            if seen.over():
+                break
+            if time.monotonic() - since > 60 * idle:
+                tell(f"no new checkpoint for {idle:g} minutes")
+                break
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        if result is None:
+            raise
+        tell("stopped; these are the checkpoints so far")
+    if result is None:
+        raise CheckpointError(
+            f"no complete checkpoint appeared in {run} within {idle:g} minutes; expected folders such as step-000100 or "
+            "checkpoint-100. Check the path, or wait longer with --idle."
+        )
+    result.run["growing"] = False
+    return result
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none or it is not whole yet."""
+    with suppress(OSError, ValueError):
+        loaded = json.loads(path.read_text())
+        if isinstance(loaded, dict):
+            return loaded
+    return {}

@@ -1,0 +1,102 @@
+"""`track --follow`: a run that grows, deletes its old checkpoints, and says when it is over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import opdgeo
+import planted
+from opdgeo.checkpoints import open_checkpoint
+from opdgeo.errors import CheckpointError
+from opdgeo.survey import follow
+
+NAMES = [planted.tensor_name(0, module) for module in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A base and four checkpoints, written elsewhere."""
+    rng = np.random.default_rng(4)
+    weights = {name: planted.weights(rng, 48, 40) for name in NAMES}
+    base = planted.write_checkpoint(tmp_path / "base", weights, "float32")
+    written = []
+    for step in (10, 20, 30, 40):
+        weights = {n: w + planted.low_rank_update(rng, w, 6, 0.01) for n, w in weights.items()}
+        written.append(planted.write_checkpoint(tmp_path / "later" / f"checkpoint-{step}", weights, "float32"))
+    return base, written
+
+
+def publish(folder: Path, run: Path) -> None:
+    """As transformers writes it: weights first, trainer_state.json last."""
+    (run / folder.name).mkdir(parents=True)
+    for file in sorted(folder.iterdir()):
+        shutil.copyfile(file, run / folder.name / file.name)
+    state = {"global_step": int(folder.name.removeprefix("checkpoint-")), "max_steps": 40}
+    (run / folder.name / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_a_growing_run_ends_with_the_rows_of_track(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, written = growing
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["track", base, run, "--follow", "-o", out, "--no-report", "--no-cache", "--nulls", 1, "--idle", 2]
+    process = subprocess.Popen([sys.executable, "-m", "opdgeo", *map(str, command)], stderr=subprocess.PIPE, text=True)
+    try:
+        for count, folder in enumerate(written, 1):
+            publish(folder, run)
+            if folder is written[2]:  # the run keeps its last two
+                shutil.rmtree(run / written[0].name)
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                seen = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
+                if len(seen.get("checkpoints", ())) == count:
+                    assert count == 4 or seen["growing"]
+                    break
+                time.sleep(0.2)
+        assert process.wait(60) == 0, process.stderr.read() if process.stderr else ""
+    finally:
+        process.kill()
+    followed = pl.read_parquet(out / "measurements.parquet")
+    settings = opdgeo.Settings(nulls=1)
+    plain = opdgeo.track(base, list(written), settings=settings, cache=False).measurements
+    assert followed.equals(plain)
+    assert not (out / ".parts").exists()
+    assert json.loads((out / "run.json").read_text())["growing"] is False
+
+
+def test_what_is_still_being_written_is_not_read(
+    growing: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, written = growing
+    run = tmp_path / "run"
+    seen = follow.Seen(run, open_checkpoint(base), tmp_path / "out")
+    assert seen.look() == []  # no folder yet
+    partial = run / "checkpoint-10"
+    partial.mkdir(parents=True)
+    whole = (written[0] / "model.safetensors").read_bytes()
+    (partial / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(follow, "SETTLE", 0.3)
+    assert seen.look() == []
+    time.sleep(0.4)
+    assert seen.look() == []  # settled, and half a file
+    (partial / "model.safetensors").write_bytes(whole)
+    assert seen.look() == []  # it just changed
+    time.sleep(0.4)
+    assert seen.look() == ["checkpoint-10"]
+    (partial / "trainer_state.json").write_text('{"global_step": 10, "max_')
+    assert not seen.over()
+    (partial / "trainer_state.json").write_text('{"global_step": 10, "max_steps": 10}')
+    assert seen.over()
+
+
+def test_a_run_that_never_comes_is_named(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint appeared in .*nowhere"):
+        follow.follow(growing[0], tmp_path / "nowhere", tmp_path / "out", idle=0.001)
