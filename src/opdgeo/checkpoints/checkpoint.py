@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ FORMATS = (
 )
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
 PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
-_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|global_step(\d+)")
+_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|(?:global_step|weight_v)(\d+)")
 _CONFIGS = ("config.json", "huggingface/config.json")
 
 
@@ -118,24 +118,28 @@ class Checkpoint:
         """Path, format, dtypes and every file with its size and SHA-256: what the results were computed from."""
         dtypes = Counter(stored.dtype for stored in self.tensors.values())
         quantised = Counter(stored.quantised for stored in self.tensors.values() if stored.quantised)
-        folder = self.path if self.path.is_dir() else self.path.parent
-        files = [
-            {
-                "name": f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name,
-                "bytes": f.stat().st_size,
-                "sha256": _sha256(f),
-            }
-            for f in self.files
-        ]
+        files = self.manifest_of(self.files)
         # The hub's cache names a folder by the commit.
         path = f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
         manifest = {"path": path, "format": self.format, "dtypes": dict(dtypes), "files": files}
         manifest |= {"quantised": dict(quantised)} if quantised else {}
         return manifest | ({"notes": list(self.notes)} if self.notes else {})
 
+    def manifest_of(self, files: Sequence[Path]) -> list[dict[str, Any]]:
+        """Each file's name, seen from the checkpoint, its size and SHA-256."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return [
+            {
+                "name": f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name,
+                "bytes": f.stat().st_size,
+                "sha256": _sha256(f),
+            }
+            for f in files
+        ]
+
 
 def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a checkpoint of any known format, or a PEFT adapter on `base`, reading headers only.
+    """Open a checkpoint of any known format, or a PEFT adapter or weight delta on `base`, reading headers only.
 
     `path` is a folder or a file; else the name of a repository on the Hugging Face hub, ``org/name@revision``.
 
@@ -160,6 +164,15 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
         from opdgeo.checkpoints.adapter import open_adapter
 
         return open_adapter(path, base)
+    from opdgeo.checkpoints.delta import is_delta, open_version
+
+    if is_delta(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a weight delta, which says what changed and not the weights themselves. Give the checkpoint "
+                "that the run started from as BASE: opdgeo track BASE RUN_DIR, or open_checkpoint(DELTA, base=…)."
+            )
+        return open_version(path, base)
     found = _find(path)
     if not found:
         if path.is_file():
@@ -198,7 +211,7 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
     """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
 
     A run may hold its last weights beside the folders of its steps; a folder that is named like a step is one checkpoint.
-    `base` is what adapters among them are added to.
+    `base` is what adapters and weight deltas among them are added to.
 
     Raises:
         CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.

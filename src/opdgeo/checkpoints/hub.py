@@ -7,18 +7,22 @@ here comes first, and so does a typing error below a folder that exists.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from opdgeo.errors import CheckpointError
 
 _NAME = re.compile(r"(?P<repo>(?P<org>\w[\w.-]*)/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
-# The first group of which the repository has a file; with the configuration, which says how weights are divided.
+# The first group of which the repository has a file.
 _WEIGHTS = (
-    re.compile(r"model(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
-    re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
-    re.compile(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)"),
-    re.compile(r"[^/]+\.gguf"),
+    ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+    ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"),
+    ("*.gguf",),
 )
+_CONFIG = "config.json"
 
 
 def is_name(text: str) -> bool:
@@ -51,22 +55,29 @@ def fetch(text: str) -> Path:
             "the revision; for a gated or private one log in with `hf auth login`."
         ) from error
     except Exception as error:  # no network: the transport raises almost anything
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except Exception:
-            raise CheckpointError(
-                f"{text} is no path here, the Hugging Face cache has no copy, and the hub cannot be reached "
-                f"({type(error).__name__}). Check the path, or fetch it where there is a network: hf download {repo}."
-            ) from error
-    weights = next((w for rule in _WEIGHTS if (w := [f for f in files if rule.fullmatch(f)])), [])
+        for patterns in _WEIGHTS:
+            with suppress(Exception):  # not cached, or not all of it
+                wanted = [*patterns, _CONFIG]
+                folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
+                if any(_matching((p.name for p in folder.iterdir()), patterns)):
+                    return folder
+        raise CheckpointError(
+            f"{text} is no path here, the Hugging Face cache has no whole copy, and the hub cannot be reached "
+            f"({type(error).__name__}). Check the path, or fetch it where there is a network: hf download {repo}."
+        ) from error
+    weights = next((w for patterns in _WEIGHTS if (w := _matching(files, patterns))), [])
     if not weights:
         raise CheckpointError(f"{text} on the Hugging Face hub holds no weights that opdgeo reads, at its top level.")
     if weights[0].endswith(".gguf") and len(weights) > 1:
         raise CheckpointError(
             f"{text} holds several GGUF files. Fetch one and give it as a file: hf download {repo} {weights[0]}."
         )
-    wanted = weights + [f for f in files if f == "config.json"]
+    wanted = [*weights, _CONFIG]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(f"downloading {text} failed: {error}. Give the command again to go on.") from error
+
+
+def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
