@@ -198,8 +198,9 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no whole model."""
-    return (path / "adapter_config.json").is_file() and not _find(path)
+    """Whether a folder holds a PEFT adapter and no exported whole model; a trainer's own state beside it is the adapter's too."""
+    whole = huggingface.find_safetensors(path) or huggingface.find_bin(path)
+    return (path / "adapter_config.json").is_file() and whole is None
 
 
 def step_folders(run: Path) -> dict[int, Path]:
