@@ -252,6 +252,134 @@ def test_shards_that_run_something_are_refused_and_not_run(ranks: Path, tmp_path
     assert not (tmp_path / "trace").exists()
 
 
+# Megatron -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def megatron(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tuned weights from Megatron-Core in float32, in bf16 with masters; and a mixture of experts, hf-moe/ and moe/."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed", exc_type=ImportError)
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    out = tmp_path_factory.mktemp("megatron")
+    config = Qwen3MoeConfig(
+        vocab_size=56, hidden_size=32, intermediate_size=44, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=3, num_experts_per_tok=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(out / "hf-moe")
+    jobs = [(pair / "tuned", "plain/iter_0000003", "plain"), (pair / "tuned", "masters/iter_0000003", "masters")]
+    jobs.append((out / "hf-moe", "moe/iter_0000003", "plain"))
+    (out / "plain").mkdir()
+    arguments = [str(a) for source, where, kind in jobs for a in (source, out / where, kind)]
+    subprocess.run([sys.executable, HERE / "megatron_writer.py", *arguments], check=True, timeout=300)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["plain", "masters"])
+def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: Path) -> None:
+    """Heads and vocabulary come from config.json where there is one, else from Megatron's own arguments."""
+    check(pair, megatron / kind / "iter_0000003")
+    copy = Path(shutil.copytree(megatron / kind, tmp_path / "run")) / "iter_0000003"
+    shutil.copy(pair / "tuned" / "config.json", copy)
+    (copy / "common.pt").unlink()
+    (opened,) = run_checkpoints([tmp_path / "run"])
+    assert (opened.name, opened.step, opened.format) == ("iter_0000003", 3, "Megatron")
+    expected = weights(pair / "tuned")
+    assert opened.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
+
+
+def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
+    opened, expected = open_checkpoint(megatron / "moe" / "iter_0000003"), weights(megatron / "hf-moe")
+    assert opened.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
+
+
+def test_megatron_arguments_that_run_something_are_refused_and_not_run(megatron: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(megatron / "plain" / "iter_0000003", tmp_path / "bad"))
+    torch.save({"args": Runs(tmp_path / "trace")}, bad / "common.pt")
+    with pytest.raises(CheckpointError, match=r"posix\.system to be run .*config\.json"):
+        open_checkpoint(bad)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_heads_that_do_not_divide_a_megatron_checkpoint_are_refused(megatron: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(megatron / "plain" / "iter_0000003", tmp_path / "bad"))
+    (bad / "config.json").write_text(json.dumps({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}))
+    with pytest.raises(CheckpointError, match="linear_qkv has 64 rows; 8 heads of 8 in 2 groups make 96"):
+        open_checkpoint(bad)
+
+
+# GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, state: Tensors, architecture: str, quantised: str | None = None) -> Path:
+    """The state as llama.cpp's converter writes it, with the gguf library; matrices with 32 columns quantised."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_token_list([b"a", b"b"])
+    arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, 2)
+    for name, tensor in state.items():
+        values = tensor.float().numpy()
+        if architecture == "llama" and (heads := 4 if "q_proj" in name else 2 if "k_proj" in name else 0):
+            values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        kind = None
+        if quantised and values.ndim == 2 and values.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType[quantised]
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_gguf_file(architecture: str, pair: Path, tmp_path: Path) -> None:
+    state = {n: t for n, t in weights(pair / "tuned").items() if architecture == "qwen3" or "_norm" not in n}
+    file = write_gguf(tmp_path / "model" / "tuned.gguf", state, architecture)
+    check(pair, file)
+    check(pair, file.parent)
+    assert open_checkpoint(file).tensors.keys() == state.keys()
+
+
+def test_a_quantised_gguf_file_is_marked(pair: Path, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    state = weights(pair / "tuned")
+    opened = open_checkpoint(write_gguf(tmp_path / "tuned.gguf", state, "qwen3", "Q8_0"))
+    assert opened.manifest()["quantised"] == {"Q8_0": 14}
+    assert "is quantised (Q8_0)" in opened.notes[0]
+    name = "model.layers.1.self_attn.k_proj.weight"
+    rounded = quants.quantize(state[name].numpy(), GGMLQuantizationType.Q8_0)
+    expected = torch.from_numpy(quants.dequantize(rounded, GGMLQuantizationType.Q8_0))
+    assert torch.equal(opened.tensors[name][:, :], expected)
+    assert torch.equal(opened.tensors[name][3:9, 5:7], expected[3:9, 5:7])
+    assert not torch.equal(expected, state[name])
+
+
+def test_gguf_folders_that_do_not_say_which_and_other_architectures_are_refused(pair: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "many" / "a.gguf", weights(pair / "tuned"), "qwen3")
+    shutil.copy(file, file.with_name("b.gguf"))
+    with pytest.raises(CheckpointError, match=r"several GGUF models: a\.gguf, b\.gguf"):
+        open_checkpoint(file.parent)
+    with pytest.raises(CheckpointError, match="architecture 'gemma'"):
+        open_checkpoint(write_gguf(tmp_path / "gemma.gguf", {}, "gemma"))
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+        open_checkpoint(tmp_path / "cut.gguf")
+
+
 # Where trainers put them ----------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_public_names() -> None:
-    assert opdgeo.__all__ == ["Channel", "Result", "Settings", "compare", "open_checkpoint", "track"]
+    assert opdgeo.__all__ == ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
     for name in opdgeo.__all__:
         assert getattr(opdgeo, name).__doc__
 

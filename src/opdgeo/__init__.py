@@ -9,18 +9,20 @@ if TYPE_CHECKING:
     from opdgeo.diagnostics import Settings
     from opdgeo.survey import Result, compare, track
     from opdgeo.training.channel import Channel
+    from opdgeo.training.monitor import GeometryMonitor
 
 __version__ = version("opdgeo")
 
 _HOMES = {
     "Channel": "opdgeo.training.channel",
+    "GeometryMonitor": "opdgeo.training.monitor",
     "Result": "opdgeo.survey",
     "Settings": "opdgeo.diagnostics",
     "compare": "opdgeo.survey",
     "open_checkpoint": "opdgeo.checkpoints",
     "track": "opdgeo.survey",
 }
-__all__ = ["Channel", "Result", "Settings", "compare", "open_checkpoint", "track"]
+__all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
 
 
 def __getattr__(name: str) -> Any:

@@ -150,9 +150,9 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of another tensor, one below the other: (rows, cols) from a tensor (…, rows, cols) at `at`.
+    """Some rows of another tensor, one below the other: (rows, cols) from a tensor (…, rows, cols).
 
-    `ranges` are (first, end) of rows; `within` an index into the leading axes.
+    `ranges` are (first, end) of rows, in the order wanted; `within` is an index into the leading axes.
     """
 
     source: Stored
@@ -180,7 +180,7 @@ class Rows:
         import torch
 
         rest = tuple(slice(0, n) for n in self.shape[1:])
-        first, end = self.ranges[0][0], self.ranges[-1][1]
+        first, end = min(a for a, _ in self.ranges), max(b for _, b in self.ranges)
         block = self.source[(*self.within, slice(first, end), *rest)]
         return torch.cat([block[a - first : b - first] for a, b in self.ranges])[index]
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def _survey(
     runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(seen.manifest if seen else Checkpoint.manifest, [base, *checkpoints])
+        manifests = beside.map(seen.manifest if seen else methodcaller("manifest"), [base, *checkpoints])
         with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)

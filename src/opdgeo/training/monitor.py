@@ -1,0 +1,474 @@
+"""The live monitor: the geometry of the update while it trains, for any transformers or TRL trainer.
+
+    from opdgeo import GeometryMonitor
+    trainer.add_callback(GeometryMonitor())
+
+Every `every` steps, and at the last one, a few matrices are measured against where training started, with the formulas of
+`opdgeo track`; the means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
+`docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix.
+
+What is read. The parameters as the optimizer leaves them: fp32 under autocast, DDP and FSDP2, whose mixed precision keeps
+fp32 shards. Parameters that are held in bf16 are all there is, unless DeepSpeed keeps masters of them elsewhere; they are
+measured as they are, and a warning says so. Under FSDP2 every process keeps and reads its own rows; only narrow blocks are
+exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to read here: the monitor says so and stays silent.
+
+A callback is not told which trainer it serves. The row that a trainer logs is a dictionary which its callbacks see one after
+another, reporters before those that a user adds; so the monitor moves itself to the front of the list that called it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from opdgeo.checkpoints import ROLES, Checkpoint, Matrix, open_checkpoint
+from opdgeo.checkpoints.names import matrices
+from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
+from opdgeo.diagnostics.locking import locking_step
+from opdgeo.diagnostics.update import cached
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.numerics import subspaces
+from opdgeo.numerics.sharded import Rows, ShardedDifference
+from opdgeo.numerics.spectra import Difference, Spectrum, leading
+from opdgeo.training.constrain import parameter_name
+
+if TYPE_CHECKING:
+    from opdgeo.training.channel import Channel
+
+Rule = str | Callable[[Mapping[str, float]], bool]
+PREFIX = "geometry/"
+HISTORY = 16  # earlier channels that are kept; beyond it every second one goes
+MEASURED = ("frobenius_norm", "relative_norm", "stable_rank", "update_sparsity", "principal_energy")
+log = logging.getLogger(__name__)
+
+
+class GeometryMonitor(TrainerCallback):
+    """Measures the update of a few matrices while a model trains.
+
+    Args:
+        every: steps between two measurements.
+        watch: how many matrices, spread over layers and roles; or their names, as in the `matrix` column of `track`.
+        base: the checkpoint that updates are measured from. Default: the weights as training starts, copied to the CPU; for a
+            run that is resumed, the model's `name_or_path`.
+        channel: also the share of the update's energy outside this one, `geometry/outside`.
+        stop: ends training once it holds of a log row: "channel/outside > 0.2", or a function of the row.
+        alert: warns when it begins to hold.
+        lock: the similarity from which the channel counts as locked.
+
+    Attributes:
+        rows: step, matrix, diagnostic, variant, value of everything measured.
+
+    Raises:
+        ConfigError: a rule that cannot be read, a name that is not in the model, a base that does not fit.
+    """
+
+    def __init__(
+        self, every: int = 25, *, watch: int | Sequence[str] = 8, base: str | Path | None = None,
+        channel: Channel | None = None, stop: Rule | None = None, alert: Rule | None = None, lock: float = 0.8,
+    ):  # fmt: skip
+        if every < 1:
+            raise ConfigError(f"every is {every}; expected a number of steps of at least 1.")
+        if not 0 < lock <= 1:
+            raise ConfigError(f"lock is {lock}; expected a similarity in (0, 1].")
+        self.every, self.watch, self.base, self.channel, self.lock = every, watch, base, channel, lock
+        self.stop, self.alert = _rule(stop), _rule(alert)
+        self.rows: list[dict[str, Any]] = []
+        self._subjects: list[_Subject] = []
+        self._history: list[tuple[int, dict[str, Spectrum]]] = []
+        self._pending: dict[str, float] = {}
+        self._alerted = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        _to_the_front(self)
+        self._subjects = _subjects(model, self.watch, self._origin(model, state))
+        if not self._subjects:
+            log.warning("the geometry monitor found no matrix that it can read, and stays silent.")
+        elif half := {s.dtype for s in self._subjects} - {torch.float32, torch.float64}:
+            log.warning("the monitored parameters are held in %s: what rounds away there is not seen.", half.pop())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        step = state.global_step
+        if self._subjects and (step % self.every == 0 or step == state.max_steps):
+            self._pending = self.measure(step)
+            control.should_log = True
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:  # fmt: skip
+        if logs is None:
+            return control
+        if self._pending:
+            logs.update(self._pending)
+            if state.log_history:
+                state.log_history[-1].update(self._pending)
+            self._pending = {}
+        if self.alert:
+            holds = self.alert(logs)
+            if holds and not self._alerted:
+                log.warning("step %d: %s holds.", state.global_step, self.alert)
+            self._alerted = self._alerted if holds is None else holds
+        if self.stop and self.stop(logs):
+            log.warning("step %d: %s holds, so training stops.", state.global_step, self.stop)
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for rule in (self.stop, self.alert):
+            if rule and not rule.asked:
+                log.warning("%s was never decided: no log row had its name.", rule)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict[str, float]:
+        """Measure now; returns the means over the matrices, by the names of the log."""
+        now: dict[str, Spectrum] = {}
+        values: dict[str, list[float]] = {}
+        for subject in self._subjects:
+            update = subject.update()
+            found = {n: diagnostics()[n].measure(update) for n in MEASURED}
+            found["update_sparsity"] = subject.over_rows(found["update_sparsity"])
+            if update.moved:
+                now[subject.name] = _kept(update.delta_spectrum)
+                k = now[subject.name].right.shape[1]
+                found["subspace_similarity"] = {
+                    f"{other}.{SETTINGS.top_k}": subspace_similarity.similarity(
+                        _wide(now[subject.name]), _wide(earlier[subject.name]), k
+                    )
+                    for other, (_, earlier) in self._earlier().items()
+                    if subject.name in earlier
+                }
+                if self.channel and subject.name in self.channel.subspaces:
+                    found["channel"] = {"outside": Value(_outside(self.channel, update, subject.name))}
+            for diagnostic, variants in found.items():
+                for variant, value in variants.items():
+                    row = {"step": step, "matrix": subject.name, "diagnostic": diagnostic, "variant": variant}
+                    self.rows.append(row | {"value": value.value})
+                    if value.value is not None:
+                        values.setdefault(f"{diagnostic}.{variant}", []).append(value.value)
+            subject.near = now[subject.name].right if subject.name in now else subject.near
+        means = {name: sum(found) / len(found) for name, found in values.items()}
+        logs = {PREFIX + name: means[key] for name, key in LOGGED.items() if key in means}
+        if (unchanged := means.get("update_sparsity.bf16_eta")) is not None:
+            logs[PREFIX + "visible"] = 1 - unchanged
+        if (since := self._locked(step, now)) is not None:
+            logs[PREFIX + "locked_since"] = since
+        self._remember(step, now)
+        return logs
+
+    def _earlier(self) -> dict[str, tuple[int, dict[str, Spectrum]]]:
+        return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
+
+    def _locked(self, step: int, now: dict[str, Spectrum]) -> int | None:
+        """The step since which the channel has been what it is now, as `track` would say if training ended here."""
+        curve: list[float | None] = []
+        for _, earlier in self._history:
+            found = [
+                subspace_similarity.similarity(_wide(earlier[n]), _wide(now[n]), now[n].right.shape[1]).value
+                for n in now.keys() & earlier.keys()
+            ]
+            known = [x for x in found if x is not None]
+            curve.append(sum(known) / len(known) if known else None)
+        return locking_step([s for s, _ in self._history], curve, self.lock)
+
+    def _remember(self, step: int, now: dict[str, Spectrum]) -> None:
+        if not now:
+            return
+        self._history.append((step, now))
+        if len(self._history) > HISTORY:
+            first, *middle, last = self._history
+            self._history = [first, *middle[1::2], last]
+
+    def _origin(self, model: Any, state: TrainerState) -> Checkpoint | None:
+        """The checkpoint with W₀; None where the weights in memory are W₀."""
+        if self.base is None and not state.global_step:
+            return None
+        where = self.base or getattr(model, "name_or_path", "") or ""
+        try:
+            return open_checkpoint(where)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"the run is at step {state.global_step} and the weights where it started are not at {where!r} ({error}); expected "
+                "their checkpoint. Give GeometryMonitor(base=…)."
+            ) from error
+
+
+SETTINGS = Settings(rank=1)
+LOGGED = {
+    "norm": "frobenius_norm.",
+    "relative_norm": "relative_norm.",
+    "stable_rank": "stable_rank.",
+    "principal_energy": f"principal_energy.both.{SETTINGS.mask_rank}",
+    "similarity_previous": f"subspace_similarity.previous.{SETTINGS.top_k}",
+    "similarity_first": f"subspace_similarity.first.{SETTINGS.top_k}",
+    "outside": "channel.outside",
+}
+
+
+class _MonitoredBase(Base):
+    """W₀ as far as the monitor asks: this process's rows of it, and the top of its spectrum instead of all."""
+
+    rows: Rows | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.rows.total if self.rows else self.weights.shape[0]), self.weights.shape[1]
+
+    @cached
+    def norm(self) -> float:
+        return _norm(torch.zeros_like(self.weights), self.weights, self.rows)
+
+    @cached
+    def spectrum(self) -> Spectrum:
+        nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
+        return leading(_difference(nothing, self.weights, self.norm, self.rows), self.cut(self.settings.mask_rank)[0])
+
+
+class _MonitoredUpdate(Update):
+    """ΔW, of which this process may hold some rows only."""
+
+    base: _MonitoredBase
+
+    @cached
+    def moved(self) -> bool:
+        return self.norm > 0
+
+    @cached
+    def norm(self) -> float:
+        return _norm(self.base.weights, self.weights, self.base.rows)
+
+    @property
+    def delta(self) -> Difference:
+        return _difference(self.base.weights, self.weights, self.norm, self.base.rows)
+
+
+def _norm(before: Tensor, after: Tensor, rows: Rows | None) -> float:
+    square = float(Update(Base(before, SETTINGS), after).norm) ** 2
+    return (rows.total_of(square)[0] if rows else square) ** 0.5
+
+
+def _difference(before: Tensor, after: Tensor, norm: float, rows: Rows | None) -> Difference:
+    return ShardedDifference(before, after, norm, rows) if rows else Difference(before, after, norm)
+
+
+@dataclass
+class _Subject:
+    """One monitored matrix: where it is now, and W₀'s rows of this process on the CPU."""
+
+    matrix: Matrix
+    current: Callable[[], Tensor]
+    before: Tensor
+    dtype: torch.dtype
+    rows: Rows | None = None
+    near: Tensor | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # W₀'s norm and spectrum, once they are known
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    def update(self) -> Update:
+        weights = self.current()
+        base = _MonitoredBase(self.before.to(weights.device), SETTINGS)
+        base.rows = self.rows
+        base.__dict__.update(self.facts)
+        near = None if self.near is None else self.near.to(weights.device, torch.float64)
+        update = _MonitoredUpdate(base, weights, directions=SETTINGS.top_k, start=near)
+        if not self.facts:
+            self.facts = {"norm": base.norm, "spectrum": base.spectrum}
+        return update
+
+    def over_rows(self, shares: dict[str, Value]) -> dict[str, Value]:
+        """Shares of this process's entries as shares of all."""
+        if self.rows is None:
+            return shares
+        mine = self.before.shape[0] / self.rows.total
+        sums = self.rows.total_of(*(0.0 if mine == 0 else (v.value or 0.0) * mine for v in shares.values()))
+        return {name: replace(v, value=s) for (name, v), s in zip(shares.items(), sums, strict=True)}
+
+
+def _subjects(model: torch.nn.Module, watch: int | Sequence[str], origin: Checkpoint | None) -> list[_Subject]:
+    """The monitored matrices of a model, each with its W₀."""
+    config: dict[str, Any] = model.config.to_dict() if hasattr(model, "config") else {}  # type: ignore[union-attr, operator]
+    found: dict[str, tuple[Matrix, str]] = {}
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        plain = parameter_name(name).replace(".base_layer.", ".").removeprefix("base_model.model.")
+        if not hasattr(parameter, "ds_id"):
+            found |= {m.name: (m, name) for m in matrices(plain, tuple(parameter.shape), config) or []}
+    if isinstance(watch, int):
+        usable = [m for m, name in found.values() if _readable(model, parameters, m, name)]
+        chosen = _spread(usable, watch)
+    else:
+        if missing := [name for name in watch if name not in found]:
+            raise ConfigError(
+                f"the model has no matrix {missing[0]!r}; expected some of its {len(found)}, such as {next(iter(found), None)!r}."
+            )
+        chosen = [found[name][0] for name in watch]
+    subjects = []
+    for matrix in chosen:
+        current, rows, dtype = _reader(model, parameters, matrix, found[matrix.name][1])
+        if origin is None:
+            before = current().detach().to("cpu", copy=True)
+        else:
+            before = _stored(origin, matrix)
+            before = before[rows.start : rows.start + len(current())].clone() if rows else before
+        subjects.append(_Subject(matrix, current, before, dtype, rows))
+    return subjects
+
+
+def _spread(usable: list[Matrix], count: int) -> list[Matrix]:
+    """`count` matrices over all layers, the roles in turn."""
+    roles = [r for r in ROLES if any(m.role == r for m in usable)]
+    layers = sorted({m.layer for m in usable})
+    chosen: dict[str, Matrix] = {}
+    for i in range(count if usable else 0):
+        layer = layers[round(i * (len(layers) - 1) / max(1, count - 1))]
+        of = [m for m in usable if m.layer == layer and m.name not in chosen]
+        if of:
+            best = min(of, key=lambda m: (roles.index(m.role) - i) % len(roles))
+            chosen[best.name] = best
+    return list(chosen.values())
+
+
+def _readable(model: Any, parameters: dict[str, Any], matrix: Matrix, name: str) -> bool:
+    """Whether the rows of this process can be read without gathering: not of a sharded part, and not of a sharded LoRA layer."""
+    parameter = parameters[name]
+    if not isinstance(parameter, DTensor):
+        return True
+    ranks = parameter.device_mesh.size()
+    if (ranks - 1) * -(-parameter.shape[0] // ranks) >= parameter.shape[0]:  # a process without rows
+        return False
+    return matrix.name == matrix.tensor and not matrix.transposed and ".base_layer." not in name
+
+
+def _reader(
+    model: Any, parameters: dict[str, Any], matrix: Matrix, name: str
+) -> tuple[Callable[[], Tensor], Rows | None, torch.dtype]:
+    """How to read a matrix as it is now: this process's rows where it is sharded by rows, else all of it."""
+    parameter = parameters[name]
+    if not isinstance(parameter, DTensor):
+        if ".base_layer." in name:
+            layer = model.get_submodule(name.partition(".base_layer.")[0])
+            return lambda: matrix.cut(_merged(layer)), None, parameter.dtype
+        return lambda: matrix.cut(_live(model, name).detach()), None, parameter.dtype
+    sharded = [i for i, p in enumerate(parameter.placements) if not p.is_replicate()]
+    plain = len(sharded) == 1 and parameter.placements[sharded[0]] == Shard(0)
+    if not plain or not _readable(model, parameters, matrix, name):
+        return lambda: matrix.cut(_live(model, name).detach().full_tensor()), None, parameter.dtype
+    mesh = parameter.device_mesh
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
+    rows = Rows(parameter.shape[0], offset[0], mesh.get_group(sharded[0]))
+    return lambda: _live(model, name).detach().to_local(), rows, parameter.dtype
+
+
+def _live(model: Any, name: str) -> Any:
+    """The parameter of that name now: FSDP2 swaps parameter objects."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
+
+
+def _merged(layer: Any) -> Tensor:
+    """The weight of a LoRA layer with its active adapters added."""
+    weight = layer.base_layer.weight.detach().double()
+    for adapter in () if layer.merged else layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter).detach().double()
+    return weight
+
+
+def _stored(origin: Checkpoint, matrix: Matrix) -> Tensor:
+    known = origin.tensors.get(matrix.tensor)
+    if known is None:
+        raise ConfigError(f"{origin.path} has no {matrix.tensor}; expected the checkpoint that training started from.")
+    return origin.read(matrix)
+
+
+def _outside(channel: Channel, update: Update, name: str) -> float:
+    """The share of ΔW's energy outside the channel."""
+    basis = subspaces.orthonormal(channel[name].basis.to(update.weights.device))
+    delta = update.delta
+    inside = delta @ basis if channel.side == "right" else delta.T @ basis
+    return max(0.0, 1 - float(torch.linalg.vector_norm(inside / update.norm)) ** 2)
+
+
+def _kept(of: Spectrum) -> Spectrum:
+    """What later steps compare with, in little memory: the right vectors."""
+    return replace(of, left=of.left[:0], right=of.right.float().cpu(), sigma=of.sigma.cpu(), errors=of.errors.cpu())
+
+
+def _wide(of: Spectrum) -> Spectrum:
+    return replace(of, right=of.right.double())
+
+
+def _to_the_front(callback: TrainerCallback) -> None:
+    """Move `callback` before all others of the handler that is calling it; see the top of this file."""
+    for frame in _callers():
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+
+
+def _callers() -> Iterator[Any]:
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+class _Decision:
+    """A rule and its words; None of a row that does not have its name."""
+
+    def __init__(self, words: str, decide: Callable[[Mapping[str, float]], bool | None]):
+        self.words, self.decide, self.asked = words, decide, False
+
+    def __call__(self, logs: Mapping[str, float]) -> bool | None:
+        found = self.decide(logs)
+        self.asked |= found is not None
+        return found
+
+    def __str__(self) -> str:
+        return self.words
+
+
+_SIGNS: dict[str, Callable[[float, float], bool]] = {
+    ">": lambda a, b: a > b,
+    "<": lambda a, b: a < b,
+    ">=": lambda a, b: a >= b,
+    "<=": lambda a, b: a <= b,
+}
+
+
+def _rule(rule: Rule | None) -> _Decision | None:
+    if rule is None or callable(rule):
+        return rule and _Decision(getattr(rule, "__name__", "the rule"), rule)
+    parts = re.fullmatch(r"\s*(\S+)\s*(>=|<=|>|<)\s*(\S+)\s*", rule)
+    try:
+        name, sign, limit = parts[1], _SIGNS[parts[2]], float(parts[3])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"the rule {rule!r} cannot be read; expected a name of the log, a sign and a number, such as 'channel/outside > 0.2', "
+            "or a function of the log row."
+        ) from None
+    return _Decision(rule, lambda logs: sign(logs[name], limit) if name in logs else None)
