@@ -43,6 +43,10 @@ class Digits:
     def verifiable(self) -> bool:
         return True
 
+    @property
+    def prompted(self) -> bool:
+        return True
+
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
         rng = random.Random(f"{seed}-{held_out}-{self.shortest}-{self.longest}")
         found: dict[str, Example] = {}
