@@ -264,6 +264,9 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("out", metavar="OUT", nargs="+", type=Path, help="results folders")
     report.add_argument("--figures", action="store_true", help="also write figures/*.svg and figures/*.pdf")
+    report.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write what one study found as a page of text"
+    )
     report.set_defaults(run=_report)
     return main
 
@@ -554,6 +557,12 @@ def _report(args: argparse.Namespace) -> int:
 
     for out in args.out:
         print(f"report: {write_report(out, figures=args.figures)}")
+    if args.markdown:
+        from opdgeo.report.markdown import write_markdown
+
+        if len(args.out) != 1:
+            raise ConfigError(f"--markdown was given with {len(args.out)} folders; expected one study.")
+        print(f"text:   {write_markdown(args.out[0], args.markdown)}")
     return DONE
 
 

@@ -3,7 +3,7 @@
     who writes the tokens (demonstrations, student, teacher)  ×  what credit a token gets  ×  where the update may go
 
 Everything else an arm changes stands in its last column, and is what makes it a control. An arm takes its other settings from
-the arm of the preset that it is `like`; the full study's budget is at the end of this file.
+the arm of the preset that it is `like`. What the arms are for, and what they cost: docs/study.md.
 
 Arms of S1 go on from 20 % of the arm they are like (weights only: every one of them, the free and the frozen too, starts
 with fresh Adam moments and fresh prompts, so they differ in the constraint alone). K of a seed is the whole number just below
@@ -153,18 +153,6 @@ ARMS: tuple[Arm, ...] = (
 )  # fmt: skip
 
 STUDIES = {"small": PARADIGMS, "full": tuple(arm.name for arm in ARMS)}
-BUDGET = """\
-Core-minutes of the full study with three seeds, on two cores of an AMD EPYC with two arms at a time (an OPD step of 64
-sequences takes 1.7 s, an RLVR step of 128 2.5 s, a matched SFT step 0.8 s; measuring an arm 20 s; evaluating 35 s):
-
-  the four paradigms, 3 seeds                                 41
-  C1–C3: ten arms of 60 steps, 3 seeds                        69
-  weaker teacher, 3 seeds; small student and digits, 1 seed   25
-  models made at study time                                    4
-  SGD, bf16, clipping, KLs, own samples: 60 steps, 1 seed     27
-  S1: seven arms × three paradigms × 3 seeds, two × 1 seed    97
-
-together about 263, or 2 h 15 min on two cores."""
 
 
 def chosen(study: str, preset: str) -> list[Arm]:
