@@ -80,6 +80,8 @@ def main(origin: Path, channel: Path, out: Path, modes: list[str]) -> None:
                 "parameters": type(next(whole.model.parameters()).data).__name__,
             }
             (folder / "log.json").write_text(json.dumps(facts))
+        if name == "left":
+            continue
         resumed = trainer(origin, folder / "states", [])
         constrain.constrain(resumed, held, mode)
         resumed.train(resume_from_checkpoint=str(folder / "states" / f"checkpoint-{STEPS // 2}"))

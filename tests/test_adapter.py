@@ -16,6 +16,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import opdgeo
 from opdgeo import checkpoints
 from opdgeo.checkpoints import open_checkpoint
+from opdgeo.checkpoints.adapter import Adapter
 from opdgeo.errors import CheckpointError, PairingError
 from opdgeo.survey import engines
 from opdgeo.survey.run import plan_text
@@ -131,6 +133,8 @@ def test_an_adapter_measures_what_its_merged_checkpoint_does(case: str, bases: d
     moved = found.measurements.filter((pl.col("diagnostic") == "operator_norm") & (pl.col("value") > 0))
     methods = {"dora": {"svdvals"}, "whole": {"factors", "svdvals"}}
     assert set(moved["method"]) == next((m for word, m in methods.items() if word in case), {"factors"})
+    norms = found.measurements.filter((pl.col("diagnostic") == "frobenius_norm") & (pl.col("value") > 0))
+    assert [m == "factors" for m in norms["method"]] == [m == "factors" for m in moved["method"]]
 
 
 @pytest.fixture(scope="module")
@@ -359,9 +363,23 @@ def test_every_entry_of_an_adapter_reads_as_merged(pair: tuple[Path, Path, Path]
         torch.testing.assert_close(found, whole.read(matrix).double(), rtol=2e-6, atol=1e-8)
 
 
-def test_the_whole_file_is_no_adapter(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Where a folder holds a whole model, an adapter beside it is not what was asked for."""
+def test_what_else_lies_in_the_folder(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Beside a whole model an adapter is not what was asked for; beside a trainer's sharded state it is."""
     base, adapter, merged = pair
+    opened = opdgeo.open_checkpoint(base)
     both = copied(adapter, tmp_path / "both")
     shutil.copy(merged / "model.safetensors", both)
-    assert type(open_checkpoint(both, opdgeo.open_checkpoint(base))) is checkpoints.Checkpoint
+    assert type(open_checkpoint(both, opened)) is checkpoints.Checkpoint
+    trained = copied(adapter, tmp_path / "trained")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    torch.distributed.checkpoint.save(factors, checkpoint_id=trained / "pytorch_model_fsdp_0", no_dist=True)
+    assert type(open_checkpoint(trained, opened)) is Adapter
+
+
+def test_a_channel_of_an_adapter_is_that_of_the_merged_checkpoint(pair: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = pair
+    mine, theirs = (opdgeo.Channel.extract(base, tuned, k=4, side="left") for tuned in (adapter, merged))
+    assert max(float(angles.max()) for angles in mine.compare(theirs).values()) < 0.01
+    for outside in (mine.energy_outside(base, adapter), theirs.energy_outside(base, merged)):
+        for name, share in mine.energy_outside(base, merged).items():
+            assert share is not None and share == pytest.approx(outside[name], rel=1e-5)

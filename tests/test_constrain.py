@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 import channel_worker
 from opdgeo import Channel
@@ -58,7 +58,8 @@ def factors_outside(held: Channel, factors: dict[str, torch.Tensor]) -> list[flo
 
 
 def check(held: Channel, base: Path, folder: Path, mode: str) -> None:
-    for name in ("whole", "resumed"):
+    runs = ["whole"] if mode == "left" else ["whole", "resumed"]
+    for name in runs:
         shares = outside(held, base, folder / mode / f"{name}.safetensors")
         assert max(shares) <= 1e-8 if mode != "gradient" else 0.01 < max(shares) < 0.9
         if mode == "adapter":
@@ -68,7 +69,7 @@ def check(held: Channel, base: Path, folder: Path, mode: str) -> None:
             for tensor, b in factors.items():  # the checkpoint's weights are the factors' to rounding
                 expected = weights(base)[tensor] + b @ held[tensor].basis.T
                 torch.testing.assert_close(update[tensor], expected, rtol=0, atol=3e-7)
-    ours, again = (load_file(folder / mode / f"{n}.safetensors") for n in ("whole", "resumed"))
+    ours, again = (load_file(folder / mode / f"{n}.safetensors") for n in (runs[0], runs[-1]))
     assert all(torch.equal(ours[n], again[n]) for n in ours)
 
 
@@ -124,6 +125,32 @@ def test_two_processes_stay_in_the_channel_and_reach_the_same_weights(
             one = load_file(alone / mode / "whole.safetensors")
             for name, two in load_file(tmp_path / mode / "whole.safetensors").items():
                 assert (two - one[name]).norm() <= 1e-5 * one[name].norm(), name
+
+
+def test_gradients_are_projected_before_they_are_clipped(origin: Path, channel: Path, tmp_path: Path) -> None:
+    """The norm that the trainer clips, and logs, is that of the projected gradient."""
+    held, norms, found = Channel.load(channel), {}, {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.update({n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None})
+
+    for mode in (None, "gradient"):
+        made = channel_worker.trainer(origin, tmp_path / str(mode), [Watch()], steps=1)
+        made.args.logging_steps, made.args.max_grad_norm = 1, 1e9 if mode is None else 0.5
+        if mode:
+            constrain.constrain(made, held, mode, unconstrained="frozen")
+        made.train()
+        norms[mode] = next(row["grad_norm"] for row in made.state.log_history if "grad_norm" in row)
+        if mode is None:
+            free = dict(found)
+            found.clear()
+    inside = {s.matrix.name: held.project(s.matrix.name, free[s.matrix.name]) for s in held.open()}
+    norm = sum(float(g.norm()) ** 2 for g in inside.values()) ** 0.5
+    assert norms["gradient"] == pytest.approx(norm, rel=1e-4) and norm > 0.5
+    assert found.keys() == inside.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, inside[name] * (0.5 / norm), rtol=1e-3, atol=1e-6)
 
 
 def test_the_adapter_in_plain_peft_and_trl_ends_where_the_mode_does(

@@ -139,6 +139,13 @@ def parser() -> argparse.ArgumentParser:
         dest="settings",
         help="any other setting of OUT/config.json, the value as JSON, such as micro_batch=2",
     )
+    train.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="HARDWARE",
+        help="only say what the run would take, by part, here or on stated hardware such as h100x8; refuse what cannot fit",
+    )
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     train.set_defaults(run=_train)
 
@@ -423,12 +430,23 @@ def _train(args: argparse.Namespace) -> int:
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")
+    if args.plan is not None:
+        return _train_plan(config, args.plan or None)
     make_teacher(config, progress=sys.stderr.isatty())
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
     if not is_main():
         return DONE
     print(f"last checkpoint: {last}")
     print(f"measure it:      opdgeo track {resolve(config.origin)} {out}")
+    return DONE
+
+
+def _train_plan(config, hardware: str | None) -> int:  # type: ignore[no-untyped-def]
+    from opdgeo.training import plan
+
+    made = plan.plan(config, plan.hardware(hardware))
+    print(plan.describe(made))
+    plan.refuse_what_cannot_fit(made)
     return DONE
 
 

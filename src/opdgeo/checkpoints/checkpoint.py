@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints import dcp, fsdp, ggufs, huggingface, megatron
+from opdgeo.checkpoints import dcp, fsdp, ggufs, hub, huggingface, megatron, zero
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -48,11 +48,12 @@ FORMATS = (
     Format("torch distributed", ".metadata with *.distcp", dcp.find, dcp.read),
     Format("safetensors", "model.safetensors", huggingface.find_safetensors, huggingface.read_safetensors),
     Format("torch", "pytorch_model.bin", huggingface.find_bin, huggingface.read_bin),
+    Format("DeepSpeed ZeRO", "global_step*/*_optim_states.pt", zero.find, zero.read),
     Format("GGUF", "*.gguf", ggufs.find, ggufs.read),
 )
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
 PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
-_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|global_step(\d+)")
+_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|(?:global_step|weight_v)(\d+)")
 _CONFIGS = ("config.json", "huggingface/config.json")
 
 
@@ -68,10 +69,13 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: str = "safetensors"
+    repository: str = ""  # the name by which it was fetched from the hub
 
     @property
     def name(self) -> str:
         """The folder's name, as it stands in the `checkpoint` column; of `global_step_10/actor`, `global_step_10`."""
+        if self.repository:
+            return self.repository.partition("/")[2]
         path = self.path.resolve()
         if path.is_file():
             return path.stem
@@ -82,7 +86,7 @@ class Checkpoint:
     @property
     def step(self) -> int | None:
         """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
-        return _step(self.name)
+        return _step(self.name.rpartition("@")[2])
 
     @property
     def files(self) -> list[Path]:
@@ -114,29 +118,39 @@ class Checkpoint:
         """Path, format, dtypes and every file with its size and SHA-256: what the results were computed from."""
         dtypes = Counter(stored.dtype for stored in self.tensors.values())
         quantised = Counter(stored.quantised for stored in self.tensors.values() if stored.quantised)
+        files = self.manifest_of(self.files)
+        # The hub's cache names a folder by the commit.
+        path = f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
+        manifest = {"path": path, "format": self.format, "dtypes": dict(dtypes), "files": files}
+        manifest |= {"quantised": dict(quantised)} if quantised else {}
+        return manifest | ({"notes": list(self.notes)} if self.notes else {})
+
+    def manifest_of(self, files: Sequence[Path]) -> list[dict[str, Any]]:
+        """Each file's name, seen from the checkpoint, its size and SHA-256."""
         folder = self.path if self.path.is_dir() else self.path.parent
-        files = [
+        return [
             {
                 "name": f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name,
                 "bytes": f.stat().st_size,
                 "sha256": _sha256(f),
             }
-            for f in self.files
+            for f in files
         ]
-        manifest = {"path": str(self.path), "format": self.format, "dtypes": dict(dtypes), "files": files}
-        manifest |= {"quantised": dict(quantised)} if quantised else {}
-        return manifest | ({"notes": list(self.notes)} if self.notes else {})
 
 
 def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a checkpoint of any known format, or a PEFT adapter on `base`, reading headers only.
+    """Open a checkpoint of any known format, or a PEFT adapter or weight delta on `base`, reading headers only.
+
+    `path` is a folder or a file; else the name of a repository on the Hugging Face hub, ``org/name@revision``.
 
     A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
 
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
+    if not path.exists() and hub.is_name(name):
+        return replace(open_checkpoint(hub.fetch(name), base), repository=name)
     if not path.exists():
         raise CheckpointError(
             f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."
@@ -150,6 +164,15 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
         from opdgeo.checkpoints.adapter import open_adapter
 
         return open_adapter(path, base)
+    from opdgeo.checkpoints.delta import is_delta, open_version
+
+    if is_delta(path):
+        if base is None:
+            raise CheckpointError(
+                f"{path} is a weight delta, which says what changed and not the weights themselves. Give the checkpoint "
+                "that the run started from as BASE: opdgeo track BASE RUN_DIR, or open_checkpoint(DELTA, base=…)."
+            )
+        return open_version(path, base)
     found = _find(path)
     if not found:
         if path.is_file():
@@ -175,8 +198,9 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no whole model."""
-    return (path / "adapter_config.json").is_file() and not _find(path)
+    """Whether a folder holds a PEFT adapter and no exported whole model; a trainer's own state beside it is the adapter's too."""
+    whole = huggingface.find_safetensors(path) or huggingface.find_bin(path)
+    return (path / "adapter_config.json").is_file() and whole is None
 
 
 def step_folders(run: Path) -> dict[int, Path]:
@@ -188,7 +212,7 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
     """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
 
     A run may hold its last weights beside the folders of its steps; a folder that is named like a step is one checkpoint.
-    `base` is what adapters among them are added to.
+    `base` is what adapters and weight deltas among them are added to.
 
     Raises:
         CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.

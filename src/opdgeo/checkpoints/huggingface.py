@@ -14,7 +14,8 @@ from opdgeo.checkpoints.stored import Safetensor, Stored
 from opdgeo.checkpoints.torchfile import raw, tensors_of, unpickle
 from opdgeo.errors import CheckpointError
 
-SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+INDEX = "model.safetensors.index.json"
+SAFETENSORS = (INDEX, "model.safetensors")
 BIN = ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model_fsdp.bin")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 

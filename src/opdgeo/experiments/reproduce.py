@@ -24,8 +24,9 @@ from opdgeo.errors import ConfigError
 from opdgeo.experiments.claims import MATCHED, OPD, PARADIGMS, RLVR, SFT, judge, outcomes
 from opdgeo.experiments.presets import train_config
 from opdgeo.survey.engines import cpu_cores
+from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.results import Result, load_result, summarise, write_json
-from opdgeo.survey.run import peak_memory, provenance
+from opdgeo.survey.run import provenance
 from opdgeo.training.config import TrainConfig
 
 GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files

@@ -109,24 +109,32 @@ def sentences(found: Found) -> list[str]:
 
 
 def _headline(found: Found) -> list[str]:
-    """One verdict on the shapes, by the whole intervals of the three alignments."""
-    rows = [(a, b, found.get(a, "alignment", b)) for a, b in OBJECTIVE_PAIRS]
-    known = [(a, b, r) for a, b, r in rows if r is not None and r["low"] is not None]
-    if len(known) < len(rows):
-        missing = [f"{name_of(a)} and {name_of(b)}" for a, b, r in rows if r is None]
-        return [
-            f"Not every pair of objectives can be compared ({', '.join(missing) or 'no intervals'}): too little credit."
-        ]
-    if all(r["low"] >= ALIKE for _, _, r in known):
-        return [
-            f"The gradients of SFT, OPD and RLVR lie in the same directions: every alignment is above {ALIKE:g} by its whole "
-            "interval. The objectives differ in the size and the mean of their gradients, hardly in the shape of their spread."
-        ]
-    if apart := [f"{name_of(a)} and {name_of(b)}" for a, b, r in known if r["high"] < ALIKE]:
-        return [
-            f"The gradients of {'; of '.join(apart)} differ in shape: alignment below {ALIKE:g} by its whole interval."
-        ]
-    return [f"Whether the objectives' gradients differ in shape is open: an interval reaches across {ALIKE:g}."]
+    """A verdict on the shapes, by the whole interval of each alignment, and whether tokens or credit set SFT apart."""
+    groups: dict[str, list[str]] = {}
+    for a, b in OBJECTIVE_PAIRS:
+        row = found.get(a, "alignment", b)
+        if row is None or row["low"] is None:
+            verdict = "cannot be compared: too little credit"
+        elif (row["reliability"] or 0) < FAITHFUL:
+            verdict = "too noisy to compare (raise --prompts)"
+        elif row["low"] >= ALIKE:
+            verdict = f"spread in the same directions, up to size (alignment above {ALIKE:g} by the whole interval)"
+        elif row["high"] < ALIKE:
+            verdict = f"spread in different directions (alignment below {ALIKE:g} by the whole interval)"
+        else:
+            verdict = f"open, the interval of their alignment reaches across {ALIKE:g}"
+        groups.setdefault(verdict, []).append(f"{name_of(a)} and {name_of(b)}")
+    said = (
+        "The gradients of " + "; of ".join(f"{', '.join(pairs)}: {verdict}" for verdict, pairs in groups.items()) + "."
+    )
+    random = found.get("sft", "alignment", "random_credit")
+    near = [found.get(o, "alignment", "sft") for o in ("opd", "rlvr")]
+    if random and all(r and r["low"] is not None and r["low"] <= random["value"] <= r["high"] for r in near):
+        said += (
+            " SFT is as close to the two as to credit of random sign on their tokens: what sets it apart, if anything, is whose "
+            "tokens it is given, not the credit they get."
+        )
+    return [said]
 
 
 def _noisy(row: dict[str, Any]) -> str:

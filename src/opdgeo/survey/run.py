@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated
+from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.parts import Parts
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
@@ -120,7 +121,7 @@ def _survey(
     runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(seen.manifest if seen else Checkpoint.manifest, [base, *checkpoints])
+        manifests = beside.map(seen.manifest if seen else methodcaller("manifest"), [base, *checkpoints])
         with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
@@ -219,12 +220,6 @@ def _account(pairings: list[Pairing]) -> dict[str, Any]:
 def _cost(matrix: Matrix) -> float:
     """Proportional to the flops of a factorisation."""
     return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
-
-
-def peak_memory() -> int:
-    """Peak resident set of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Bar:
