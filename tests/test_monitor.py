@@ -137,6 +137,23 @@ def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_p
         watched.train()
 
 
+def test_a_lora_layer_is_measured_merged(origin: Path, tmp_path: Path) -> None:  # noqa: F811
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    watched = monitor_worker.trainer(origin, tmp_path, monitor_worker.Reporter(), peft_config=lora, save_strategy="no")
+    names = ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+    monitor = GeometryMonitor(every=6, watch=names)
+    watched.add_callback(monitor)
+    watched.train()
+    watched.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tracked = opdgeo.compare(origin, tmp_path / "merged", settings=Settings(nulls=0), cache=False).measurements
+    for diagnostic in ("frobenius_norm", "stable_rank"):
+        expected = {r["matrix"]: r["value"] for r in tracked.filter(diagnostic=diagnostic).to_dicts()}
+        found = {r["matrix"]: r["value"] for r in monitor.rows if r["diagnostic"] == diagnostic}
+        assert found == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
