@@ -299,6 +299,32 @@ def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: 
         assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
 
 
+def test_flat_masters_of_an_older_distributed_optimizer(pair: Path, megatron: Path, tmp_path: Path) -> None:
+    """Megatron-Core 0.16 does not write them: torch's DCP does here, in the layout that its loader describes, [X/x, Y/y, Z/z,
+    x·y·z] for local shapes [x, y, z]; two ranks of tensor parallelism, gate and up halved by them each.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from opdgeo.checkpoints.dcp import chunks
+
+    read = chunks(megatron / "plain" / "iter_0000003")
+    state: Tensors = {}
+    for name, stored in read.items():
+        whole = stored[(slice(None),) * len(stored.shape)]
+        state[name] = whole.bfloat16()
+        if whole.ndim == 3:  # layers × rows × cols
+            parts = 4 if "linear_fc1" in name else 2
+            axis = 2 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1
+            cells = [torch.stack([c.reshape(-1) for c in layer.chunk(parts, axis - 1)]) for layer in whole]
+            grid = (len(whole), parts, 1, -1) if axis == 1 else (len(whole), 1, parts, -1)
+            state[f"optimizer.state.fp32_param.{name}"] = torch.stack(cells).reshape(grid)
+            state[f"optimizer.state.exp_avg.{name}"] = torch.zeros(3)
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    shutil.copy(megatron / "plain" / "iter_0000003" / "metadata.json", tmp_path)
+    shutil.copy(pair / "tuned" / "config.json", tmp_path)
+    check(pair, tmp_path)
+
+
 def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
     opened, expected = open_checkpoint(megatron / "moe" / "iter_0000003"), weights(megatron / "hf-moe")
     assert opened.tensors.keys() == expected.keys()
@@ -464,6 +490,48 @@ def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: 
     (noticed,) = open_checkpoint(checkpoint).notes
     assert "also holds safetensors weights (model.safetensors), which were not read" in noticed
     check(pair, checkpoint)
+
+
+def test_the_command_plans_measures_and_resumes_on_a_distributed_checkpoint(
+    pair: Path, ranks: Path, tmp_path: Path
+) -> None:
+    checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
+    shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
+    shutil.copy(pair / "base" / "model.safetensors", checkpoint)
+    command = [sys.executable, "-m", "opdgeo", "track", pair / "base", tmp_path / "run", "-o", tmp_path / "out"]
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120)
+    assert "14 matrices, 1 checkpoint(s)" in plan.stdout
+    assert "note: " in plan.stdout
+    assert "also holds safetensors weights" in plan.stdout
+    options = [*command, "--nulls", "0", "--no-report", "--no-cache"]
+    first = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert "also holds safetensors weights" in first.stdout
+    (manifest,) = json.loads((tmp_path / "out" / "run.json").read_text())["checkpoints"]
+    assert (manifest["format"], manifest["step"]) == ("torch distributed", 7)
+    inner = checkpoint / "pytorch_model_fsdp_0"
+    assert {f["name"]: f["sha256"] for f in manifest["files"]} == {
+        f"pytorch_model_fsdp_0/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in (inner / ".metadata", *inner.glob("*.distcp"))
+    }
+    # The same command finds everything done; a changed file makes it anew.
+    again = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert "taken over from an earlier run" in again.stdout
+    os.utime(inner / ".metadata", (1, 1))
+    anew = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert anew.returncode == 0
+    assert "taken over from an earlier run" not in anew.stdout
+
+
+def test_an_open_checkpoint_can_be_sent_to_another_process(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    state = weights(pair / "tuned")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    gguf = write_gguf(tmp_path / "tuned.gguf", state, "qwen3")
+    for place in (pair / "tuned", tmp_path / "pytorch_model.bin", gguf, ranks / "twice", ranks / "dcp-twice"):
+        sent = pickle.dumps(open_checkpoint(place))
+        assert len(sent) < 100_000
+        assert torch.equal(pickle.loads(sent).tensors[name][:, :], state[name]), place
 
 
 # The hub -------------------------------------------------------------------------------------------------------
