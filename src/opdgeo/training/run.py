@@ -50,7 +50,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             )
         _check_recorded(config, out)
 
-    from opdgeo.training import callbacks, models
+    from opdgeo.training import callbacks, models, monitor
 
     rows = callbacks.read_log(out)
     evaluated = not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in rows)
@@ -87,6 +87,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, task, progress)
         _constrain(trainer, config, channel, origin)
+        if config.monitor:
+            trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
         try:
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
