@@ -98,12 +98,14 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The causal language model in `folder`, with fp32 weights and every dropout at 0, on the CPU."""
+def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """The causal language model in `folder`, with weights in `dtype` and every dropout at 0, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True
+    )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -159,7 +159,7 @@ def _build(
         engine.require_vllm(cuda)
     tokenizer = models.load_tokenizer(origin, config.end_token)
     model = models.load_model(origin)
-    teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
+    teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
@@ -199,9 +199,9 @@ def _build(
     engine.shard_without_gpu()
     trainer: Any
     if demonstrations:
-        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
         trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
+            model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
             args=arguments,
         )  # fmt: skip
         trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
@@ -238,7 +238,10 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if config.rollouts == "demonstrations":
-        return SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTConfig(
+            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )  # fmt: skip
     off_policy = config.rollouts == "teacher"
     return GRPOConfig(
         **common, num_generations=config.generations, max_completion_length=config.max_tokens,
