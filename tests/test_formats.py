@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pair")
     config = Qwen3Config(
-        vocab_size=56, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=56, hidden_size=32, intermediate_size=46, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -205,6 +205,23 @@ def test_a_distributed_checkpoint_of_four_ranks(mesh: str, pair: Path, ranks: Pa
     opened = open_checkpoint(ranks / mesh)
     assert opened.tensors.keys() == weights(pair / "tuned").keys()
     assert ".metadata" in [f["name"] for f in opened.manifest()["files"]]
+
+
+def test_shards_padded_to_the_size_of_the_first(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    """46 rows on four ranks are 12, 12, 12 and 10: some savers fill the last up to 12."""
+    padded = Path(shutil.copytree(ranks / "flat", tmp_path / "padded"))
+    file = padded / "model_world_size_4_rank_3.pt"
+    shards = torch.load(file, weights_only=True)
+    filled = 0
+    for name, shard in shards.items():
+        local = shard._local_tensor
+        rows = -(-shard.shape[0] // 4)
+        filled += local.shape[0] < rows
+        shard._local_tensor = torch.cat([local, torch.full((rows - len(local), *local.shape[1:]), 7.0)])
+        shards[name] = shard
+    assert filled == 4
+    torch.save(shards, file)
+    check(pair, padded)
 
 
 def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
