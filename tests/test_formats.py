@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pair")
     config = Qwen3Config(
-        vocab_size=56, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=56, hidden_size=32, intermediate_size=46, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -207,6 +207,23 @@ def test_a_distributed_checkpoint_of_four_ranks(mesh: str, pair: Path, ranks: Pa
     assert ".metadata" in [f["name"] for f in opened.manifest()["files"]]
 
 
+def test_shards_padded_to_the_size_of_the_first(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    """46 rows on four ranks are 12, 12, 12 and 10: some savers fill the last up to 12."""
+    padded = Path(shutil.copytree(ranks / "flat", tmp_path / "padded"))
+    file = padded / "model_world_size_4_rank_3.pt"
+    shards = torch.load(file, weights_only=True)
+    filled = 0
+    for name, shard in shards.items():
+        local = shard._local_tensor
+        rows = -(-shard.shape[0] // 4)
+        filled += local.shape[0] < rows
+        shard._local_tensor = torch.cat([local, torch.full((rows - len(local), *local.shape[1:]), 7.0)])
+        shards[name] = shard
+    assert filled == 4
+    torch.save(shards, file)
+    check(pair, padded)
+
+
 def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
     shutil.copytree(ranks / "flat", tmp_path / "flat")
     (tmp_path / "flat" / "model_world_size_4_rank_2.pt").unlink()
@@ -297,6 +314,32 @@ def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: 
     assert opened.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
+
+
+def test_flat_masters_of_an_older_distributed_optimizer(pair: Path, megatron: Path, tmp_path: Path) -> None:
+    """Megatron-Core 0.16 does not write them: torch's DCP does here, in the layout that its loader describes, [X/x, Y/y, Z/z,
+    x·y·z] for local shapes [x, y, z]; two ranks of tensor parallelism, gate and up halved by them each.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from opdgeo.checkpoints.dcp import chunks
+
+    read = chunks(megatron / "plain" / "iter_0000003")
+    state: Tensors = {}
+    for name, stored in read.items():
+        whole = stored[(slice(None),) * len(stored.shape)]
+        state[name] = whole.bfloat16()
+        if whole.ndim == 3:  # layers × rows × cols
+            parts = 4 if "linear_fc1" in name else 2
+            axis = 2 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1
+            cells = [torch.stack([c.reshape(-1) for c in layer.chunk(parts, axis - 1)]) for layer in whole]
+            grid = (len(whole), parts, 1, -1) if axis == 1 else (len(whole), 1, parts, -1)
+            state[f"optimizer.state.fp32_param.{name}"] = torch.stack(cells).reshape(grid)
+            state[f"optimizer.state.exp_avg.{name}"] = torch.zeros(3)
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    shutil.copy(megatron / "plain" / "iter_0000003" / "metadata.json", tmp_path)
+    shutil.copy(pair / "tuned" / "config.json", tmp_path)
+    check(pair, tmp_path)
 
 
 def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
@@ -464,6 +507,48 @@ def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: 
     (noticed,) = open_checkpoint(checkpoint).notes
     assert "also holds safetensors weights (model.safetensors), which were not read" in noticed
     check(pair, checkpoint)
+
+
+def test_the_command_plans_measures_and_resumes_on_a_distributed_checkpoint(
+    pair: Path, ranks: Path, tmp_path: Path
+) -> None:
+    checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
+    shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
+    shutil.copy(pair / "base" / "model.safetensors", checkpoint)
+    command = [sys.executable, "-m", "opdgeo", "track", pair / "base", tmp_path / "run", "-o", tmp_path / "out"]
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120)
+    assert "14 matrices, 1 checkpoint(s)" in plan.stdout
+    assert "note: " in plan.stdout
+    assert "also holds safetensors weights" in plan.stdout
+    options = [*command, "--nulls", "0", "--no-report", "--no-cache"]
+    first = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert "also holds safetensors weights" in first.stdout
+    (manifest,) = json.loads((tmp_path / "out" / "run.json").read_text())["checkpoints"]
+    assert (manifest["format"], manifest["step"]) == ("torch distributed", 7)
+    inner = checkpoint / "pytorch_model_fsdp_0"
+    assert {f["name"]: f["sha256"] for f in manifest["files"]} == {
+        f"pytorch_model_fsdp_0/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in (inner / ".metadata", *inner.glob("*.distcp"))
+    }
+    # The same command finds everything done; a changed file makes it anew.
+    again = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert "taken over from an earlier run" in again.stdout
+    os.utime(inner / ".metadata", (1, 1))
+    anew = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert anew.returncode == 0
+    assert "taken over from an earlier run" not in anew.stdout
+
+
+def test_an_open_checkpoint_can_be_sent_to_another_process(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    state = weights(pair / "tuned")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    gguf = write_gguf(tmp_path / "tuned.gguf", state, "qwen3")
+    for place in (pair / "tuned", tmp_path / "pytorch_model.bin", gguf, ranks / "twice", ranks / "dcp-twice"):
+        sent = pickle.dumps(open_checkpoint(place))
+        assert len(sent) < 100_000
+        assert torch.equal(pickle.loads(sent).tensors[name][:, :], state[name]), place
 
 
 # The hub -------------------------------------------------------------------------------------------------------

@@ -233,6 +233,19 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
 
 
+def test_the_page_of_a_trajectory_says_when_the_channel_locks(reports: dict[str, tuple[Path, Page]]) -> None:
+    out, _ = reports["track"]
+    text = (out / "report.html").read_text()
+    table = text[text.index('id="locking"') :].partition("</table>")[0]
+    rows = re.findall(r'<th scope="row">([^<]+)</th>(.*?)</tr>', table)
+    assert [name for name, _ in rows] == ["K = 16, right", "K = 16, left", "K = 4, right"]
+    row = json.loads((out / "summary.json").read_text())["locking"][0]
+    shown = [re.findall(r'<data value="(\d+)">|(<span class="nil">)', cell) for cell in rows[0][1].split("</td>")[:-1]]
+    pairs = [[int(number) if number else None for number, _ in cell] for cell in shown]
+    assert pairs == [list(pair) for pair in zip(row["step"], row["null_step"], strict=True)]
+    assert 'id="locking"' not in (reports["compare"][0] / "report.html").read_text()
+
+
 def test_verdict_separates_size_from_geometry(reports: dict[str, tuple[Path, Page]]) -> None:
     said = " ".join(reports["compare"][1].verdict.split())
     assert "Its size does not explain" in said and "Same as an isotropic update of this size" in said

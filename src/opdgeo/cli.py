@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
     )
+    train.add_argument(
+        "--monitor",
+        type=int,
+        metavar="STEPS",
+        help="measure the update's geometry every so many steps (default: 25; 0: never)",
+    )
     train.add_argument("--channel", help="hold the update in this channel: what `opdgeo channel` wrote")
     train.add_argument(
         "--constrain",
@@ -432,7 +438,7 @@ def _train(args: argparse.Namespace) -> int:
     from opdgeo.training.run import train
 
     names = (
-        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "channel", "constrain",
+        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "monitor", "channel", "constrain",
         "moments", "unconstrained", "vllm",
     )  # fmt: skip
     overrides = dict(_setting(text) for text in args.settings)

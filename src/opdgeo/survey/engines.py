@@ -135,7 +135,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address or 'this machine'} ({error}); expected HOST:PORT of a head node with this Python "
-            "and this Ray. Start one with `ray start --head --port=6379`."
+            "and this Ray. Start one with `ray start --head --port=6379`; of one that asks for a token, be a client by RAY_AUTH_MODE=token."
         ) from error
     try:
         yield

@@ -123,6 +123,8 @@ class TrainConfig:
     """Adam's moments beside the weights of every checkpoint, twice their size, for a run that goes on from there."""
     record_rollouts: bool = False
     """Keep every completion in rollouts.jsonl."""
+    monitor: int = 25
+    """Steps between the measurements of the live monitor (`monitor.GeometryMonitor`), rows of log.jsonl; 0 = off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -176,6 +178,7 @@ class TrainConfig:
             "rollout_prompts",
             "train_examples",
             "resume_every",
+            "monitor",
             "weight_decay",
             "max_grad_norm",
         ):

@@ -91,7 +91,9 @@ def whole_weights(trainer: Any) -> dict[str, Any] | None:
     """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
-    gathered: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    gathered: dict[str, Any] = (
+        trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    )  # DeepSpeed's others: None
     tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys  # name -> the tensor that it repeats
     return {name: value for name, value in gathered.items() if name not in tied}
 

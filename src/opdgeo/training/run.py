@@ -50,7 +50,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             )
         _check_recorded(config, out)
 
-    from opdgeo.training import callbacks, models
+    from opdgeo.training import callbacks, models, monitor
 
     rows = callbacks.read_log(out)
     evaluated = not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in rows)
@@ -87,6 +87,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, task, progress)
         _constrain(trainer, config, channel, origin)
+        if config.monitor:
+            trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
         try:
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
@@ -158,7 +160,7 @@ def _build(
     tokenizer = models.load_tokenizer(origin, config.end_token)
     model = models.load_model(origin, config.weights)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
-    teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
+    teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
@@ -198,9 +200,9 @@ def _build(
     engine.shard_without_gpu()
     trainer: Any
     if demonstrations:
-        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
         trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
+            model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
             args=arguments,
         )  # fmt: skip
         trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
@@ -238,7 +240,10 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if config.rollouts == "demonstrations":
-        return SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTConfig(
+            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )  # fmt: skip
     off_policy = config.rollouts == "teacher"
     return GRPOConfig(
         **common, num_generations=config.generations, max_completion_length=config.max_tokens,
