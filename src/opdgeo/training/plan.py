@@ -174,7 +174,7 @@ def shape(name: str) -> Shape:
     for known in sorted(KNOWN, key=len, reverse=True):
         if name.removeprefix("Qwen/").partition("@")[0].removesuffix("-Base") == known and not Path(name).exists():
             return KNOWN[known]
-    if name == models.SMOLLM2_TEACHER:
+    if name in models.SMOLLM2_RUN:
         name = models.SMOLLM2
     config = json.loads((models.resolve(name) / "config.json").read_text())
     config = config.get("text_config", config)
@@ -319,7 +319,8 @@ def _lengths(config: TrainConfig, assumed: list[str]) -> tuple[float, float, flo
     try:
         if config.task == "problems" and not Path(str(config.task_options.get("source", ""))).is_file():
             raise ConfigError("not at hand")
-        tokenizer = models.load_tokenizer(models.resolve(config.origin), config.end_token)
+        made = config.origin in models.SMOLLM2_RUN  # perhaps not made yet; it has the released model's tokenizer
+        tokenizer = models.load_tokenizer(models.resolve(models.SMOLLM2 if made else config.origin), config.end_token)
         examples = tasks.load(config.task, config.task_options).examples(64, config.data_seed, held_out=False)
         if config.chat:
             examples = models.as_chat(examples, tokenizer)
