@@ -22,7 +22,7 @@ import polars as pl
 
 from opdgeo.errors import ConfigError
 from opdgeo.experiments.claims import MATCHED, OPD, PARADIGMS, RLVR, SFT, judge, outcomes
-from opdgeo.experiments.presets import train_config
+from opdgeo.experiments.presets import make_teacher, train_config
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.results import Result, load_result, summarise, write_json
@@ -56,6 +56,8 @@ def reproduce(preset: str, out: Path, *, seeds: int = 1, workers: int | None = N
 
     started, clock = datetime.now(UTC), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    for config in arms.values():
+        make_teacher(config)
     _train_all(out, arms, workers or min(2, cpu_cores()))
 
     results = {name: load_result(out / "arms" / name / GEOMETRY) for name in sorted(arms, key=_order)}
