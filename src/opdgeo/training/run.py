@@ -74,6 +74,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use alpha = 1 (OPD) or SFT with it."
         )
 
+    engine.require_devices(config)
     channel = _channel(config, out)
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
@@ -152,11 +153,7 @@ def _build(
 
     from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.vllm != "off" and config.rollouts == "student":
-        engine.require_vllm(cuda)
     tokenizer = models.load_tokenizer(origin, config.end_token)
     model = models.load_model(origin, config.weights)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
