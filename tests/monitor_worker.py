@@ -36,7 +36,7 @@ class Reporter(TrainerCallback):
         self.rows.append({**logs, "step": state.global_step})
 
 
-def trainer(origin: Path, out: Path, reporter: Reporter, **changes: Any) -> SFTTrainer:
+def trainer(origin: Path, out: Path, reporter: Reporter, peft_config: Any = None, **changes: Any) -> SFTTrainer:
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(origin)
     examples = tasks.load("arithmetic", {"operands": 2}).examples(BATCH * STEPS, 0, held_out=False)
@@ -50,7 +50,7 @@ def trainer(origin: Path, out: Path, reporter: Reporter, **changes: Any) -> SFTT
     engine.shard_without_gpu()
     model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(
-        model=model, processing_class=tokenizer, args=args, callbacks=[reporter],
+        model=model, processing_class=tokenizer, args=args, callbacks=[reporter], peft_config=peft_config,
         train_dataset=Dataset.from_list([tokenized(e, tokenizer, 64) for e in examples]),
     )  # fmt: skip
 

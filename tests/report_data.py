@@ -42,7 +42,7 @@ ROWS: tuple[tuple[str, str, float, float, float, float], ...] = (
     ("bound_ratio", "weyl", 0.61, 0.42, 0.05, 0),
     ("bound_ratio", "wedin", 0.21, 0.24, 0.05, 0),
 )
-SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity")
+SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity", "channel_energy")
 SIZES = {"sft": 6.0, "sft-matched": 1.3, "opd": 1.0, "rlvr": 0.4, "": 1.0}
 
 
@@ -81,7 +81,7 @@ def summarise(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str,
         if name in ("frobenius_norm", "relative_norm"):
             reading = "by construction"
         out["null"] = {
-            "kind": "walk" if name == "subspace_similarity" else "gaussian", "mean": float(np.mean(nulls)), "excess": float(excess.mean()),
+            "kind": "walk" if name in ("subspace_similarity", "channel_energy") else "gaussian", "mean": float(np.mean(nulls)), "excess": float(excess.mean()),
             "low": low, "high": high, "margin": margin, "reading": reading,
         }  # fmt: skip
     out["roles"] = {}
@@ -121,7 +121,13 @@ def write(
         table = list(ROWS)
         if len(checkpoints) > 1:
             table.append(("subspace_similarity", "final.16", 1 - 0.5 * (1 - share), 1 - 0.75 * (1 - share), 0.03, 0))
+            table.append(
+                ("subspace_similarity", "final.left.16", 1 - 0.6 * (1 - share), 1 - 0.8 * (1 - share), 0.03, 0)
+            )
+            table.append(("subspace_similarity", "final.4", 1 - 0.4 * (1 - share), 1 - 0.9 * (1 - share), 0.03, 0))
             table.append(("subspace_similarity", "previous.16", 0.9, 0.8, 0.03, 0))
+            table.append(("channel_energy", "previous.16", 0.8, 0.3, 0.03, 0))
+            table.append(("channel_energy", "previous.left.16", 0.7, 0.3, 0.03, 0))
         for layer in range(layers):
             for index, role in enumerate(roles):
                 shape = (192, 512) if role == "down_proj" else (192, 192)
@@ -138,7 +144,7 @@ def write(
                         status, reason, got = "skipped", f"{matrix}: 3 entries are not finite", None
                     elif not moved:
                         got = {"update_sparsity": 1.0, "stable_rank": None, "hill_exponent": None, "mask_overlap": None,
-                               "principal_energy": None, "subspace_similarity": None, "bound_ratio": None}.get(name, 0.0)  # fmt: skip
+                               "principal_energy": None, "subspace_similarity": None, "channel_energy": None, "bound_ratio": None}.get(name, 0.0)  # fmt: skip
                         if got is None:
                             status, reason = "undefined", "the matrix did not move"
                     elif name == "bound_ratio" and variant == "wedin" and layer == 0:
@@ -187,7 +193,14 @@ def write(
         summary.append(
             {"checkpoint": checkpoint, "step": step, "diagnostics": [summarise(g, rng) for g in groups.values()]}
         )
-    write_json(out / "summary.json", {"checkpoints": summary})
+    steps = [step for _, step in checkpoints][:-1]
+    locking = [
+        {"run": "", "side": side, "rank": k, "steps": steps, "thresholds": [0.5, 0.7, 0.9], "step": [steps[0], steps[-1], None],
+         "null_step": [steps[-1], None, None], "median_step": [steps[0], steps[0], None]}
+        for side, k in (("right", 16), ("left", 16), ("right", 4))
+        if steps and "/" not in checkpoints[0][0]
+    ]  # fmt: skip
+    write_json(out / "summary.json", {"checkpoints": summary} | ({"locking": locking} if locking else {}))
 
     def manifest(path: str) -> dict[str, Any]:
         files = [
@@ -287,7 +300,8 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         ]
         return {
             "id": id, "claim": text, "rule": "Holds if all of these are met by their whole 95 % interval: OPD minus SFT above 0.02.",
-            "verdict": verdict, "explanation": judged, "unit": unit, "paper": paper, "diagnostic": "stable_rank", "variants": [""],
+            "verdict": verdict, "after_matching": "does not" if verdict != "inconclusive" else verdict,
+            "after_matching_rule": "Still holds when the claim holds and holds under: equal norm.", "explanation": judged, "unit": unit, "paper": paper, "diagnostic": "stable_rank", "variants": [""],
             "at": "last checkpoint", "measured": arm_values(values, spread, null),
             "controls": [
                 {"control": name, "verdict": outcome, "explanation": judged,

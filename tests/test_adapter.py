@@ -133,6 +133,8 @@ def test_an_adapter_measures_what_its_merged_checkpoint_does(case: str, bases: d
     moved = found.measurements.filter((pl.col("diagnostic") == "operator_norm") & (pl.col("value") > 0))
     methods = {"dora": {"svdvals"}, "whole": {"factors", "svdvals"}}
     assert set(moved["method"]) == next((m for word, m in methods.items() if word in case), {"factors"})
+    norms = found.measurements.filter((pl.col("diagnostic") == "frobenius_norm") & (pl.col("value") > 0))
+    assert [m == "factors" for m in norms["method"]] == [m == "factors" for m in moved["method"]]
 
 
 @pytest.fixture(scope="module")

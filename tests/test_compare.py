@@ -449,6 +449,16 @@ def test_a_trajectory_agrees_with_the_reference(tmp_path: Path) -> None:
                     assert (row["null_mean"] is None) == (row["value"] is None), key
                     assert row["null_mean"] is None or 0 < row["null_mean"] <= 1, key
     summary = json.loads((out / "summary.json").read_text())["checkpoints"]
+    locked = json.loads((out / "summary.json").read_text())["locking"]
+    assert [(one["side"], one["rank"]) for one in locked] == [
+        (s, k) for s in ("right", "left") for k in (1, 2, 4, 8, 16, 32)
+    ]
+    for one in locked:
+        variant = f"final.{'left.' if one['side'] == 'left' else ''}{one['rank']}"
+        of = frame.filter(diagnostic="subspace_similarity", variant=variant)
+        means = [of.filter(step=step)["value"].mean() for step in (2, 10)]
+        for threshold, step in zip(one["thresholds"], one["step"], strict=True):
+            assert step == (2 if min(means) >= threshold else 10 if means[1] >= threshold else None)
     assert [(c["checkpoint"], c["step"]) for c in summary] == [
         ("checkpoint-2", 2),
         ("checkpoint-10", 10),

@@ -250,6 +250,13 @@ def test_policy_gradients_are_held_too_and_moments_are_carried_over(
         )  # fmt: skip
         leaked[moments] = max(outside(held, start, train(asked, tmp_path / moments, progress=False)))
     assert 0 < leaked["reset"] < leaked["keep"] and leaked["project"] < leaked["keep"]
+    slow = (1 - 1e-9,) * 2  # moments that hardly move: what the run starts from is what it ends with
+    carried = config("sft", origin=str(start), steps=1, moments="keep", keep_moments=True, betas=slow, eval_prompts=0)
+    ends = [train(carried, tmp_path / "carried", progress=False) / "moments.safetensors", start / "moments.safetensors"]
+    found, kept = map(load_file, ends)
+    assert found.keys() == kept.keys() and any(float(m.abs().max()) > 1e-4 for m in kept.values())
+    for name, moment in found.items():
+        torch.testing.assert_close(moment, kept[name], rtol=1e-5, atol=1e-6)
     exact = config("opd", steps=2, eval_prompts=0, channel=str(channel), constrain="update")
     assert max(outside(held, origin, train(exact, tmp_path / "update", progress=False))) <= 1e-8
     with pytest.raises(CheckpointError, match=r"holds no moments\.safetensors.*keep_moments=true"):
@@ -288,6 +295,29 @@ def test_moments_come_back_equal_and_projected(origin: Path, channel: Path, tmp_
     basis, slots = held[name].basis, before.state[parameter]
     torch.testing.assert_close(factors.state[b]["exp_avg"], slots["exp_avg"] @ basis)
     torch.testing.assert_close(factors.state[b]["exp_avg_sq"], slots["exp_avg_sq"] @ basis**2)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_channel_layer_is_its_linear_layer_with_the_gradient_times_v(autocast: bool) -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 3)).Q
+    plain = torch.nn.Linear(12, 7)
+    held = constrain.ChannelLinear(torch.nn.Linear(12, 7), basis)
+    held.load_state_dict({**held.state_dict(), **plain.state_dict()})
+    held.weight.requires_grad_(False)
+    xs = [torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    outs = []
+    for layer, x in zip((plain, held), xs, strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outs.append(layer(x))
+        (outs[-1].float() ** 2).sum().backward()
+    close = {"rtol": 0.05, "atol": 0.05} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(outs[1].float(), outs[0].float(), **close)
+    torch.testing.assert_close(xs[1].grad, xs[0].grad, **close)
+    torch.testing.assert_close(held.bias.grad, plain.bias.grad, rtol=0.05, atol=0.1)
+    scale = float(plain.weight.grad.norm())
+    assert float((held.channel_B.grad - plain.weight.grad @ basis).norm()) < (0.02 if autocast else 1e-6) * scale
+    assert held.channel_B.grad.dtype == torch.float32 and held.weight.grad is None
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

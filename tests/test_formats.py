@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -9,8 +10,13 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -34,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("pair")
     config = Qwen3Config(
-        vocab_size=56, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=56, hidden_size=32, intermediate_size=46, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -66,8 +72,9 @@ def check(pair: Path, tuned: Path, base: Path | None = None) -> None:
     expected = json.loads((pair / "expected.json").read_text())
     assert len(found) == len(expected) == 14 * 22
     for one, other in zip(found, expected, strict=True):
-        for number in ("value", "error"):
-            assert one.pop(number) == pytest.approx(other.pop(number), rel=1e-12, abs=1e-300)
+        assert one.pop("value") == pytest.approx(other.pop("value"), rel=1e-12, abs=1e-300)
+        # A bound holds a residual, itself rounding that depends on where the matrix lies in memory.
+        assert one.pop("error") == pytest.approx(other.pop("error"), rel=1e-2)
         assert one == other
 
 
@@ -139,16 +146,11 @@ def test_a_bin_file_that_was_packed_again_is_refused(how: str, pair: Path, tmp_p
         open_checkpoint(again)
 
 
-def test_a_bin_file_of_other_tensors_is_refused(tmp_path: Path) -> None:
-    others = {
-        "sparse": torch.eye(3).to_sparse(),
-        "negated": torch.ones(3, dtype=torch.complex64).conj().imag,
-        "before 1.6": torch.eye(3),
-    }
-    for name, tensor in others.items():
-        torch.save({"x": tensor}, tmp_path / "x.bin", _use_new_zipfile_serialization=name != "before 1.6")
-        with pytest.raises(CheckpointError, match="expected plain tensors"):
-            open_checkpoint(tmp_path / "x.bin")
+def test_a_bin_file_of_a_lazily_negated_tensor_and_files_cut_short_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(3, dtype=torch.complex64).conj().imag}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="not lie in it as plain numbers"):
+        open_checkpoint(tmp_path / "x.bin")
+    torch.save({"x": torch.eye(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
     for length in (0, 8):  # nothing, and the head of a pickle
         (tmp_path / "y.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:length])
         with pytest.raises(CheckpointError, match="not a readable torch file"):
@@ -164,6 +166,15 @@ def test_an_index_that_leaves_its_folder_is_refused(kind: str, shard: str, tmp_p
     name = "pytorch_model.bin" if kind == "bin" else "model.safetensors"
     (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": {"a": f"{shard}.{kind}"}}))
     with pytest.raises(CheckpointError, match="in the folder"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "legacy", "list"])
+def test_bin_files_that_hold_no_plain_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    plain = torch.eye(3)
+    content: Any = {"sparse": {"a": plain.to_sparse()}, "legacy": {"a": plain}, "list": [plain]}[kind]
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(CheckpointError, match="state dict" if kind == "list" else "save it again as safetensors"):
         open_checkpoint(tmp_path)
 
 
@@ -233,6 +244,23 @@ def test_a_distributed_checkpoint_of_four_ranks(mesh: str, pair: Path, ranks: Pa
     opened = open_checkpoint(ranks / mesh)
     assert opened.tensors.keys() == weights(pair / "tuned").keys()
     assert ".metadata" in [f["name"] for f in opened.manifest()["files"]]
+
+
+def test_shards_padded_to_the_size_of_the_first(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    """46 rows on four ranks are 12, 12, 12 and 10: some savers fill the last up to 12."""
+    padded = Path(shutil.copytree(ranks / "flat", tmp_path / "padded"))
+    file = padded / "model_world_size_4_rank_3.pt"
+    shards = torch.load(file, weights_only=True)
+    filled = 0
+    for name, shard in shards.items():
+        local = shard._local_tensor
+        rows = -(-shard.shape[0] // 4)
+        filled += local.shape[0] < rows
+        shard._local_tensor = torch.cat([local, torch.full((rows - len(local), *local.shape[1:]), 7.0)])
+        shards[name] = shard
+    assert filled == 4
+    torch.save(shards, file)
+    check(pair, padded)
 
 
 def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
@@ -334,6 +362,32 @@ def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: 
         assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
 
 
+def test_flat_masters_of_an_older_distributed_optimizer(pair: Path, megatron: Path, tmp_path: Path) -> None:
+    """Megatron-Core 0.16 does not write them: torch's DCP does here, in the layout that its loader describes, [X/x, Y/y, Z/z,
+    x·y·z] for local shapes [x, y, z]; two ranks of tensor parallelism, gate and up halved by them each.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from opdgeo.checkpoints.dcp import chunks
+
+    read = chunks(megatron / "plain" / "iter_0000003")
+    state: Tensors = {}
+    for name, stored in read.items():
+        whole = stored[(slice(None),) * len(stored.shape)]
+        state[name] = whole.bfloat16()
+        if whole.ndim == 3:  # layers × rows × cols
+            parts = 4 if "linear_fc1" in name else 2
+            axis = 2 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1
+            cells = [torch.stack([c.reshape(-1) for c in layer.chunk(parts, axis - 1)]) for layer in whole]
+            grid = (len(whole), parts, 1, -1) if axis == 1 else (len(whole), 1, parts, -1)
+            state[f"optimizer.state.fp32_param.{name}"] = torch.stack(cells).reshape(grid)
+            state[f"optimizer.state.exp_avg.{name}"] = torch.zeros(3)
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    shutil.copy(megatron / "plain" / "iter_0000003" / "metadata.json", tmp_path)
+    shutil.copy(pair / "tuned" / "config.json", tmp_path)
+    check(pair, tmp_path)
+
+
 def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
     opened, expected = open_checkpoint(megatron / "moe" / "iter_0000003"), weights(megatron / "hf-moe")
     assert opened.tensors.keys() == expected.keys()
@@ -354,6 +408,51 @@ def test_heads_that_do_not_divide_a_megatron_checkpoint_are_refused(megatron: Pa
     (bad / "config.json").write_text(json.dumps({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}))
     with pytest.raises(CheckpointError, match="linear_qkv has 64 rows; 8 heads of 8 in 2 groups make 96"):
         open_checkpoint(bad)
+
+
+# DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zero(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tuned weights as masters of DeepSpeed's engine, stages 2 and 3."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'opdgeo[deepspeed]'")
+    out = tmp_path_factory.mktemp("zero")
+    subprocess.run(
+        [sys.executable, HERE / "deepspeed_writer.py", pair / "tuned", out, "2", "3"], check=True, timeout=400
+    )
+    return out
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_checkpoint(stage: int, pair: Path, zero: Path) -> None:
+    check(pair, zero / f"zero-{stage}")
+    check(pair, zero / f"zero-{stage}" / "global_step7")
+    (opened,) = run_checkpoints([zero / f"zero-{stage}"])
+    assert (opened.step, opened.format) == (7, "DeepSpeed ZeRO")
+
+
+def test_a_deepspeed_checkpoint_that_runs_something_is_refused_and_not_run(zero: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(zero / "zero-3", tmp_path / "bad")) / "global_step7"
+    (file,) = bad.glob("*_optim_states.pt")
+    torch.save({"optimizer_state_dict": Runs(tmp_path / "trace")}, file)
+    with pytest.raises(CheckpointError, match=r"posix\.system to be run .*ran nothing"):
+        open_checkpoint(bad)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_deepspeed_checkpoint_without_deepspeed_says_what_to_do(tmp_path: Path) -> None:
+    if find_spec("deepspeed") is not None:
+        pytest.skip("deepspeed is installed")
+    (tmp_path / "global_step7").mkdir()
+    torch.save({}, tmp_path / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.raises(CheckpointError, match=r"opdgeo\[deepspeed\].*zero_to_fp32"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(tmp_path)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------
@@ -474,3 +573,135 @@ def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: 
     (noticed,) = open_checkpoint(checkpoint).notes
     assert "also holds safetensors weights (model.safetensors), which were not read" in noticed
     check(pair, checkpoint)
+
+
+def test_the_command_plans_measures_and_resumes_on_a_distributed_checkpoint(
+    pair: Path, ranks: Path, tmp_path: Path
+) -> None:
+    checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
+    shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
+    shutil.copy(pair / "base" / "model.safetensors", checkpoint)
+    command = [sys.executable, "-m", "opdgeo", "track", pair / "base", tmp_path / "run", "-o", tmp_path / "out"]
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120)
+    assert "14 matrices, 1 checkpoint(s)" in plan.stdout
+    assert "note: " in plan.stdout
+    assert "also holds safetensors weights" in plan.stdout
+    options = [*command, "--nulls", "0", "--no-report", "--no-cache"]
+    first = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert "also holds safetensors weights" in first.stdout
+    (manifest,) = json.loads((tmp_path / "out" / "run.json").read_text())["checkpoints"]
+    assert (manifest["format"], manifest["step"]) == ("torch distributed", 7)
+    inner = checkpoint / "pytorch_model_fsdp_0"
+    assert {f["name"]: f["sha256"] for f in manifest["files"]} == {
+        f"pytorch_model_fsdp_0/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in (inner / ".metadata", *inner.glob("*.distcp"))
+    }
+    # The same command finds everything done; a changed file makes it anew.
+    again = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert "taken over from an earlier run" in again.stdout
+    os.utime(inner / ".metadata", (1, 1))
+    anew = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    assert anew.returncode == 0
+    assert "taken over from an earlier run" not in anew.stdout
+
+
+def test_an_open_checkpoint_can_be_sent_to_another_process(pair: Path, ranks: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    state = weights(pair / "tuned")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    gguf = write_gguf(tmp_path / "tuned.gguf", state, "qwen3")
+    for place in (pair / "tuned", tmp_path / "pytorch_model.bin", gguf, ranks / "twice", ranks / "dcp-twice"):
+        sent = pickle.dumps(open_checkpoint(place))
+        assert len(sent) < 100_000
+        assert torch.equal(pickle.loads(sent).tensors[name][:, :], state[name]), place
+
+
+# The hub -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(pair: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """A server that speaks as much of the hub's protocol as its own client needs, and the names of the files it gave."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    files = {f.name: f.read_bytes() for f in (pair / "tuned").iterdir()} | {"optimizer.pt": b"-", "README.md": b"-"}
+    files["consolidated.safetensors"] = files["model.safetensors"]
+    given: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, content: bytes, **headers: str) -> None:
+            self.send_response(200)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            where = self.path.partition("?")[0]
+            siblings = [{"rfilename": name} for name in files]
+            if where in (f"/api/models/org/tuned/revision/{r}" for r in ("step-20", commit)):
+                info = {"id": "org/tuned", "sha": commit, "siblings": siblings, "private": False, "tags": []}
+                self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            elif where in (f"/api/models/org/tuned/tree/{r}" for r in ("step-20", commit)):
+                tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
+                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
+            elif where.startswith(f"/org/tuned/resolve/{commit}/") and (name := where.rpartition("/")[2]) in files:
+                given.extend([name] if self.command == "GET" else [])
+                etag = hashlib.sha256(files[name]).hexdigest()
+                self.answer(files[name], ETag=f'"{etag}"', X_Repo_Commit=commit)
+            else:
+                code = "RevisionNotFound" if "/org/tuned/" in where else "RepoNotFound"
+                self.send_response(404)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}, given
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_of_the_hub(pair: Path, hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
+    """Fetched once, only what is read; measured from the cache when offline; and what is said when it is not there."""
+    online, given = hub
+    code = """
+import json, sys
+from opdgeo.errors import CheckpointError
+from opdgeo.checkpoints import open_checkpoint
+for name in sys.argv[1:]:
+    try:
+        c = open_checkpoint(name)
+        print(json.dumps([c.name, c.step, c.manifest()["path"], str(c.path)]))
+    except CheckpointError as error:
+        print(json.dumps(str(error)))
+"""
+
+    def ask(names: list[str], **environment: str) -> list[Any]:
+        env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *names], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    found, no_revision, no_model = ask(["org/tuned@step-20", "org/tuned@none", "org/other"], **online)
+    assert found[:3] == ["tuned@step-20", 20, "org/tuned@0123456789abcdef0123456789abcdef01234567"]
+    assert sorted(given) == ["config.json", "model.safetensors"]
+    assert "RevisionNotFoundError" in no_revision
+    assert "RepositoryNotFoundError" in no_model
+    check(pair, Path(found[3]))
+    cached, absent = ask(["org/tuned@step-20", "org/other"], HF_HUB_OFFLINE="1")
+    assert cached == found
+    assert "the hub cannot be reached" in absent
+    assert len(given) == 2
+    (tmp_path / "org").mkdir()
+    assert "does not exist" in ask(["org/tuned@step-20"], **online)[0]

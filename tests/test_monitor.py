@@ -116,6 +116,7 @@ def origin_like(origin: Path, folder: Path) -> Path:  # noqa: F811
 def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_path: Path) -> None:  # noqa: F811
     monitor = GeometryMonitor(every=2, watch=6)
     watched = monitor_worker.trainer(origin, tmp_path, monitor_worker.Reporter(), save_only_model=False, max_steps=2)
+    watched.add_callback(GeometryMonitor(every=2, watch=6))
     watched.train()
     watched = monitor_worker.trainer(origin, tmp_path, monitor_worker.Reporter(), save_only_model=False, max_steps=4)
     watched.add_callback(monitor)
@@ -124,11 +125,33 @@ def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_p
     norms = {r["matrix"]: r["value"] for r in tracked.filter(diagnostic="frobenius_norm").to_dicts()}
     found = {r["matrix"]: r["value"] for r in monitor.rows if r["diagnostic"] == "frobenius_norm"}
     assert len(found) == 6 and all(math.isclose(norms[m], v, rel_tol=1e-6) for m, v in found.items())
+    similar = {r["matrix"]: r["value"] for r in monitor.rows if r["variant"] == "first.16"}
+    rows = opdgeo.track(origin, tmp_path, settings=Settings(nulls=0), cache=False).measurements
+    earlier = rows.filter(step=2, diagnostic="subspace_similarity", variant="final.16").to_dicts()
+    assert len(similar) == 6  # the channel of step 2 outlived the interruption
+    assert all(r["value"] == pytest.approx(similar.get(r["matrix"], r["value"]), rel=1e-4) for r in earlier)
     lost = GeometryMonitor(base=tmp_path / "nowhere")
     watched = monitor_worker.trainer(origin, tmp_path / "other", monitor_worker.Reporter())
     watched.add_callback(lost)
     with pytest.raises(ConfigError, match="nowhere"):
         watched.train()
+
+
+def test_a_lora_layer_is_measured_merged(origin: Path, tmp_path: Path) -> None:  # noqa: F811
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    watched = monitor_worker.trainer(origin, tmp_path, monitor_worker.Reporter(), peft_config=lora, save_strategy="no")
+    names = ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+    monitor = GeometryMonitor(every=6, watch=names)
+    watched.add_callback(monitor)
+    watched.train()
+    watched.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tracked = opdgeo.compare(origin, tmp_path / "merged", settings=Settings(nulls=0), cache=False).measurements
+    for diagnostic in ("frobenius_norm", "stable_rank"):
+        expected = {r["matrix"]: r["value"] for r in tracked.filter(diagnostic=diagnostic).to_dicts()}
+        found = {r["matrix"]: r["value"] for r in monitor.rows if r["diagnostic"] == diagnostic}
+        assert found == pytest.approx({name: expected[name] for name in names}, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,21 @@ def test_visible_probability_of_single_values() -> None:
         assert float(moved.double().mean()) == pytest.approx(float(expected), abs=0.006)
     as_bf16 = nulls.visible_probability(values[:5].bfloat16(), scale)
     assert torch.allclose(as_bf16, nulls.visible_probability(values[:5].bfloat16().float(), scale), atol=1e-12)
+
+
+def test_a_scaled_down_walk_is_that_of_the_large_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Near the edge of the spectrum the similarity depends on the angle in units of the spacing there.
+    ranks = (1, 4, 8)
+    whole = nulls.PairSimilarity(320, 200, ranks)
+    monkeypatch.setattr(nulls, "SIZE", 100)
+    scaled = nulls.PairSimilarity(320, 200, ranks)
+    assert (whole.shape, scaled.shape) == ((320, 200), (160, 100))
+    for theta in (0.05, 0.2, 0.5, 1.0, math.pi / 2):
+        ours, theirs = scaled(theta), whole(theta)
+        for key, (mean, deviation) in theirs.items():
+            spread = math.hypot(deviation, ours[key][1]) / 4
+            assert abs(ours[key][0] - mean) <= 0.04 + 3 * spread, (theta, key)
+    exact = whole(0.0)
+    assert set(exact.values()) == {(1.0, 0.0)}
+    chance = whole(math.pi / 2)["right", 8][0]
+    assert abs(chance - 8 / 200) < 0.02

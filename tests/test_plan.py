@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import opdgeo
 import planted
 from opdgeo.checkpoints import open_checkpoint, pair
 from opdgeo.survey import memory, plan
-from test_compare import BASE, TUNED, program, write_pair
+from test_compare import BASE, SOURCE, TUNED, program, write_pair
 
 
 def test_a_plan_names_every_shape_and_what_is_left_out(tmp_path: Path) -> None:
@@ -42,6 +49,56 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch:
     with pytest.raises(opdgeo.errors.ConfigError, match="more memory"):
         opdgeo.compare(base, tuned)
     assert program("compare", base, tuned, "--plan", "--rank", "0").returncode == 2
+
+
+MEASURED = """
+import sys
+from opdgeo.cli import main
+try: main(sys.argv[1:])
+except SystemExit as end: assert end.code == 0
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+SMOLLM2 = {
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576), "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536),
+}  # fmt: skip
+MODELS: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
+    "tiny": ({"self_attn.q_proj": (128, 128), "mlp.up_proj": (384, 128)}, 512),
+    "smollm2": (SMOLLM2, 512),
+    "large": ({"self_attn.q_proj": (2048, 2048), "self_attn.o_proj": (2048, 2048)}, 128),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_takes_the_memory_that_was_planned(model: str, tmp_path: Path) -> None:
+    shapes, rank = MODELS[model]
+    rng = torch.Generator().manual_seed(0)
+    weights = {planted.tensor_name(0, m): 0.02 * torch.randn(*s, generator=rng) for m, s in shapes.items()}
+    for name, step in (("base", 0.0), ("tuned", 1e-5)):
+        (tmp_path / name).mkdir()
+        moved = {n: (w + step * torch.randn(w.shape, generator=rng)).half() for n, w in weights.items()}
+        save_file(moved, tmp_path / name / "model.safetensors")
+    arguments = [
+        "compare",
+        tmp_path / "base",
+        tmp_path / "tuned",
+        "--rank",
+        rank,
+        "-o",
+        tmp_path / "out",
+        "--workers",
+        2,
+    ]
+    text = program(*arguments, "--plan").stdout
+    planned = float(re.findall(r"at most ([\d.]+) GB", text)[0])
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPDGEO_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=1500)
+    measured = int(done.stdout.split()[-1]) * 1024 / 1e9
+    assert measured / 1.5 < planned < 1.5 * measured, text
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["peak_memory_bytes"] / 1e9 < 1.5 * planned
+    print(f"{model}: planned {planned:.2f} GB, measured {measured:.2f} GB")
 
 
 def test_matrices_wait_until_there_is_room() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.experiments.presets import PRESETS, SMOLLM2_TEACHER_STEPS, train_config
+from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks.problems import verify
 from opdgeo.training import models
 from opdgeo.training.benchmark import evaluate, interval
@@ -102,7 +102,7 @@ def test_vllm_without_a_gpu_is_refused_before_anything_is_written(tmp_path: Path
     config = train_config("opd", "tiny", origin=teacher, vllm="colocate", device="cpu", eval_prompts=0)
     with pytest.raises(ConfigError, match=r"vLLM was asked for and there is no CUDA GPU.*--vllm off"):
         train(config, tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "step-000100").exists()
+    assert not (tmp_path / "run").exists()
     server = trl_arguments(
         train_config("opd", "tiny", origin="A", vllm="server", vllm_server="http://h:1"), tmp_path, False
     )
@@ -112,9 +112,11 @@ def test_vllm_without_a_gpu_is_refused_before_anything_is_written(tmp_path: Path
 
 def test_smollm2_trains_on_one_task_with_one_teacher() -> None:
     arms = {arm: train_config(arm, "smollm2") for arm in ("sft", "sft-matched", "opd", "rlvr", "teacher")}
-    assert len({(c.task, str(c.task_options), c.origin, c.chat) for c in arms.values()}) == 1
+    assert len({(c.task, str(c.task_options), c.chat) for c in arms.values()}) == 1
     assert {arms[arm].teacher for arm in ("sft", "sft-matched", "opd", "rlvr")} == {models.SMOLLM2_TEACHER}
-    assert models.smollm2_teacher().name == f"step-{arms['teacher'].steps:06d}" == f"step-{SMOLLM2_TEACHER_STEPS:06d}"
+    assert {arms[arm].origin for arm in ("sft-matched", "opd", "rlvr")} == {models.SMOLLM2_ANCHOR}
+    assert arms["sft"].origin == arms["teacher"].origin == models.SMOLLM2
+    assert arms["teacher"].checkpoint_steps == tuple(models.SMOLLM2_RUN.values())
     assert train_config("opd", "smollm2", steps=12).checkpoint_steps == (4, 8, 12)
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
 from opdgeo.report.glossary import clean, number, variant_label
+from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
 from report_data import HOSTILE, build
 
@@ -232,6 +233,19 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
 
 
+def test_the_page_of_a_trajectory_says_when_the_channel_locks(reports: dict[str, tuple[Path, Page]]) -> None:
+    out, _ = reports["track"]
+    text = (out / "report.html").read_text()
+    table = text[text.index('id="locking"') :].partition("</table>")[0]
+    rows = re.findall(r'<th scope="row">([^<]+)</th>(.*?)</tr>', table)
+    assert [name for name, _ in rows] == ["K = 16, right", "K = 16, left", "K = 4, right"]
+    row = json.loads((out / "summary.json").read_text())["locking"][0]
+    shown = [re.findall(r'<data value="(\d+)">|(<span class="nil">)', cell) for cell in rows[0][1].split("</td>")[:-1]]
+    pairs = [[int(number) if number else None for number, _ in cell] for cell in shown]
+    assert pairs == [list(pair) for pair in zip(row["step"], row["null_step"], strict=True)]
+    assert 'id="locking"' not in (reports["compare"][0] / "report.html").read_text()
+
+
 def test_verdict_separates_size_from_geometry(reports: dict[str, tuple[Path, Page]]) -> None:
     said = " ".join(reports["compare"][1].verdict.split())
     assert "Its size does not explain" in said and "Same as an isotropic update of this size" in said
@@ -339,13 +353,26 @@ def test_terminal_tables(reports: dict[str, tuple[Path, Page]], kind: str) -> No
                 "fails",
                 "SFT matched",
                 "not tested: R2",
-                "matched SFT",
-                "beyond size",
+                "after matching",
+                "does not",
             )
         )
         first = claims_of(out)[0]
-        judged = [first["verdict"], *(control["verdict"] for control in first["controls"])]
+        judged = [first["verdict"], first["after_matching"]]
         assert re.search(r"^R1 .*" + r"\s+".join(judged) + r"\s*$", text, re.MULTILINE), "one column a verdict"
+
+
+def test_a_study_as_text_says_what_the_data_say(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
+    out, _ = reports["reproduce"]
+    text = write_markdown(out, tmp_path / "docs" / "results.md").read_text()
+    for claim in claims_of(out):
+        assert f"| {claim['id']} | {claim['claim']} | {claim['verdict']} | {claim['after_matching']} |" in text
+        assert claim["rule"] in text
+        assert all(f"| {c['control']} | {c['verdict']} |" in text for c in claim["controls"])
+    assert "not after matching (size, start, learning rate or steps): R1." in text and "* Fails: L1." in text
+    assert "opdgeo reproduce" in text and "2⁻⁸" in text and "R2 (one teacher only)" in text
+    with pytest.raises(ConfigError, match=r"no claims\.json"):
+        write_markdown(reports["compare"][0], tmp_path / "x.md")
 
 
 def claims_of(out: Path) -> list[dict[str, Any]]:

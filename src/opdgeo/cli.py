@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--record-rollouts", action="store_true", default=None, help="keep every completion in OUT/rollouts.jsonl"
     )
+    train.add_argument(
+        "--monitor",
+        type=int,
+        metavar="STEPS",
+        help="measure the update's geometry every so many steps (default: 25; 0: never)",
+    )
     train.add_argument("--channel", help="hold the update in this channel: what `opdgeo channel` wrote")
     train.add_argument(
         "--constrain",
@@ -132,6 +138,13 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         dest="settings",
         help="any other setting of OUT/config.json, the value as JSON, such as micro_batch=2",
+    )
+    train.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="HARDWARE",
+        help="only say what the run would take, by part, here or on stated hardware such as h100x8; refuse what cannot fit",
     )
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     train.set_defaults(run=_train)
@@ -164,8 +177,9 @@ def parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser(
         "reproduce",
         help="train all arms, measure them, and judge the paper's claims",
-        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, measure every update and trajectory, and judge each "
-        "claim by a rule written before the run. Finished parts are kept: the same command goes on after an interruption.",
+        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, with --study full also every control, measure every "
+        "update and trajectory, and judge each claim by a rule written before the run. Finished parts are kept: the same command "
+        "goes on after an interruption.",
     )
     reproduce.add_argument("--preset", default="tiny", help="models, task and settings (default: tiny)")
     reproduce.add_argument(
@@ -174,7 +188,18 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--seeds", type=int, default=1, help="independent repetitions, each with its own anchor (default: 1)"
     )
+    reproduce.add_argument(
+        "--study",
+        choices=("small", "full"),
+        default="small",
+        help="small: the four paradigms (default); full: every control, with --seeds 3 in two to three hours on two cores",
+    )
     reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
+    reproduce.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="give every arm a few steps: whether the whole study runs, not what it finds",
+    )
     reproduce.set_defaults(run=_reproduce)
 
     signals = commands.add_parser(
@@ -245,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("out", metavar="OUT", nargs="+", type=Path, help="results folders")
     report.add_argument("--figures", action="store_true", help="also write figures/*.svg and figures/*.pdf")
+    report.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write what one study found as a page of text"
+    )
     report.set_defaults(run=_report)
     return main
 
@@ -410,19 +438,30 @@ def _train(args: argparse.Namespace) -> int:
     from opdgeo.training.run import train
 
     names = (
-        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "channel", "constrain",
+        "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "monitor", "channel", "constrain",
         "moments", "unconstrained", "vllm",
     )  # fmt: skip
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in names if (value := getattr(args, name)) is not None}
     config = train_config(args.paradigm, args.preset, origin=args.model, **overrides)
     out = args.out or Path(f"opdgeo-{args.paradigm}")
+    if args.plan is not None:
+        return _train_plan(config, args.plan or None)
     make_teacher(config, progress=sys.stderr.isatty())
     last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
     if not is_main():
         return DONE
     print(f"last checkpoint: {last}")
     print(f"measure it:      opdgeo track {resolve(config.origin)} {out}")
+    return DONE
+
+
+def _train_plan(config, hardware: str | None) -> int:  # type: ignore[no-untyped-def]
+    from opdgeo.training import plan
+
+    made = plan.plan(config, plan.hardware(hardware))
+    print(plan.describe(made))
+    plan.refuse_what_cannot_fit(made)
     return DONE
 
 
@@ -457,7 +496,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     from opdgeo.experiments.reproduce import reproduce
     from opdgeo.report.terminal import print_claims
 
-    claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
+    claims = reproduce(
+        args.preset, args.out, seeds=args.seeds, workers=args.workers, study=args.study, rehearse=args.rehearse
+    )
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
     return DONE
@@ -522,6 +563,12 @@ def _report(args: argparse.Namespace) -> int:
 
     for out in args.out:
         print(f"report: {write_report(out, figures=args.figures)}")
+    if args.markdown:
+        from opdgeo.report.markdown import write_markdown
+
+        if len(args.out) != 1:
+            raise ConfigError(f"--markdown was given with {len(args.out)} folders; expected one study.")
+        print(f"text:   {write_markdown(args.out[0], args.markdown)}")
     return DONE
 
 

@@ -10,11 +10,11 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints import dcp, fsdp, ggufs, huggingface, megatron
+from opdgeo.checkpoints import dcp, fsdp, ggufs, hub, huggingface, megatron, zero
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -48,6 +48,7 @@ FORMATS = (
     Format("torch distributed", ".metadata with *.distcp", dcp.find, dcp.read),
     Format("safetensors", "model.safetensors", huggingface.find_safetensors, huggingface.read_safetensors),
     Format("torch", "pytorch_model.bin", huggingface.find_bin, huggingface.read_bin),
+    Format("DeepSpeed ZeRO", "global_step*/*_optim_states.pt", zero.find, zero.read),
     Format("GGUF", "*.gguf", ggufs.find, ggufs.read),
 )
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
@@ -68,10 +69,13 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: str = "safetensors"
+    repository: str = ""  # the name by which it was fetched from the hub
 
     @property
     def name(self) -> str:
         """The folder's name, as it stands in the `checkpoint` column; of `global_step_10/actor`, `global_step_10`."""
+        if self.repository:
+            return self.repository.partition("/")[2]
         path = self.path.resolve()
         if path.is_file():
             return path.stem
@@ -82,7 +86,7 @@ class Checkpoint:
     @property
     def step(self) -> int | None:
         """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
-        return _step(self.name)
+        return _step(self.name.rpartition("@")[2])
 
     @property
     def files(self) -> list[Path]:
@@ -115,7 +119,9 @@ class Checkpoint:
         dtypes = Counter(stored.dtype for stored in self.tensors.values())
         quantised = Counter(stored.quantised for stored in self.tensors.values() if stored.quantised)
         files = self.manifest_of(self.files)
-        manifest = {"path": str(self.path), "format": self.format, "dtypes": dict(dtypes), "files": files}
+        # The hub's cache names a folder by the commit.
+        path = f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
+        manifest = {"path": path, "format": self.format, "dtypes": dict(dtypes), "files": files}
         manifest |= {"quantised": dict(quantised)} if quantised else {}
         return manifest | ({"notes": list(self.notes)} if self.notes else {})
 
@@ -135,12 +141,16 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
     """Open a checkpoint of any known format, or a PEFT adapter or weight delta on `base`, reading headers only.
 
+    `path` is a folder or a file; else the name of a repository on the Hugging Face hub, ``org/name@revision``.
+
     A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
 
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
+    if not path.exists() and hub.is_name(name):
+        return replace(open_checkpoint(hub.fetch(name), base), repository=name)
     if not path.exists():
         raise CheckpointError(
             f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."

@@ -11,14 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
+from math import prod
+from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp
 from opdgeo.checkpoints.huggingface import read_json
-from opdgeo.checkpoints.stored import Rows, Stored
+from opdgeo.checkpoints.stored import Pieces, Rows, Stored
 from opdgeo.checkpoints.torchfile import records, unpickle
 from opdgeo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opdgeo.checkpoints.stored import Index
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<part>.+)")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(?P<of>.+)")
@@ -47,6 +55,57 @@ _FC = re.compile(
     r"mlp\.(?:(?P<experts>experts\.experts)|shared_experts)?\.?(?P<fc>linear_fc1|linear_fc2)\.weight(?P<half>_w|_v)?"
 )
 _ARGS = [made for name in ("argparse.Namespace",) for made in records([name])]
+
+
+@dataclass(frozen=True)
+class Unflattened:
+    """A tensor of `shape` cut into a grid of equal cells, each of them flat: (*grid, entries of a cell)."""
+
+    source: Stored
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def quantised(self) -> str | None:
+        return self.source.quantised
+
+    @property
+    def cell(self) -> tuple[int, ...]:
+        return tuple(n // g for n, g in zip(self.shape, self.source.shape[:-1], strict=True))
+
+    def __getitem__(self, index: Index) -> Tensor:
+        cells = product(*map(range, self.source.shape[:-1]))
+        pieces = ((tuple(map(mul, at, self.cell)), _Cell(self.source, at, self.cell)) for at in cells)
+        return Pieces("an optimizer's master", self.shape, tuple(pieces))[index]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    source: Stored
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    files: tuple[Path, ...] = ()
+    quantised: str | None = None
+
+    def __getitem__(self, index: Index) -> Tensor:
+        return self.source[(*self.at, slice(0, self.source.shape[-1]))].reshape(self.shape)[index]
+
+
+def _master(tensor: Stored, shape: tuple[int, ...]) -> Stored | None:
+    """A master as a tensor of the weight's shape; the distributed optimizers of older Megatron-Cores keep it flat."""
+    if tensor.shape == shape:
+        return tensor
+    grid = tensor.shape[:-1]
+    fits = len(grid) == len(shape) and all(n % g == 0 for n, g in zip(shape, grid, strict=True))
+    return Unflattened(tensor, shape) if fits and prod(shape) == prod(tensor.shape) else None
 
 
 @dataclass(frozen=True)
@@ -81,8 +140,8 @@ def read(folder: Path, config: dict[str, Any]) -> dict[str, Stored]:
     for name, tensor in stored.items():
         if (found := _MASTER.fullmatch(name)) and tensor.dtype == "float32":
             plain = _WRAPPER.sub("", found["of"])
-            if plain in weights and weights[plain].shape == tensor.shape:
-                weights[plain] = tensor
+            if plain in weights and (master := _master(tensor, weights[plain].shape)):
+                weights[plain] = master
     model_type = str(config.get("model_type", ""))
     return dict(
         _renamed(weights, _shape(folder, config), "shared_experts" if "deepseek" in model_type else "shared_expert")

@@ -90,15 +90,16 @@ def raw(tensor: Tensor, file: Path, start: int = 0) -> Raw:
     """Where the bytes of an unpickled tensor lie in its file; `start` is where the torch file begins in it.
 
     Raises:
-        CheckpointError: written by a torch before 1.6: the bytes stand in the pickle; no plain tensor; or packed again by
-            another program, where the bytes are not where torch looks for them.
+        CheckpointError: a sparse, quantised, negated or conjugated tensor; written by a torch before 1.6: the bytes stand in
+            the pickle; or packed again by another program, where the bytes are not where torch looks for them.
     """
-    plain = tensor.layout == torch.strided and not tensor.is_neg() and not tensor.is_conj()
+    plain = not (tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if plain else None
     if offset is None:
         raise CheckpointError(
-            f"{file} holds a {tensor.layout} tensor or is of torch's format before 1.6; expected plain tensors. "
-            "Load it and save it again as safetensors."
+            f"{file} holds a {tensor.layout} {dtype_name(tensor.dtype)} tensor that does not lie in it as plain numbers: a sparse or "
+            f"quantised one, or torch's format before 1.6 (or torch {torch.__version__} is too old to say where). Load it and "
+            "save it again as safetensors."
         )
     if start == 0 and tensor.numel() and offset not in _storages(file, file.stat().st_mtime_ns):
         raise CheckpointError(

@@ -12,4 +12,4 @@ def variants(settings: Settings) -> list[str]:
 
 
 def measure(update: Update) -> dict[str, Value]:
-    return {"": Value(update.norm, update.norm * update.norm_error, "sum")}
+    return {"": Value(update.norm, update.norm * update.norm_error, update.norm_method)}

@@ -17,4 +17,4 @@ def measure(update: Update) -> dict[str, Value]:
     if update.base.norm == 0:
         return {"": undefined("the base matrix is zero")}
     ratio = update.norm / update.base.norm
-    return {"": Value(ratio, 2 * ratio * update.norm_error, "sum")}
+    return {"": Value(ratio, 2 * ratio * update.norm_error, update.norm_method)}

@@ -214,6 +214,10 @@ class Update:
         return _norm(after.double() - before for before, after in self.blocks())
 
     @property
+    def norm_method(self) -> str:
+        return "factors" if self.factors else "sum"
+
+    @property
     def norm_error(self) -> float:
         """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences, or of the core."""
         if self.factors:

@@ -33,7 +33,7 @@ class Rows:
 
     def total_of(self, *numbers: float) -> list[float]:
         """Sums of numbers over the processes."""
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
         found: list[float] = self.sum(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
         return found
 

@@ -20,7 +20,7 @@ from typing import Any
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey.measure import Job, Measured, measure
-from opdgeo.survey.memory import PROGRAM, Memory, available_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, Memory, available_memory, give_back, peak_memory, working_set
 
 Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside each what is known of it
 Finished = Generator[tuple[Matrix, Measured], None, None]
@@ -35,7 +35,9 @@ def local(job: Job, work: Work, workers: int | None = None) -> Finished:
 
     def task(matrix: Matrix, known: Measured | None) -> tuple[Matrix, Measured]:
         with memory.room_for(_size(job, matrix)):
-            return matrix, measure(job, matrix, known)
+            found = measure(job, matrix, known)
+            give_back()
+            return matrix, found
 
     pool = ThreadPoolExecutor(min(workers or cpu_cores(), max(1, len(work))))
     try:
@@ -64,6 +66,7 @@ def ray(job: Job, work: Work, workers: int | None = None, address: str | None = 
     except ImportError:
         raise ConfigError("--engine ray needs Ray, which is not installed. Try: pip install 'opdgeo[ray]'") from None
 
+    program = peak_memory() + LIBRARIES  # a worker's is about the same
     with _cluster(ray, address):
         remote = ray.remote(_on_a_worker)
         shared = ray.put((job, str(Path.cwd()), _files(job), _versions()))
@@ -74,7 +77,7 @@ def ray(job: Job, work: Work, workers: int | None = None, address: str | None = 
                 room = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
                 while waiting and len(pending) < room:
                     matrix, known = waiting.pop()
-                    needs = _needs(job, matrix)
+                    needs = _needs(job, matrix, program)
                     _refuse_what_no_node_holds(ray.nodes(), matrix, needs)
                     task = remote.options(
                         num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs["memory"], max_retries=RETRIES
@@ -86,7 +89,7 @@ def ray(job: Job, work: Work, workers: int | None = None, address: str | None = 
                     yield matrix, _result(ray, reference, matrix)
                 if not done:
                     for matrix in pending.values():
-                        _refuse_what_no_node_holds(ray.nodes(), matrix, _needs(job, matrix))
+                        _refuse_what_no_node_holds(ray.nodes(), matrix, _needs(job, matrix, program))
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
@@ -132,7 +135,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address or 'this machine'} ({error}); expected HOST:PORT of a head node with this Python "
-            "and this Ray. Start one with `ray start --head --port=6379`."
+            "and this Ray. Start one with `ray start --head --port=6379`; of one that asks for a token, be a client by RAY_AUTH_MODE=token."
         ) from error
     try:
         yield
@@ -140,9 +143,9 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _needs(job: Job, matrix: Matrix) -> dict[str, int]:
+def _needs(job: Job, matrix: Matrix, program: int) -> dict[str, int]:
     """What a node must have: every worker is a process of its own."""
-    return {"CPU": 1, "GPU": int(job.device.startswith("cuda")), "memory": _size(job, matrix) + PROGRAM}
+    return {"CPU": 1, "GPU": int(job.device.startswith("cuda")), "memory": _size(job, matrix) + program}
 
 
 def _refuse_what_no_node_holds(nodes: list[dict[str, Any]], matrix: Matrix, needs: dict[str, int]) -> None:
@@ -203,4 +206,6 @@ def _on_a_worker(
                 "checkpoints at the same path on every node. Put them on a shared file system."
             )
     with _one_thread():
-        return measure(job, matrix, known)
+        found = measure(job, matrix, known)
+    give_back()
+    return found

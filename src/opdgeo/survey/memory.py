@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
+from opdgeo.numerics.masks import KEPT
+from opdgeo.numerics.spectra import KRYLOV
 
-PROGRAM = 500 << 20  # bytes of the program with torch and polars
+LIBRARIES = 40 << 20  # bytes of what the first matrix loads: LAPACK and its buffers
+PAGE = 120 << 20  # bytes that drawing the page takes, when the matrices are gone
 
 
 def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings) -> int:
-    """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read,
-    one float64 matrix with its Gram matrix and eigenvectors, the leading vectors of both, and the masks."""
+    """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read
+    and the leading vectors of both, and the most that one step adds: W₊ in float64 with its Gram matrix and eigenvectors, ΔW
+    in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared."""
     rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
     base, *tuned = (c.itemsize(matrix.tensor) for c in checkpoints)
-    stored = base + max(tuned)
-    rank = min(max(settings.rank, settings.mask_rank), small)
-    eigenvectors = 2 * small * small if 6 * rank > small else 0
-    return (
-        rows * cols * (stored + 8 + 2 * len(settings.mask_share) + 2)
-        + 8 * (small * small + eigenvectors)
-        + 8 * 4 * rank * (rows + cols)
-    )
+    entries, k = rows * cols, min(max(settings.rank, settings.mask_rank), max(1, small // 2))
+    factors = 8 * k * (rows + cols)
+    spectrum = 8 * entries + 8 * small * small * (3 if 6 * k > small else 1) + factors
+    delta = 16 * entries + 8 * small * small if small < KRYLOV else 8 * entries
+    masks = entries * (2 * len(settings.mask_share) + 3) + 2 * factors
+    steps = [spectrum, delta + factors, masks + 2 * 8 * min(entries, KEPT)]
+    if settings.nulls:
+        steps.append(masks + 8 * entries + spectrum)
+    return entries * (base + max(tuned)) + factors + max(steps)
+
+
+def peak_memory() -> int:
+    """Peak resident set of this process in bytes."""
+    with suppress(OSError, StopIteration, ValueError):  # `getrusage` counts the parent's before the program was started
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can: what one matrix leaves behind would add to the next."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory() -> int:

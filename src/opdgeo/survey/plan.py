@@ -11,7 +11,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 from opdgeo.numerics.spectra import KRYLOV
-from opdgeo.survey.memory import PROGRAM, available_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, PAGE, available_memory, peak_memory, working_set
 
 STARTUP = 2.5  # seconds
 
@@ -45,7 +45,7 @@ def plan(work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Se
     for size in largest[1:workers]:
         peak += size if peak + size <= available * 8 // 10 else 0
     seconds = STARTUP + sum(group[4] for group in groups) / min(workers, len(work))
-    return Plan(groups, seconds, peak + PROGRAM, available)
+    return Plan(groups, seconds, peak_memory() + max(peak + LIBRARIES, PAGE), available)
 
 
 def refuse_what_cannot_fit(work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings) -> None:
@@ -74,7 +74,7 @@ def describe(plan: Plan, pairing: Pairing, checkpoints: int, workers: int) -> st
         lines.append(f"  {f'{rows}×{cols}':>16}  {count:>8}  {size / 1e9:>8.2f} GB  {duration(seconds):>14}")
     lines += [
         "",
-        f"about {duration(plan.seconds)}, at most {plan.peak / 1e9:.1f} GB of {plan.available / 1e9:.1f} GB available",
+        f"about {duration(plan.seconds)}, at most {plan.peak / 1e9:.2f} GB of {plan.available / 1e9:.1f} GB available",
     ]
     account = pairing.to_json()
     left = [f"{count} {kind}" for kind, count in account["not_selected"].items()]

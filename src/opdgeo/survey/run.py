@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated
+from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.parts import Parts
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
@@ -220,12 +220,6 @@ def _account(pairings: list[Pairing]) -> dict[str, Any]:
 def _cost(matrix: Matrix) -> float:
     """Proportional to the flops of a factorisation."""
     return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
-
-
-def peak_memory() -> int:
-    """Peak resident set of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Bar:

@@ -59,52 +59,60 @@ class Problems:
 
     @property
     def verifiable(self) -> bool:
-        return any(examples and examples[0].answer for examples in self._examples.values())
+        return any(numbers and self._example(data[numbers[0]], 0, "").answer for data, numbers in self._splits.values())
 
     @property
     def prompted(self) -> bool:
         return True
 
     @cached_property
-    def _examples(self) -> dict[bool, list[Example]]:
-        found = self._read(self.source)
+    def _splits(self) -> dict[bool, tuple[Sequence[dict[str, Any]], list[int]]]:
+        """Held out or not → the rows of its source and the numbers of those that belong to it, each prompt once."""
+        data, found = self._read(self.source)
         if self.held_out:
-            return {False: found, True: self._read(self.held_out)}
-        kept = {example.prompt for example in found if zlib.crc32(example.prompt.encode()) % HELD_OUT_ONE_IN == 0}
-        return {held: [e for e in found if (e.prompt in kept) == held] for held in (False, True)}
+            return {False: (data, list(found.values())), True: self._all(self.held_out)}
+        return {
+            held: (data, [i for prompt, i in found.items() if (zlib.crc32(prompt) % HELD_OUT_ONE_IN == 0) == held])
+            for held in (False, True)
+        }
 
-    def _read(self, source: str) -> list[Example]:
-        found: dict[str, Example] = {}
-        for number, row in enumerate(rows(source, self.split), start=1):
-            example = self._example(row)
-            if example is None:
-                raise ConfigError(
-                    f"row {number} of {source} has {', '.join(row)}; expected a prompt with an answer or a completion, or a "
-                    "conversation in 'messages'. Name the columns in task_options: prompt, answer, completion."
-                )
-            found.setdefault(example.prompt, example)
+    def _read(self, source: str) -> tuple[Sequence[dict[str, Any]], dict[bytes, int]]:
+        """The rows and, for each prompt, the number of the first one that has it. Examples stay where they are stored."""
+        data = rows(source, self.split)
+        found: dict[bytes, int] = {}
+        for number, row in enumerate(data):
+            found.setdefault(self._example(row, number, source).prompt.encode(), number)
         if not found:
             raise ConfigError(f"{source} holds no problems; expected one a line.")
-        return list(found.values())
+        return data, found
 
-    def _example(self, row: dict[str, Any]) -> Example | None:
+    def _all(self, source: str) -> tuple[Sequence[dict[str, Any]], list[int]]:
+        data, found = self._read(source)
+        return data, list(found.values())
+
+    def _example(self, row: dict[str, Any], number: int, source: str) -> Example:
         prompt = _text(_get(row, self.prompt, PROMPTS), "user")
         completion = _text(_get(row, self.completion, COMPLETIONS), "assistant")
         answer = _get(row, self.answer, ANSWERS)
         if prompt is None:
             prompt, completion = (_text(row.get("messages"), role) for role in ("user", "assistant"))
         if prompt is None or (completion is None and answer is None):
-            return None
+            raise ConfigError(
+                f"row {number + 1} of {source} has {', '.join(row)}; expected a prompt with an answer or a completion, or a "
+                "conversation in 'messages'. Name the columns in task_options: prompt, answer, completion."
+            )
         return Example(prompt, completion or "", "" if answer is None else str(answer))
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
-        found = list(self._examples[held_out])
-        random.Random(f"{seed}-{held_out}").shuffle(found)
-        return found[:count]
+        data, numbers = self._splits[held_out]
+        numbers = list(numbers)
+        random.Random(f"{seed}-{held_out}").shuffle(numbers)
+        return [self._example(data[i], i, self.source) for i in numbers[:count]]
 
     def all(self) -> list[Example]:
         """Every problem of the source, in its order: for evaluation."""
-        return self._read(self.source)
+        data, numbers = self._all(self.source)
+        return [self._example(data[i], i, self.source) for i in numbers]
 
     def verify(self, completion: str, answer: str) -> float:
         return verify(completion, answer)
@@ -130,15 +138,15 @@ def verify(completion: str, answer: str) -> float:
     )
 
 
-def rows(source: str, split: str = "train") -> Iterable[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or of a dataset on the hub.
+def rows(source: str, split: str = "train") -> Sequence[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, or of a dataset on the hub (which stays on disk).
 
     Raises:
         ConfigError: it is neither, or the hub cannot be reached.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return _file(path)
+        return list(_file(path))
     if path.suffix or source.count("/") != 1:
         raise ConfigError(
             f"there is no file {source}; expected a .jsonl or .parquet file, or the id of a dataset such as owner/name."

@@ -24,6 +24,7 @@ from opdgeo.errors import NumericsError
 from opdgeo.training import constrain, engine, models, rollouts
 from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
+from opdgeo.training.monitor import PREFIX
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -231,6 +232,9 @@ class Recorder(TrainerCallback):
                 **({"channel/outside": logs.get("channel/outside")} if self.config.constrain else {}),
             }
         )
+        geometry = {n.removeprefix(PREFIX): v for n, v in logs.items() if n.startswith(PREFIX)}
+        if geometry:
+            self._row({"event": "geometry", "step": step, **geometry})
         self.tokens_before = tokens
         if self.bar is not None and self.bar_task is not None:
             note = f"loss {logs['loss']:.3f}"

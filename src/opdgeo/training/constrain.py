@@ -135,7 +135,7 @@ def check_choices(mode: str, moments: str, unconstrained: str) -> None:
 
 
 def prepare(model: torch.nn.Module, channel: Channel, mode: Mode, unconstrained: Unconstrained = "free") -> None:
-    """Freeze what may not move and, for `adapter`, put LoRA layers into `model`; before it is wrapped and has an optimizer.
+    """Freeze what may not move and, for `adapter`, put `ChannelLinear` layers into `model`; before it is wrapped and has an optimizer.
 
     Raises:
         ConfigError: the channel does not fit the model.

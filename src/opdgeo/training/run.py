@@ -50,7 +50,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             )
         _check_recorded(config, out)
 
-    from opdgeo.training import callbacks, models
+    from opdgeo.training import callbacks, models, monitor
 
     rows = callbacks.read_log(out)
     evaluated = not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in rows)
@@ -74,6 +74,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use alpha = 1 (OPD) or SFT with it."
         )
 
+    engine.require_devices(config)
     channel = _channel(config, out)
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
@@ -87,6 +88,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, task, progress)
         _constrain(trainer, config, channel, origin)
+        if config.monitor:
+            trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
         try:
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
@@ -150,14 +153,11 @@ def _build(
 
     from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --device cpu.")
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.vllm != "off" and config.rollouts == "student":
-        engine.require_vllm(cuda)
     tokenizer = models.load_tokenizer(origin, config.end_token)
-    model = models.load_model(origin)
-    teacher = models.load_model(teacher_folder).eval() if teacher_folder else None
+    model = models.load_model(origin, config.weights)
+    start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
+    teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
@@ -188,7 +188,7 @@ def _build(
             return None
         return evaluation.evaluate(
             trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens,
+            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, origin=start,
             longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
@@ -197,9 +197,9 @@ def _build(
     engine.shard_without_gpu()
     trainer: Any
     if demonstrations:
-        rows = [sft.tokenized(example, tokenizer, config.max_prompt_tokens + config.max_tokens) for example in examples]
+        data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
         trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), callbacks=[recorder],
+            model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
             args=arguments,
         )  # fmt: skip
         trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
@@ -209,6 +209,7 @@ def _build(
             train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
             record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
+    start = start and engine.prepare_teacher(trainer, start)
     engine.prepare_student(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
@@ -229,14 +230,17 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
         adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay, optim="adamw_torch",
+        weight_decay=config.weight_decay, optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
         max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
         bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     if config.rollouts == "demonstrations":
-        return SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTConfig(
+            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+        )  # fmt: skip
     off_policy = config.rollouts == "teacher"
     return GRPOConfig(
         **common, num_generations=config.generations, max_completion_length=config.max_tokens,
@@ -276,11 +280,14 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "eval_prompts",
         "eval_batch",
         "device",
+        "weights",
     }:
         return None
+    counts = (config.eval_prompts, config.eval_prompts_between)  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
-        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] == config.eval_prompts:
-            return evaluation.Evaluation(**{name: row[name] for name in evaluation.Evaluation.__dataclass_fields__})
+        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] in counts:
+            known: dict[str, Any] = {name: row.get(name) for name in evaluation.Evaluation.__dataclass_fields__}
+            return evaluation.Evaluation(**known | {"kl_origin": 0.0 if config.eval_kl_origin else None})
     return None
 
 

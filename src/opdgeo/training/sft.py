@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -31,3 +32,15 @@ def tokenized(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int
         "input_ids": (prompt + completion)[:longest],
         "labels": ([-100] * len(prompt) + completion)[:longest],
     }
+
+
+def dataset(examples: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int) -> Dataset:
+    """The examples as text; an example is tokenised when it is read, so that a large set does not lie in memory as numbers."""
+
+    def tokens(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        pairs = zip(rows["prompt"], rows["completion"], strict=True)
+        done = [tokenized(Example(prompt, completion, ""), tokenizer, longest) for prompt, completion in pairs]
+        return {name: [row[name] for row in done] for name in ("input_ids", "labels")}
+
+    texts = Dataset.from_dict({name: [getattr(e, name) for e in examples] for name in ("prompt", "completion")})
+    return texts.with_transform(tokens)

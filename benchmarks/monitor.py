@@ -1,0 +1,104 @@
+"""What the live monitor adds to a step at its default settings: python benchmarks/monitor.py [--model tiny|smollm2] [--steps N]
+
+One process, one run of TRL's SFTTrainer with the preset's batch. The monitor's share is measured where it is spent: the CPU time
+of its measurements (all threads; what is done once, W₀ and its spectrum, apart) over the CPU time of the steps themselves, in
+the same run, so that other programs on the machine change neither. Overhead = cost of a measurement / (every × a step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from opdgeo import GeometryMonitor, tasks
+from opdgeo.experiments.presets import train_config
+from opdgeo.training import models
+from opdgeo.training.sft import tokenized
+
+DEFAULT = GeometryMonitor().every
+
+
+class Timed(GeometryMonitor):
+    """Notes the CPU seconds of every measurement."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.began = 0.0
+        self.measurements: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        start = time.process_time()
+        super().on_train_begin(*args, **kwargs)
+        self.began = time.process_time() - start
+
+    def measure(self, step: int) -> dict[str, float]:
+        start = time.process_time()
+        found = super().measure(step)
+        self.measurements.append(time.process_time() - start)
+        return found
+
+
+class Steps(TrainerCallback):
+    """CPU seconds of every step, up to where the monitor begins: it comes first, and measures after this is read."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.process_time()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.process_time() - self.start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--measure-every", type=int, default=4, help="more often than the default, for more samples")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = train_config("sft", args.model)
+    origin = models.resolve(config.origin)
+    tokenizer = models.load_tokenizer(origin)
+    task = tasks.load(config.task, config.task_options)
+    examples = task.examples(config.sequences_per_step * args.steps, 0, held_out=False)
+    rows = [tokenized(e, tokenizer, config.max_prompt_tokens + config.max_tokens) for e in examples]
+    batch = config.micro_batch or config.sequences_per_step
+    monitor, steps = Timed(every=args.measure_every), Steps()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = SFTTrainer(
+            model=models.load_model(origin), processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
+            callbacks=[steps],
+            args=SFTConfig(
+                output_dir=out, max_steps=args.steps, per_device_train_batch_size=batch,
+                gradient_accumulation_steps=config.sequences_per_step // batch, learning_rate=config.learning_rate,
+                use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_length=None,
+                packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
+                dataloader_pin_memory=False,
+            ),
+        )  # fmt: skip
+        trainer.add_callback(monitor)
+        trainer.train()
+    step, first, rest = statistics.median(steps.seconds[1:]), monitor.measurements[0], monitor.measurements[1:]
+    each = statistics.median(rest)
+    held = sum(s.before.numel() * s.before.element_size() for s in monitor._subjects)
+    print(f"{args.model}: {len(monitor._subjects)} matrices, W₀ held: {held / 1e6:.1f} MB")
+    print(f"a step: {step:.3f} s CPU; a measurement: {each:.3f} s; once: {monitor.began + first - each:.3f} s")
+    print(f"overhead at every = {DEFAULT}: {100 * each / (DEFAULT * step):.2f} % of step time")
+    once = monitor.began + first - each
+    print(f"with what is done once, over 100 steps: {100 * (100 / DEFAULT * each + once) / (100 * step):.2f} %")
+
+
+if __name__ == "__main__":
+    main()

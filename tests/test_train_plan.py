@@ -1,0 +1,137 @@
+"""Plans against real runs (memory), real parameter counts, and what they refuse. Time is compared in docs/engines.md."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdgeo.errors import ConfigError
+from opdgeo.experiments.presets import train_config
+from opdgeo.training import models, plan
+
+SMALL: dict[str, Any] = {
+    "steps": 1,
+    "eval_prompts": 64,
+    "eval_prompts_between": 0,
+    "eval_batch": 64,
+    "checkpoints": (1.0,),
+}
+MACHINE = plan.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
+
+
+def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
+    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=512, **SMALL)
+    script = (
+        "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.run import train\n"
+        "train(TrainConfig.from_json(sys.argv[1]), sys.argv[2], progress=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    command = [sys.executable, "-c", script, config.to_json(), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = int(done.stdout)
+    assert plan.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.25)
+
+
+def test_parameters_are_counted_from_the_shape() -> None:
+    from safetensors import safe_open
+
+    with safe_open(models.resolve("tiny/base") / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert plan.shape("tiny/base").parameters == stored
+    published = {
+        "Qwen3-4B": 4.02e9,
+        "Qwen3-8B": 8.19e9,
+        "Qwen3-14B": 14.77e9,
+        "Qwen3-32B": 32.76e9,
+        "Qwen3-30B-A3B": 30.53e9,
+    }
+    for name, count in published.items():
+        assert plan.shape(f"Qwen/{name}").parameters == pytest.approx(count, rel=2e-3), name
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """The formula against the tensors that PyTorch saves for the backward pass of one more layer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    def kept(kind: type, layers: int) -> float:
+        config = kind(
+            vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config).model
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+        alive = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        attention = torch.ones(3, 40, dtype=torch.long)
+        attention[0, :5] = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=torch.zeros(3, 40, dtype=torch.long), attention_mask=attention, use_cache=False)
+        return sum(seen.values()) / (4 * 3 * 40)
+
+    for kind, normed in ((Qwen3Config, True), (LlamaConfig, False)):
+        shape = plan.Shape(1, 64, 192, 4, 2, 16, 64, True, normed)
+        assert shape.activations(40) == pytest.approx(kept(kind, 2) - kept(kind, 1), rel=0.03)
+
+
+def test_the_papers_runs_are_planned_without_the_weights(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opdgeo", "train", "opd", "--preset", "qwen3-8b", "--model", "Qwen/Qwen3-8B-Base"]
+    done = subprocess.run([*command, "--plan", "h100x8"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "teacher",
+        "vLLM",
+        "peak",
+        "tokens:",
+        "GPU hours",
+        "disk:",
+    ):
+        assert word in done.stdout
+    assert "assumed: FSDP2 or ZeRO-3" in done.stdout and not list(tmp_path.iterdir())
+    one = subprocess.run([*command, "--plan", "h100"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert one.returncode == 2 and "this run needs about" in one.stderr and "more processes" in one.stderr
+
+
+def test_sharding_divides_and_batches_multiply() -> None:
+    opd = train_config("opd", "qwen3-8b", origin="Qwen/Qwen3-8B-Base")
+    one, eight = (plan.plan(opd, plan.hardware(name)) for name in ("h200", "h200x8"))
+    for part in ("weights", "gradients", "optimizer", "teacher"):
+        assert eight.memory[part] == pytest.approx(one.memory[part] / 8)
+    assert eight.tokens == one.tokens and sum(eight.seconds.values()) < 0.2 * sum(one.seconds.values())
+    assert one.memory["optimizer"] == pytest.approx(8 * 8.19e9, rel=1e-3)
+    tiny = {n: plan.plan(train_config("sft", "tiny", micro_batch=n), MACHINE) for n in (16, 64)}
+    assert tiny[64].memory["activations"] > 2 * tiny[16].memory["activations"] and tiny[64].tokens == tiny[16].tokens
+    more = plan.plan(train_config("sft", "tiny", steps=600), MACHINE)
+    assert more.seconds["update"] == pytest.approx(10 * tiny[64].seconds["update"], rel=1e-6)
+
+
+def test_what_cannot_fit_is_refused_with_a_cure() -> None:
+    made = plan.plan(train_config("sft", "tiny"), plan.Hardware("a small machine", 1, 0.8e9, 5e10, 4e-6, False))
+    with pytest.raises(
+        ConfigError, match=r"needs about .* 0\.8 GB are there on a small machine.*Try a smaller micro_batch"
+    ):
+        plan.refuse_what_cannot_fit(made)
+    with pytest.raises(ConfigError, match="the hardware is 'z80'; expected one of a100, h100"):
+        plan.hardware("z80")
+
+
+def test_a_plan_of_this_machine_is_text_with_every_part() -> None:
+    text = plan.describe(plan.plan(train_config("opd", "tiny", origin="tiny/base"), plan.hardware(None)))
+    assert "this machine's CPU" in text and "rollouts" in text and "time: about" in text and "disk: checkpoints" in text
