@@ -300,7 +300,8 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         ]
         return {
             "id": id, "claim": text, "rule": "Holds if all of these are met by their whole 95 % interval: OPD minus SFT above 0.02.",
-            "verdict": verdict, "explanation": judged, "unit": unit, "paper": paper, "diagnostic": "stable_rank", "variants": [""],
+            "verdict": verdict, "after_matching": "does not" if verdict != "inconclusive" else verdict,
+            "after_matching_rule": "Still holds when the claim holds and holds under: equal norm.", "explanation": judged, "unit": unit, "paper": paper, "diagnostic": "stable_rank", "variants": [""],
             "at": "last checkpoint", "measured": arm_values(values, spread, null),
             "controls": [
                 {"control": name, "verdict": outcome, "explanation": judged,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from opdgeo.experiments.claims import CLAIMS, PARADIGMS, judge, outcomes
+import recompute_claims
+from opdgeo.experiments.claims import crossing, judge, missing, outcomes
+from opdgeo.experiments.rules import ALPHAS, CLAIMS, CONTROLS, PARADIGMS, SPARSE, TEACHER_TOKENS, s1
 from opdgeo.survey.results import MEASUREMENTS
 
-# What the paper reports, as final means; the null is the same for every arm unless a test says otherwise.
-PAPER = {
+# What the paper reports, as final means (or first and last); the null is the same for every arm unless a test says otherwise.
+PAPER: dict[str, dict[str, Any]] = {
     "update_sparsity/bf16_eta": {"sft": 0.08, "sft-matched": 0.5, "opd": 0.52, "rlvr": 0.77},
     "principal_angles/left.mean": {"sft": 10.0, "sft-matched": 1.0, "opd": 1.0, "rlvr": 0.4},
     "principal_angles/right.mean": {"sft": 10.0, "sft-matched": 1.0, "opd": 1.0, "rlvr": 0.4},
@@ -22,8 +26,40 @@ PAPER = {
     "stable_rank/": {"sft": (8.0, 16.0), "sft-matched": (5.0, 5.1), "opd": (5.0, 5.2), "rlvr": (8.0, 5.2)},
     "hill_exponent/16": {"sft": (2.0, 6.0), "sft-matched": (2.3, 2.9), "opd": (2.3, 2.9), "rlvr": (3.0, 2.0)},
     "subspace_similarity/final.16": {"sft": (0.3, 1.0), "sft-matched": (0.8, 1.0), "opd": (0.8, 1.0), "rlvr": (0.4, 1.0)},
-    "frobenius_norm/": {"sft": 4.7, "sft-matched": 0.45, "opd": 0.45, "rlvr": 0.17},
+    "frobenius_norm/": {"sft": (1.0, 4.7), "sft-matched": (0.1, 0.45), "opd": (0.1, 0.45), "rlvr": (0.05, 0.17)},
 }  # fmt: skip
+PLAIN = {key: dict(arms) for key, arms in PAPER.items()}  # the four paradigms alone
+for _arms in PAPER.values():  # and the arms of R2, C1, C2 and C3
+    for _arm in (*SPARSE, TEACHER_TOKENS, *(f"opd-alpha-{a:g}" for a in ALPHAS), "opd-weak-teacher"):
+        _arms[_arm] = _arms["opd"]
+    for _family in ("small", "digits"):
+        _arms |= {f"{arm}-{_family}": _arms[arm] for arm in PARADIGMS}
+PAPER["stable_rank/"]["opd-alpha-0.01"] = (8.0, 5.2)
+PAPER["frobenius_norm/"] |= {"s1-opd-free": (0.1, 0.3), "s1-sft-matched-free": (0.2, 0.5)}
+# Accuracies of S1: OPD keeps all in its channel, SFT half of what it gains, a random channel a third.
+S1 = {"free": (0.6, 0.6), "frozen": (0.45, 0.45), "random": (0.5, 0.5), "other": (0.5, 0.5), "half": (0.55, 0.5)}
+S1 |= dict.fromkeys(("gradient", "update", "adapter", "double"), (0.6, 0.52))
+
+
+def logs(seeds: int = 2) -> dict[str, list[dict[str, Any]]]:
+    """Evaluations of every arm of `PAPER` at the checkpoints of `measurements`, and the arms of S1."""
+
+    def run(end: float) -> list[dict[str, Any]]:
+        rows = []
+        for step, done in ((0, 0.0), (20, 0.5), (100, 1.0)):
+            accuracy = 0.4 + (end - 0.4) * done
+            rows.append(
+                {"event": "eval", "step": step, "prompts": 8192, "accuracy_greedy": accuracy, "accuracy_sampled": accuracy,
+                 "kl_teacher": 1.0 - accuracy, "kl_origin": done * end, "completion_length": 20.0}
+            )  # fmt: skip
+        return rows
+
+    ends = {arm: 0.7 for arm in PAPER["stable_rank/"]}
+    for what, (opd, sft) in S1.items():
+        ends |= {s1("opd", what): opd, s1("sft", what): sft, s1("sft-matched", what): sft}
+    return {
+        arm if s == 0 else f"{arm}-seed{s}": run(end + 0.002 * s) for arm, end in ends.items() for s in range(seeds)
+    }
 
 
 def measurements(
@@ -52,39 +88,56 @@ def measurements(
 
 
 def verdicts(table: pl.DataFrame) -> dict[str, str]:
-    return {c["id"]: c["verdict"] for c in judge(table)}
+    return {c["id"]: c["verdict"] for c in judge(table, logs())}
 
 
-def test_every_claim_holds_on_the_papers_own_pattern() -> None:
-    assert verdicts(measurements(PAPER, {})) == {c.id: "holds" for c in CLAIMS}
+@pytest.fixture(scope="module")
+def judged() -> dict[str, dict[str, Any]]:
+    return {c["id"]: c for c in judge(measurements(PAPER, {}), logs())}
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c.id)
+def test_every_claim_holds_on_the_papers_own_pattern(judged: dict[str, dict[str, Any]]) -> None:
+    ids = ["R1", "R2", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4", "S1", "C1", "C2", "C3"]
+    assert {id: c["verdict"] for id, c in judged.items()} == dict.fromkeys(ids, "holds")
+    assert list(judged) == ids
+    for claim in judged.values():
+        assert claim["after_matching"] in ("still holds", "does not", "inconclusive")
+        if claim["id"] != "R5":
+            assert all({"value", "low", "high", "required", "outcome"} <= c.keys() for c in claim["comparisons"])
+            got = claim["measured"][
+                "s1-opd-free" if claim["id"] == "S1" else "opd-small" if claim["id"] == "R2" else "opd"
+            ]
+            assert got["low"] <= got["mean"] <= got["high"] and len(got["seeds"]) == 2
+            assert claim["id"] == "S1" or {"null", "excess", "excess_low", "excess_high"} <= got.keys()
+
+
+@pytest.mark.parametrize("claim", [c for c in CLAIMS if c.id[0] in "RL" and c.id != "R2"], ids=lambda c: c.id)
 def test_every_claim_fails_when_its_pattern_is_turned_round(claim: Any) -> None:
     reverse = {"sft": "rlvr", "sft-matched": "opd", "opd": "sft", "rlvr": "sft-matched"}
-    turned = {key: {arm: arms[reverse[arm]] for arm in arms} for key, arms in PAPER.items()}
+    turned = {key: {arm: arms[reverse[arm]] for arm in arms} for key, arms in PLAIN.items()}
     turned["mask_overlap/principal.0.5"] = dict.fromkeys(PARADIGMS, 0.6)
     turned["frobenius_norm/"] = dict.fromkeys(PARADIGMS, 1.0)
     assert verdicts(measurements(turned, {}))[claim.id] == "fails"
 
 
 def test_noise_makes_a_claim_inconclusive() -> None:
-    close = {**PAPER, "update_sparsity/bf16_eta": {"sft": 0.50, "sft-matched": 0.5, "opd": 0.53, "rlvr": 0.56}}
+    close = {**PLAIN, "update_sparsity/bf16_eta": {"sft": 0.50, "sft-matched": 0.5, "opd": 0.53, "rlvr": 0.56}}
     assert verdicts(measurements(close, {}, noise=0.08))["R1"] == "inconclusive"
 
 
 def test_a_difference_of_size_alone_does_not_survive_the_null() -> None:
     key = "update_sparsity/bf16_eta"
-    claim = next(c for c in judge(measurements(PAPER, {key: PAPER[key]})) if c["id"] == "R1")
+    claim = next(c for c in judge(measurements(PLAIN, {key: PLAIN[key]})) if c["id"] == "R1")
     assert claim["verdict"] == "holds"
-    matched, beyond = claim["controls"]
-    assert beyond["verdict"] == "fails", "every arm equals its null, so no order is left"
-    assert matched["verdict"] == "inconclusive" or matched["verdict"] == "fails"
+    controls = {c["name"]: c for c in claim["controls"]}
+    assert controls["beyond size"]["verdict"] == "fails", "every arm equals its null, so no order is left"
+    assert controls["matched SFT"]["verdict"] in ("inconclusive", "fails")
+    assert claim["after_matching"] == "does not"
     assert claim["measured"]["opd"]["null"] == pytest.approx(0.52)
 
 
 def test_the_sparsity_is_averaged_over_entries() -> None:
-    table = measurements(PAPER, {}, noise=0.0).with_columns(
+    table = measurements(PLAIN, {}, noise=0.0).with_columns(
         pl.when((pl.col("matrix") == "m0") & (pl.col("diagnostic") == "update_sparsity"))
         .then(1.0)
         .otherwise("value")
@@ -105,8 +158,115 @@ def test_outcomes_take_the_first_and_last_evaluation_of_every_seed() -> None:
         ]  # fmt: skip
         return [{"event": "step", "step": 1}, *evals]
 
-    logs = {arm: log(0.5, 0.7) for arm in PARADIGMS} | {"opd-seed1": log(0.4, 0.8)}
-    opd = outcomes(logs)["opd"]
+    runs = {arm: log(0.5, 0.7) for arm in PARADIGMS} | {"opd-seed1": log(0.4, 0.8)}
+    opd = outcomes(runs)["opd"]
     assert opd["prompts"] == 64
     assert opd["accuracy_greedy"]["start"]["seeds"] == [0.5, 0.4]
     assert opd["accuracy_greedy"]["end"] == {"mean": 0.75, "seeds": [0.7, 0.8]}
+
+
+def by_norm(slope: dict[str, float], ends: dict[str, float]) -> pl.DataFrame:
+    """Spectral shifts that are `slope` times the norm, which grows to `ends`, at ten checkpoints; nulls half the norm."""
+    rows = []
+    for arm, end in ends.items():
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            for matrix, factor in enumerate(1 + 0.05 * rng.standard_normal(10)):
+                for step in range(1, 11):
+                    norm = end * step / 10
+                    for diagnostic, value in (("frobenius_norm", norm), ("spectral_shift", slope[arm] * norm * factor)):
+                        rows.append(
+                            dict.fromkeys(MEASUREMENTS)
+                            | {
+                                "checkpoint": f"{arm}{f'-seed{seed}' if seed else ''}/step-{step:06d}", "step": step,
+                                "matrix": f"m{matrix}", "rows": 8, "cols": 8, "diagnostic": diagnostic, "variant": "",
+                                "value": value, "null_mean": norm / 2, "status": "computed",
+                            }
+                        )  # fmt: skip
+    return pl.DataFrame(rows, schema=MEASUREMENTS, orient="row")
+
+
+@pytest.mark.parametrize(
+    ("slopes", "matched"),
+    [((1.0, 1.0, 1.0), "does not"), ((3.0, 2.0, 1.0), "still holds")],
+    ids=["size alone", "more than size"],
+)
+def test_only_what_is_left_at_equal_norm_still_holds(slopes: tuple[float, ...], matched: str) -> None:
+    ends = {"sft": 4.0, "sft-matched": 4.0, "opd": 2.0, "rlvr": 1.0}
+    sft, opd, rlvr = slopes
+    table = by_norm({"sft": sft, "sft-matched": sft, "opd": opd, "rlvr": rlvr}, ends)
+    full = pl.concat([table, *(table.filter(pl.col("diagnostic") == "spectral_shift").with_columns(
+        pl.lit(d).alias("diagnostic"), pl.lit(v).alias("variant"))
+        for d, v in [key.split("/") for key in PLAIN if key not in ("frobenius_norm/", "spectral_shift/")])])  # fmt: skip
+    claim = next(c for c in judge(full) if c["id"] == "R4")
+    assert claim["verdict"] == "holds"
+    assert claim["after_matching"] == matched
+    equal = next(c for c in claim["controls"] if c["name"] == "equal norm")
+    (points,) = equal["read_at"]["points"].values()
+    assert points == pytest.approx(np.linspace(0.4, 1.0, 5)), "from the largest first norm to the smallest last one"
+    assert equal["measured"]["opd"]["mean"] == pytest.approx(opd, rel=0.1), "read at norm 1"
+
+
+def test_trajectories_without_a_common_norm_are_inconclusive() -> None:
+    far = {
+        **PLAIN,
+        "frobenius_norm/": {"sft": (1.0, 4.7), "sft-matched": (1.0, 4.7), "opd": (0.1, 0.45), "rlvr": (0.1, 0.4)},
+    }
+    claim = next(c for c in judge(measurements(far, {})) if c["id"] == "R1")
+    equal = next(c for c in claim["controls"] if c["name"] == "equal norm")
+    assert equal["verdict"] == "inconclusive" and "no common" in equal["explanation"]
+    assert claim["after_matching"] != "still holds"
+
+
+def test_the_first_crossing_is_read_between_its_checkpoints() -> None:
+    assert crossing(np.array([1.0, 3.0, 2.0, 5.0]), 2.5) == (0, 0.75)
+    assert crossing(np.array([1.0, 3.0]), 3.0) == (0, 1.0)
+
+
+def test_recovery_is_the_share_of_what_training_the_matrices_brings(judged: dict[str, dict[str, Any]]) -> None:
+    recovery = judged["S1"]["recovery"]
+    assert recovery["opd"]["update"]["mean"] == pytest.approx(1.0)
+    assert recovery["sft"]["update"]["mean"] == pytest.approx((0.52 - 0.45) / 0.15)
+    assert recovery["opd"]["random"]["mean"] == pytest.approx(1 / 3)
+    assert set(recovery["opd"]) == set(S1) - {"free", "frozen"}
+    assert all(r["low"] < r["mean"] < r["high"] for r in recovery["sft"].values())
+    stopped = next(c for c in judged["S1"]["controls"] if c["name"] == "matched SFT at equal norm")
+    assert stopped["read_at"]["evaluation"] == 1 and stopped["read_at"]["share"] == pytest.approx(1 / 3, abs=0.02)
+    halfway = 0.4 + 0.2 * (0.5 + 0.5 * stopped["read_at"]["share"])
+    assert stopped["measured"]["s1-sft-matched-free"]["mean"] == pytest.approx(halfway, abs=0.002)
+
+
+def test_a_study_says_what_it_left_out() -> None:
+    left = missing(measurements(PLAIN, {}), {})
+    assert [line.partition(" ")[0] for line in left if not line.startswith("control")] == ["R2", "S1", "C1", "C2", "C3"]
+    assert sum(line.startswith("control") for line in left) == 6
+    assert missing(measurements(PAPER, {}), logs())[0].startswith("control")
+
+
+def test_every_control_stands_in_for_arms_that_the_study_trains() -> None:
+    from opdgeo.experiments.study import BY_NAME
+
+    for control in CONTROLS:
+        for claim in CLAIMS:
+            if claim.id.startswith(tuple(control.claims.split("|"))):
+                assert all(control.arm(arm) in BY_NAME for arm in claim.arms), (control.name, claim.id)
+
+
+def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: dict[str, dict[str, Any]]) -> None:
+    source = Path(recompute_claims.__file__).read_text()
+    assert "opdgeo" not in source
+    nulls = {key: {arm: 0.9 for arm in arms} for key, arms in PAPER.items()}
+    table, runs = measurements(PAPER, nulls), logs()
+    for folder, rows in runs.items():
+        (tmp_path / "arms" / folder).mkdir(parents=True)
+        (tmp_path / "arms" / folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table.write_parquet(tmp_path / "measurements.parquet")
+    claims = {"outcomes": outcomes(runs), "claims": judge(table, runs)}
+    (tmp_path / "claims.json").write_text(json.dumps(claims))
+    assert recompute_claims.main(tmp_path) == []
+
+    claims["claims"][0]["measured"]["opd"]["low"] += 1e-3
+    claims["claims"][-1]["verdict"] = "inconclusive"
+    (tmp_path / "claims.json").write_text(json.dumps(claims))
+    wrong = recompute_claims.main(tmp_path)
+    assert any("R1/opd/low" in line for line in wrong) and any("C3/verdict" in line for line in wrong)

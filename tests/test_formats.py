@@ -139,6 +139,15 @@ def test_an_index_that_leaves_its_folder_is_refused(kind: str, shard: str, tmp_p
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "legacy", "list"])
+def test_bin_files_that_hold_no_plain_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    plain = torch.eye(3)
+    content: Any = {"sparse": {"a": plain.to_sparse()}, "legacy": {"a": plain}, "list": [plain]}[kind]
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(CheckpointError, match="state dict" if kind == "list" else "save it again as safetensors"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_truncated_bin_file_is_refused(pair: Path, tmp_path: Path) -> None:
     file = folder(pair, tmp_path / "cut") / "pytorch_model.bin"
     torch.save(weights(pair / "tuned"), file)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
 from opdgeo.report.glossary import clean, number, variant_label
+from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
 from report_data import HOSTILE, build
 
@@ -352,13 +353,26 @@ def test_terminal_tables(reports: dict[str, tuple[Path, Page]], kind: str) -> No
                 "fails",
                 "SFT matched",
                 "not tested: R2",
-                "matched SFT",
-                "beyond size",
+                "after matching",
+                "does not",
             )
         )
         first = claims_of(out)[0]
-        judged = [first["verdict"], *(control["verdict"] for control in first["controls"])]
+        judged = [first["verdict"], first["after_matching"]]
         assert re.search(r"^R1 .*" + r"\s+".join(judged) + r"\s*$", text, re.MULTILINE), "one column a verdict"
+
+
+def test_a_study_as_text_says_what_the_data_say(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
+    out, _ = reports["reproduce"]
+    text = write_markdown(out, tmp_path / "docs" / "results.md").read_text()
+    for claim in claims_of(out):
+        assert f"| {claim['id']} | {claim['claim']} | {claim['verdict']} | {claim['after_matching']} |" in text
+        assert claim["rule"] in text
+        assert all(f"| {c['control']} | {c['verdict']} |" in text for c in claim["controls"])
+    assert "not after matching (size, start, learning rate or steps): R1." in text and "* Fails: L1." in text
+    assert "opdgeo reproduce" in text and "2⁻⁸" in text and "R2 (one teacher only)" in text
+    with pytest.raises(ConfigError, match=r"no claims\.json"):
+        write_markdown(reports["compare"][0], tmp_path / "x.md")
 
 
 def claims_of(out: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+import recompute_claims
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import presets
+from opdgeo.experiments.presets import train_config
 from opdgeo.experiments.reproduce import reproduce
+from opdgeo.experiments.rules import CONTROLS
+from opdgeo.experiments.study import BY_NAME as ARMS_OF_FULL
+from opdgeo.experiments.study import configure
 from opdgeo.survey.results import CURVES, MEASUREMENTS
 
 SHORT = {"steps": 3, "sequences_per_step": 8, "eval_prompts": 16, "checkpoints": (0.5, 1.0)}
@@ -45,12 +52,16 @@ def test_data_files_have_the_contracts_columns(study: tuple[Path, dict]) -> None
 def test_every_claim_has_a_rule_a_verdict_and_controls(study: tuple[Path, dict]) -> None:
     out, claims = study
     assert json.loads((out / "claims.json").read_text()) == claims
-    assert [c["id"] for c in claims["claims"]] == ["R1", "R3", "R4", "R5a", "R5b", "L1", "L2", "L3", "L4"]
+    assert [c["id"] for c in claims["claims"]] == ["R1", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4"]
+    assert [line.partition(" ")[0] for line in claims["left_out"]][:5] == ["R2", "S1", "C1", "C2", "C3"]
     for claim in claims["claims"]:
         assert claim["verdict"] in ("holds", "fails", "inconclusive")
-        assert claim["rule"] and claim["explanation"]
-        assert set(claim["measured"]) == set(ARMS)
-        assert len(claim["controls"]) == 2
+        assert claim["after_matching"] in ("still holds", "does not", "inconclusive")
+        assert claim["rule"] and claim["explanation"] and claim["after_matching_rule"]
+        if claim["id"] != "R5":
+            assert set(claim["measured"]) == set(ARMS)
+            names = [c["name"] for c in claim["controls"]]
+            assert {"beyond size", "equal norm", "equal norm, beyond size", "equal accuracy"} <= set(names)
     assert claims["outcomes"]["opd"]["prompts"] == 16
     assert (out / "report.html").stat().st_size > 10_000
 
@@ -62,11 +73,65 @@ def test_sft_starts_from_the_base_and_the_others_from_its_last_checkpoint(study:
     assert {origins[arm] for arm in ARMS[1:]} == {str((out / "arms" / "sft" / "step-000003").resolve())}
 
 
-def test_unknown_presets_and_seeds_are_refused(tmp_path: Path) -> None:
+def test_unknown_presets_and_seeds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="tiny"):
         reproduce("tny", tmp_path)
     with pytest.raises(ConfigError, match="at least 1"):
         reproduce("tiny", tmp_path, seeds=0)
-    with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'smollm2'"):
-        reproduce("smollm2", tmp_path)
+    three = {arm: presets.PRESETS["tiny"][arm] for arm in ARMS[:-1]}
+    monkeypatch.setitem(presets.PRESETS, "three", three)
+    with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'three'"):
+        reproduce("three", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_number_of_a_real_study_is_recomputed_without_the_package(study: tuple[Path, dict]) -> None:
+    assert recompute_claims.main(study[0]) == []
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """Every arm of the full study, as its users rehearse it."""
+    out = tmp_path_factory.mktemp("full")
+    command = [sys.executable, "-m", "opdgeo", "reproduce", "--study", "full", "--rehearse", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"done ({len(ARMS_OF_FULL) + 3} of" in done.stderr  # and three models
+    return out, json.loads((out / "claims.json").read_text())
+
+
+def test_the_full_study_trains_every_arm_and_judges_every_claim(rehearsal: tuple[Path, dict]) -> None:
+    out, claims = rehearsal
+    ids = ["R1", "R2", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4", "S1", "C1", "C2", "C3"]
+    assert [c["id"] for c in claims["claims"]] == ids
+    assert claims["rehearsal"] and claims["study"] == "full" and claims["left_out"] == []
+    assert {p.name for p in (out / "arms").iterdir()} == set(claims["outcomes"]) == set(ARMS_OF_FULL)
+    assert {c["name"] for c in claims["claims"][0]["controls"]} == {k.name for k in CONTROLS}
+    assert recompute_claims.main(out) == []
+    page = (out / "report.html").read_text()
+    assert "This was a rehearsal" in page and "control arms are judged in the claims" in page
+
+
+def test_arms_differ_from_the_arm_they_are_like_in_their_axes_and_changes_alone(tmp_path: Path) -> None:
+    for arm in ARMS_OF_FULL.values():
+        config = configure(arm, 1, "tiny", tmp_path)
+        like = train_config(arm.like, "tiny", seed=1, origin=config.origin)
+        differing = set(config.differences(like)) - {"arm"}
+        allowed = {"rollouts", *arm.credit, *arm.changes}
+        allowed |= {"steps", "checkpoints"} if arm.part != 1 else set()
+        allowed |= {"data_seed"} if arm.start_at != 1 else set()
+        allowed |= {"channel", "constrain"} if arm.where else set()
+        assert differing <= allowed, arm.name
+        assert max(config.checkpoint_steps) == config.steps
+        if arm.part != 1 and arm.start_at == 1:
+            assert config.checkpoint_steps == like.checkpoint_steps[: len(config.checkpoint_steps)], (
+                "read at the same steps"
+            )
+
+
+def test_the_full_study_is_for_the_preset_whose_models_it_makes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--study small"):
+        reproduce("smollm2", tmp_path, study="full")
+    with pytest.raises(ConfigError, match="small, full"):
+        reproduce("tiny", tmp_path, study="ful")
     assert not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError
 from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks import Example, characters
@@ -71,7 +72,7 @@ def config(origin: Path, teacher: Path) -> Callable[..., TrainConfig]:
         values: dict[str, Any] = dict(
             arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
             sequences_per_step=8, generations=4, max_prompt_tokens=12, max_tokens=6, learning_rate=1e-3,
-            checkpoints=(0.4, 1.0), eval_prompts=8, eval_prompts_between=4, eval_batch=8, device="cpu",
+            checkpoints=(0.4, 1.0), eval_prompts=8, eval_prompts_between=4, eval_batch=8, eval_kl_origin=True, device="cpu",
         )  # fmt: skip
         return TrainConfig(**{**values, **KIND[kind], **changes})
 
@@ -101,7 +102,9 @@ STEP = {
     "tokens",
     "seconds",
 }
-EVAL = {"event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "completion_length", "prompts", "loss"}
+EVAL = {
+    "event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "kl_origin", "completion_length", "prompts", "loss",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KIND)
@@ -138,6 +141,55 @@ def test_a_run_leaves_whole_checkpoints_and_complete_rows(
     (precision,) = (row for row in rows if row["event"] == "precision")
     assert precision["parameters"].keys() == precision["optimizer"].keys() == {"float32"}
     assert precision["optimizer"]["float32"] == 2 * precision["parameters"]["float32"]
+
+
+@pytest.mark.parametrize("credit", ["reverse_kl", "forward_kl"])
+def test_credit_over_the_whole_vocabulary_comes_nearer_to_the_teacher(
+    credit: str, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    asked = config("opd", credit=credit, steps=20, learning_rate=3e-3, sequences_per_step=16, micro_batch=8)
+    train(asked, tmp_path / "run", progress=False)
+    evals = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "eval"]
+    assert evals[-1]["kl_teacher"] < 0.7 * evals[0]["kl_teacher"]
+    assert evals[0]["kl_origin"] == pytest.approx(0, abs=1e-6) and evals[-1]["kl_origin"] > 0.01
+
+
+def test_sft_on_own_samples_learns_from_the_right_ones_alone(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A 1 in it makes a completion right: a verdict that a random model meets now and then, and that training can raise.
+    task = type(tasks.load("arithmetic", {}))
+    monkeypatch.setattr(task, "verify", lambda self, completion, answer: float(completion.count("1") > 0))
+    asked = config("rlvr", credit="correct", steps=16, learning_rate=5e-3, sequences_per_step=32, eval_prompts=128)
+    train(asked, tmp_path / "run", progress=False)
+    evals = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "eval"]
+    assert 0 < evals[0]["accuracy_sampled"] + 0.1 < evals[-1]["accuracy_sampled"]
+
+    monkeypatch.setattr(task, "verify", lambda self, completion, answer: 0.0)
+    train(config("rlvr", credit="correct", weight_decay=0.0), tmp_path / "none", progress=False)
+    assert_bit_equal(tmp_path / "none" / "step-000002", tmp_path / "none" / "step-000005")
+
+
+def test_plain_sgd_moves_the_weights_along_the_gradient(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    asked = config("sft", optimizer="sgd", learning_rate=0.1, weight_decay=0.0, steps=1, checkpoints=(1.0,))
+    out = tmp_path / "run"
+    before, after = weights(Path(asked.origin)), weights(train(asked, out, progress=False))
+    moved = sum(float(((after[n] - before[n]).double() ** 2).sum()) for n in before) ** 0.5
+    rows = {row["event"]: row for row in callbacks.read_log(out)}
+    assert moved == pytest.approx(0.1 * rows["step"]["grad_norm"], rel=1e-3)
+    assert rows["precision"]["optimizer"] == {}
+
+
+def test_bf16_weights_stay_bf16_and_lose_small_updates(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    asked = config("sft", weights="bfloat16", learning_rate=1e-6, weight_decay=0.0)
+    last = train(asked, tmp_path / "run", progress=False)
+    after = weights(last)
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    (row,) = (r for r in callbacks.read_log(tmp_path / "run") if r["event"] == "precision")
+    assert row["parameters"].keys() == row["optimizer"].keys() == {"bfloat16"}
+    before = weights(Path(asked.origin))
+    same = sum(int((after[n] == before[n].bfloat16()).sum()) for n in before)
+    assert same > 0.9 * sum(t.numel() for t in before.values())
 
 
 def test_opd_comes_nearer_to_the_teacher(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -191,7 +243,10 @@ def test_an_arm_takes_over_what_its_origins_run_measured(config: Callable[..., T
         train(config("opd", steps=1, **{"origin": str(anchor), **changes}), tmp_path / name, progress=False)
         rows.append(callbacks.read_log(tmp_path / name)[0])
     taken, measured, other = rows
-    assert taken == measured == {**callbacks.read_log(tmp_path / "anchor")[-1], "step": 0}
+    assert abs(measured.pop("kl_origin")) < 1e-6 and taken.pop("kl_origin") == 0.0, "from its own start"
+    assert taken == measured
+    last = callbacks.read_log(tmp_path / "anchor")[-1]
+    assert last.pop("kl_origin") > 0 and taken == {**last, "step": 0}
     assert other["completion_length"] <= 4 < taken["completion_length"]
 
 

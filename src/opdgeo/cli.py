@@ -177,8 +177,9 @@ def parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser(
         "reproduce",
         help="train all arms, measure them, and judge the paper's claims",
-        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, measure every update and trajectory, and judge each "
-        "claim by a rule written before the run. Finished parts are kept: the same command goes on after an interruption.",
+        description="Train SFT, OPD, RLVR and a matched SFT from a shared anchor, with --study full also every control, measure every "
+        "update and trajectory, and judge each claim by a rule written before the run. Finished parts are kept: the same command "
+        "goes on after an interruption.",
     )
     reproduce.add_argument("--preset", default="tiny", help="models, task and settings (default: tiny)")
     reproduce.add_argument(
@@ -187,7 +188,18 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--seeds", type=int, default=1, help="independent repetitions, each with its own anchor (default: 1)"
     )
+    reproduce.add_argument(
+        "--study",
+        choices=("small", "full"),
+        default="small",
+        help="small: the four paradigms (default); full: every control, with --seeds 3 in two to three hours on two cores",
+    )
     reproduce.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
+    reproduce.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="give every arm a few steps: whether the whole study runs, not what it finds",
+    )
     reproduce.set_defaults(run=_reproduce)
 
     signals = commands.add_parser(
@@ -258,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("out", metavar="OUT", nargs="+", type=Path, help="results folders")
     report.add_argument("--figures", action="store_true", help="also write figures/*.svg and figures/*.pdf")
+    report.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write what one study found as a page of text"
+    )
     report.set_defaults(run=_report)
     return main
 
@@ -481,7 +496,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     from opdgeo.experiments.reproduce import reproduce
     from opdgeo.report.terminal import print_claims
 
-    claims = reproduce(args.preset, args.out, seeds=args.seeds, workers=args.workers)
+    claims = reproduce(
+        args.preset, args.out, seeds=args.seeds, workers=args.workers, study=args.study, rehearse=args.rehearse
+    )
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
     return DONE
@@ -546,6 +563,12 @@ def _report(args: argparse.Namespace) -> int:
 
     for out in args.out:
         print(f"report: {write_report(out, figures=args.figures)}")
+    if args.markdown:
+        from opdgeo.report.markdown import write_markdown
+
+        if len(args.out) != 1:
+            raise ConfigError(f"--markdown was given with {len(args.out)} folders; expected one study.")
+        print(f"text:   {write_markdown(args.out[0], args.markdown)}")
     return DONE
 
 

@@ -88,13 +88,15 @@ def raw(tensor: Tensor, file: Path, start: int = 0) -> Raw:
     """Where the bytes of an unpickled tensor lie in its file; `start` is where the torch file begins in it.
 
     Raises:
-        CheckpointError: written by a torch before 1.6: the bytes stand in the pickle.
+        CheckpointError: a sparse or quantised tensor, or written by a torch before 1.6: the bytes stand in the pickle.
     """
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if offset is None or tensor.layout != torch.strided:
+    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if plain else None
+    if offset is None:
         raise CheckpointError(
-            f"{file} holds a {tensor.layout} tensor or is of torch's format before 1.6; expected plain tensors. "
-            "Load it and save it again as safetensors."
+            f"{file} holds a {tensor.layout} {dtype_name(tensor.dtype)} tensor that does not lie in it as plain numbers: a sparse or "
+            f"quantised one, or torch's format before 1.6 (or torch {torch.__version__} is too old to say where). Load it and "
+            "save it again as safetensors."
         )
     offset += start + tensor.storage_offset() * tensor.element_size()
     return Raw(file, offset, tuple(tensor.shape), tuple(tensor.stride()), dtype_name(tensor.dtype))

@@ -45,6 +45,7 @@ TINY_AFTER_ANCHOR: dict[str, Any] = {
     "learning_rate": 1e-4,
     "schedule": "constant",
     "betas": (0.9, 0.98),
+    "eval_kl_origin": True,
 }
 
 SMOLLM2_TASK: dict[str, Any] = {

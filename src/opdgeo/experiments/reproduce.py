@@ -1,12 +1,14 @@
-"""The study: anchor → {SFT, matched SFT, OPD, RLVR} → trajectories → claims → page, for every seed.
+"""The study: models and anchors → arms → trajectories → claims → page, for every seed.
 
 A seed is an independent repetition from the shared base: its own anchor, prompts and sampling. The SFT arm is the anchor's own
-training, base → anchor, as in the paper. Arms are trained one to a process, as many at a time as there are cores (at most
-two by default); every finished arm and measurement is kept, so the same command goes on after an interruption.
+training, base → anchor, as in the paper. Runs go one to a process, as many at a time as there are cores (at most two by
+default), each as soon as what it starts from is there, the longest way to the end first. Arms share the anchor and what was
+measured of it; every finished model, arm and measurement is kept, so the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import resource
 import sys
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from typing import Any
 import polars as pl
 
 from opdgeo.errors import ConfigError
-from opdgeo.experiments.claims import MATCHED, OPD, PARADIGMS, RLVR, SFT, judge, outcomes
-from opdgeo.experiments.presets import make_teacher, train_config
+from opdgeo.experiments import study as arms_of
+from opdgeo.experiments.claims import judge, missing, outcomes
+from opdgeo.experiments.presets import make_teacher
+from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.results import Result, load_result, summarise, write_json
@@ -30,75 +35,91 @@ from opdgeo.survey.run import provenance
 from opdgeo.training.config import TrainConfig
 
 GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files
-LEFT_OUT = (
-    "R2 (scale, code data, MoE teacher)",
-    "S1 (training held in the channel)",
-    "C1–C3 (token sparsification, teacher rollouts, objective mixing)",
-)
 
 
-def reproduce(preset: str, out: Path, *, seeds: int = 1, workers: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm, or the making of a model (`arm` None)."""
+
+    name: str
+    """The folder below arms/ or models/."""
+    arm: Arm | None = None
+    seed: int = 0
+    config: TrainConfig | None = None
+    needs: tuple[str, ...] = ()
+    cost: int = 5000
+    """Sequences that it trains on; a rollout costs twice a demonstration."""
+
+
+def reproduce(
+    preset: str, out: Path, *, seeds: int = 1, workers: int | None = None, study: str = "small", rehearse: bool = False
+) -> dict[str, Any]:
     """Run (or finish) the study in the folder `out` and return the content of `claims.json`.
 
+    `rehearse` gives every arm a few steps and prompts: whether the whole study runs, not what it finds.
+
     Raises:
-        ConfigError: unknown preset, a preset without all four arms, or a folder made with other settings.
+        ConfigError: unknown preset or study, a preset without all four arms, or a folder made with other settings.
     """
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}; expected at least 1.")
-    anchors = {seed: train_config(SFT, preset, seed=seed) for seed in range(seeds)}
-    arms = {
-        _folder(arm, seed): train_config(arm, preset, seed=seed, origin=str(_last(out, SFT, seed, anchors[seed])))
-        for arm in (RLVR, OPD, MATCHED)  # the longest first
-        for seed in range(seeds)
-    } | {_folder(SFT, seed): config for seed, config in anchors.items()}
+    arms = arms_of.chosen(study, preset)
+    jobs = plan(arms, seeds, preset, out, rehearse=rehearse)
     from opdgeo.report import write_report
     from opdgeo.training.callbacks import read_log
 
     started, clock = datetime.now(UTC), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    for config in arms.values():
-        make_teacher(config)
-    _train_all(out, arms, workers or min(2, cpu_cores()))
+    workers = workers or min(2, cpu_cores())
+    for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
+        make_teacher(teacher, progress=sys.stderr.isatty())
+    _run_all(out, jobs, workers, preset, rehearse)
 
-    results = {name: load_result(out / "arms" / name / GEOMETRY) for name in sorted(arms, key=_order)}
+    names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
+    tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
+    results = {name: load_result(out / "arms" / name / GEOMETRY) for name in tracked}
     measurements = pl.concat([_named(r.measurements, name) for name, r in results.items()])
     curves = pl.concat([_named(r.curves, name) for name, r in results.items()])
-    null = next(iter(results.values())).run["settings"]["null"]
+    first = next(iter(results.values())).run["settings"]
     run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
-        "peak_memory_bytes": peak_memory() + _children_peak() * (workers or min(2, cpu_cores())),
-        "settings": {"preset": preset, "seeds": seeds} | next(iter(results.values())).run["settings"],
+        "peak_memory_bytes": peak_memory() + _children_peak() * workers,
+        "settings": {"preset": preset, "study": study, "seeds": seeds, "rehearsal": rehearse} | first,
         "arms": {n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()},
         "timings": {
             part: sum(r.run["timings"].get(part, 0.0) for r in results.values())
             for part in ("read", "factor", "measure", "nulls")
         },
     }
-    result = Result(measurements, curves, summarise(measurements, null), run)
+    result = Result(measurements, curves, summarise(measurements, first["null"]), run)
     (out / "claims.json").unlink(missing_ok=True)  # an earlier study's verdicts must not stand beside this one's data
     result.save(out)
+    logs = {name: read_log(out / "arms" / name) for name in names}
     claims = {
         "preset": preset,
+        "study": study,
+        "rehearsal": rehearse,
         "seeds": list(range(seeds)),
-        "outcomes": outcomes({name: read_log(out / "arms" / name) for name in results}),
-        "claims": judge(measurements),
-        "left_out": list(LEFT_OUT),
+        "outcomes": outcomes(logs),
+        "claims": judge(measurements, logs),
+        "left_out": missing(measurements, logs),
     }
     write_json(out / "claims.json", claims)
     write_report(out)
     return claims
 
 
-def _folder(arm: str, seed: int) -> str:
-    return arm if seed == 0 else f"{arm}-seed{seed}"
-
-
-def _order(name: str) -> tuple[int, str]:
-    arm, _, seed = name.partition("-seed")
-    return PARADIGMS.index(arm), seed
-
-
-def _last(out: Path, arm: str, seed: int, config: TrainConfig) -> Path:
-    return (out / "arms" / _folder(arm, seed) / f"step-{config.steps:06d}").resolve()
+def plan(arms: list[Arm], seeds: int, preset: str, out: Path, *, rehearse: bool = False) -> list[Job]:
+    """Every run, and every model that one of them needs. Nothing is written."""
+    jobs, models = [], set()
+    for arm in arms:
+        needs = arms_of.needs(arm)
+        models |= {name for name in needs if name not in BY_NAME}
+        for seed in range(min(seeds, arm.seeds)):
+            before = (arms_of.folder(n, seed) if n in BY_NAME else n for n in sorted(needs))
+            config = arms_of.configure(arm, seed, preset, out, rehearse=rehearse)
+            cost = config.steps * config.sequences_per_step * (1 if config.rollouts == "demonstrations" else 2)
+            jobs.append(Job(arms_of.folder(arm.name, seed), arm, seed, config, tuple(before), cost))
+    return [*(Job(name) for name in sorted(models)), *jobs]
 
 
 def _named(table: pl.DataFrame, arm: str) -> pl.DataFrame:
@@ -110,32 +131,39 @@ def _children_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _train_all(out: Path, arms: dict[str, TrainConfig], workers: int) -> None:
-    """Train and measure every arm; an arm starts as soon as its seed's anchor is there."""
-    waiting = dict(arms)
+def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bool) -> None:
+    """Do every job as soon as what it needs is there, those with the longest way to the end first."""
+    after: dict[str, list[Job]] = {job.name: [] for job in jobs}
+    for job in jobs:
+        for name in job.needs:
+            after[name].append(job)
+
+    @functools.cache
+    def way(name: str) -> int:
+        return costs[name] + max((way(job.name) for job in after[name]), default=0)
+
+    costs = {job.name: job.cost for job in jobs}
+    waiting = sorted(jobs, key=lambda job: -way(job.name))
     threads = max(1, cpu_cores() // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
-        running: dict[Future[str], str] = {}
+        running: dict[Future[None], Job] = {}
         finished: set[str] = set()
-        with _progress(out, arms) as show:
+        with _progress(out, jobs) as show:
             while waiting or running:
-                for name, config in list(waiting.items()):
-                    anchor = Path(config.origin).parent.name
-                    if anchor in finished or anchor not in arms:
-                        running[pool.submit(_train_one, config, out / "arms" / name)] = name
-                        del waiting[name]
+                for job in [j for j in waiting if finished.issuperset(j.needs)][: workers - len(running)]:
+                    running[pool.submit(_do, job, preset, out, rehearse)] = job
+                    waiting.remove(job)
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-                show(finished)
                 for future in done:
-                    name = running.pop(future)
+                    job = running.pop(future)
                     try:
                         future.result()
                     except BaseException:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
-                    finished.add(name)
-                    show(finished)
+                    finished.add(job.name)
+                show(list(running.values()), finished)
 
 
 def _start_worker(threads: int) -> None:
@@ -144,50 +172,62 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_one(config: TrainConfig, folder: Path) -> str:
-    """Train one arm and measure its trajectory; both are kept when they are there already."""
+def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
+    """Make a model, or train an arm and measure its trajectory; whatever is there already is kept."""
+    from opdgeo.diagnostics import Settings
+    from opdgeo.experiments import derived
     from opdgeo.survey import track
     from opdgeo.training import models
-    from opdgeo.training.run import train
+    from opdgeo.training.run import quiet, train
 
-    last = train(config, folder, resume=True, progress=False)
-    if not (folder / GEOMETRY / "run.json").is_file():
-        track(models.resolve(config.origin), folder, workers=1).save(folder / GEOMETRY)
-    return str(last)
+    if job.arm is None or job.config is None:
+        with quiet():
+            derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)
+        return
+    folder = out / "arms" / job.name
+    if job.arm.where is not None:
+        arms_of.make_channel(job.arm, job.seed, preset, out, rehearse=rehearse)
+    train(job.config, folder, resume=True, progress=False)
+    geometry = folder / GEOMETRY
+    if job.arm.tracked and not (geometry / "run.json").is_file():
+        start = models.resolve(job.config.origin)
+        few = {"roles": "k_proj", "settings": Settings(nulls=1)} if rehearse else {}
+        track(start, folder, workers=1, out=geometry, **few).save(geometry)  # type: ignore[arg-type]
 
 
 @contextmanager
-def _progress(out: Path, arms: dict[str, TrainConfig]) -> Iterator[Any]:
-    """Yields ``show(finished)``: bars on a terminal, otherwise one line for each finished arm."""
+def _progress(out: Path, jobs: list[Job]) -> Iterator[Any]:
+    """Yields ``show(running, finished)``: bars on a terminal, otherwise one line for each finished job."""
     from rich import progress
     from rich.console import Console
 
     from opdgeo.training.callbacks import read_log
 
     console = Console(stderr=True)
-    names = sorted(arms, key=_order)
     bars = progress.Progress(
-        progress.TextColumn("{task.description:<18}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.description:<24}"), progress.BarColumn(), progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     )  # fmt: skip
-    tasks = {name: bars.add_task(name, total=arms[name].steps, start=False) for name in names}
-    started: set[str] = set()
+    whole = bars.add_task("runs", total=len(jobs))
+    tasks: dict[str, progress.TaskID] = {}
     told: set[str] = set()
 
-    def show(finished: set[str]) -> None:
-        for name in names:
-            log = out / "arms" / name / "log.jsonl"
-            if log.is_file():
-                if name not in started:
-                    bars.start_task(tasks[name])
-                    started.add(name)
-                steps = [row["step"] for row in read_log(log.parent) if row["event"] == "step"]
-                bars.update(tasks[name], completed=max(steps, default=0))
-            if name in finished and name not in told:
-                told.add(name)
-                bars.stop_task(tasks[name])
-                if not console.is_terminal:
-                    print(f"{name}: trained and measured ({len(told)} of {len(names)})", file=sys.stderr, flush=True)
+    def show(running: list[Job], finished: set[str]) -> None:
+        for job in running:
+            folder = out / "arms" / job.name
+            if job.config is None or not (folder / "log.jsonl").is_file():
+                continue
+            if job.name not in tasks:
+                tasks[job.name] = bars.add_task(job.name, total=job.config.steps)
+            steps = [row["step"] for row in read_log(folder) if row["event"] == "step"]
+            bars.update(tasks[job.name], completed=max(steps, default=0))
+        for name in sorted(finished - told):
+            told.add(name)
+            if name in tasks:
+                bars.remove_task(tasks.pop(name))
+            bars.update(whole, completed=len(told))
+            if not console.is_terminal:
+                print(f"{name}: done ({len(told)} of {len(jobs)})", file=sys.stderr, flush=True)
 
     with bars:
         yield show

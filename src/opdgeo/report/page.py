@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -15,6 +16,7 @@ from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Group, Series, style_of
 from opdgeo.report.data import Results
 from opdgeo.report.glossary import (
+    ARMS,
     GLOSSARY,
     READINGS,
     Entry,
@@ -43,6 +45,7 @@ _MAX_LISTED = 60
 def build(results: Results) -> tuple[str, list[Chart]]:
     """The page as HTML text and the charts in it, in the order of the page."""
     made = _Charts()
+    everything, results = results, _main_arms(results)
     runs = results.runs()
     arms = list(dict.fromkeys(arm for arm, _ in runs))
     subjects = [
@@ -60,6 +63,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "missing": _missing(subjects),
         "claims": _claims(results, made),
         "left_out": (results.claims or {}).get("left_out") or [],
+        "rehearsal": (results.claims or {}).get("rehearsal", False),
         "logs": _logs(results, made),
         "outcomes": (results.claims or {}).get("outcomes") or {},
         "outcome_columns": OUTCOMES,
@@ -69,8 +73,9 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "trajectories": _trajectories(results, made),
         "channel": _channel(results, made),
         "spectra": _spectra(results, last, arms, made),
-        "provenance": _provenance(results),
-        "problems": _problems(results),
+        "provenance": _provenance(everything),
+        "problems": _problems(everything),
+        "other_arms": sorted({arm for arm, _ in everything.runs()} - set(arms)),
         "seeds": (results.claims or {}).get("seeds") or [],
         "readings": READINGS,
     }
@@ -95,6 +100,22 @@ def build(results: Results) -> tuple[str, list[Chart]]:
 
 def _resource(name: str) -> str:
     return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _main_arms(results: Results) -> Results:
+    """A study with controls, cut to its four main arms: the others are judged in the claims, and have rows in the data files."""
+    kept = {arm for arm, _ in results.runs()} & set(ARMS)
+    if results.kind != "reproduce" or not kept:
+        return results
+
+    def main(table: pl.DataFrame) -> pl.DataFrame:
+        return table.filter(pl.col("checkpoint").map_elements(lambda c: arm_of(c)[0] in kept, pl.Boolean))
+
+    return replace(
+        results, measurements=main(results.measurements), curves=main(results.curves),
+        summary=[c for c in results.summary if arm_of(c["checkpoint"])[0] in kept],
+        logs={folder: rows for folder, rows in results.logs.items() if split_seed(folder)[0] in kept},
+    )  # fmt: skip
 
 
 class _Charts:

@@ -11,11 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from opdgeo.report.data import load_claims, load_summary, runs
-from opdgeo.report.glossary import SUFFIX, arm_label, clean, interval_decimals, is_primary, number
+from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
 from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
-_VERDICT = {"holds": "bold green", "fails": "bold red", "inconclusive": "yellow"}
+_VERDICT = {
+    "holds": "bold green", "still holds": "bold green", "fails": "bold red", "does not": "bold red", "inconclusive": "yellow",
+}  # fmt: skip
 
 
 def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console | None = None) -> None:
@@ -42,17 +44,18 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
     console = console or Console()
     claims = load_claims(claims)
     verdicts, values = _new_table("Claims of the paper"), _new_table("Values, with the null in brackets")
-    controls = [control_name(c) for c in (claims["claims"] or [{}])[0].get("controls") or []]
     verdicts.add_column("", style="bold", no_wrap=True)
     verdicts.add_column("claim")
-    for name in ("as the paper compares", *controls):
-        verdicts.add_column(name, width=13)
-    arms = list(dict.fromkeys(arm for claim in claims["claims"] for arm in claim.get("measured") or {}))
+    for name in ("as the paper compares", "after matching"):
+        verdicts.add_column(name, width=14)
+    used = dict.fromkeys(arm for claim in claims["claims"] for arm in claim.get("measured") or {})
+    arms = [arm for arm in ARMS if arm in used] or list(used)
+    others = []
     values.add_column("", style="bold", no_wrap=True)
     for arm in arms:
         values.add_column(arm_label(arm), justify="right")
     for claim in claims["claims"]:
-        outcomes = [claim["verdict"], *(c["verdict"] for c in claim.get("controls") or [])]
+        outcomes = [claim["verdict"], claim.get("after_matching") or ""]
         judged = (Text(clean(v), style=_VERDICT.get(v, "")) for v in outcomes)
         verdicts.add_row(Text(clean(claim["id"])), Text(clean(claim["claim"])), *judged)
         unit, cells = unit_of(claim.get("unit")), []
@@ -60,12 +63,24 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
             cell = Text(number(got.get("mean"), unit))
             cell.append(f" ({number(got.get('null'), unit, bare=True)})", style="dim")
             cells.append(cell)
-        values.add_row(Text(clean(claim["id"])), *cells)
+        measured = set(claim.get("measured") or {})
+        if measured & set(arms):
+            values.add_row(Text(clean(claim["id"])), *cells)
+        if measured - set(arms):
+            others.append(f"{claim['id']}: {claim.get('explanation') or ''}")
     console.print(verdicts)
     console.print()
     console.print(values)
     console.print()
-    for arm, reached in (claims.get("outcomes") or {}).items():
+    for line in others:
+        console.print(Text(clean(line)))
+    if claims.get("rehearsal"):
+        console.print(
+            Text("a rehearsal: every arm trained for a few steps, and the numbers mean nothing", style="bold")
+        )
+    reached_by = claims.get("outcomes") or {}
+    for arm in [arm for arm in ARMS if arm in reached_by] or list(reached_by):
+        reached = reached_by[arm]
         parts = []
         for key, name, unit in OUTCOMES:
             if ends := reached.get(key):
@@ -99,6 +114,7 @@ OUTCOMES = (
     ("accuracy_greedy", "greedy accuracy", "share"),
     ("accuracy_sampled", "sampled accuracy", "share"),
     ("kl_teacher", "KL to the teacher", "number"),
+    ("kl_origin", "KL from the start", "number"),
     ("completion_length", "completion length", "number"),
 )
 

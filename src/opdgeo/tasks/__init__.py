@@ -12,6 +12,7 @@ from opdgeo.errors import ConfigError
 
 NAMES = {
     "arithmetic": "opdgeo.tasks.arithmetic:Arithmetic",
+    "digits": "opdgeo.tasks.digits:Digits",
     "docstrings": "opdgeo.tasks.docstrings:Docstrings",
     "problems": "opdgeo.tasks.problems:Problems",
     "reasoning_gym": "opdgeo.tasks.gym:ReasoningGym",

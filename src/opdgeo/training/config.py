@@ -46,6 +46,10 @@ class TrainConfig:
     token_share: float = 1.0
     """Share of each completion's tokens that keep their OPD credit."""
     token_choice: Literal["top", "random"] = "top"
+    credit: Literal["sampled", "reverse_kl", "forward_kl", "correct"] = "sampled"
+    """sampled: the mixture above, on the sampled token. reverse_kl, forward_kl (with alpha = 1): the exact KL(student ‖ teacher)
+    or KL(teacher ‖ student) over the vocabulary at every token. correct (with alpha = 0): 1 on every token of a completion
+    that the verifier accepts, 0 on the others: SFT on the student's own correct samples."""
 
     # where the update may go (`constrain.py` says what each choice means)
     channel: str | None = None
@@ -82,7 +86,11 @@ class TrainConfig:
     vllm_memory: float = 0.3
     """Share of a GPU's memory that a colocated vLLM takes."""
 
-    # optimizer (AdamW)
+    # optimizer
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd: without momentum; `betas` and `adam_epsilon` are not used."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the optimizer updates: fp32 masters, or weights and moments in bf16, which lose small updates to rounding."""
     learning_rate: float
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: linear warm-up over the first 10 % of steps, then down to a tenth of the peak."""
@@ -107,6 +115,8 @@ class TrainConfig:
     eval_prompts_between: int = 512
     """The first so many of them, measured at the other checkpoints."""
     eval_batch: int = 1024
+    eval_kl_origin: bool = False
+    """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
     resume_every: int = 0
     """Steps between trainer states to resume from; 0 = at the checkpoints."""
     keep_moments: bool = False
@@ -132,6 +142,13 @@ class TrainConfig:
             "demonstrations, student, teacher or a recorded .jsonl file",
         )
         need(self.token_choice in ("top", "random"), "token_choice", "top or random")
+        need(self.optimizer in ("adamw", "sgd"), "optimizer", "adamw or sgd")
+        need(self.weights in ("float32", "bfloat16"), "weights", "float32 or bfloat16")
+        need(
+            self.credit in ("sampled", "reverse_kl", "forward_kl", "correct"),
+            "credit",
+            "sampled, reverse_kl, forward_kl or correct",
+        )
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         need(self.vllm in ("off", "colocate", "server"), "vllm", "off, colocate or server")
@@ -178,6 +195,16 @@ class TrainConfig:
         if self.rollouts != "demonstrations":
             need(self.generations >= 2, "generations", "at least 2, because advantages are relative to a group")
             need(self.sequences_per_step % self.generations == 0, "generations", "a divisor of sequences_per_step")
+            if self.credit != "sampled" and (
+                self.alpha != (0.0 if self.credit == "correct" else 1.0)
+                or self.token_share != 1.0
+                or self.drop_flat_groups
+            ):
+                raise ConfigError(
+                    f"credit is {self.credit!r} with alpha {self.alpha:g} and token_share {self.token_share:g}; expected alpha = 0 "
+                    "with correct, alpha = 1 with reverse_kl or forward_kl, token_share = 1 and drop_flat_groups false: only the "
+                    "sampled token's credit can be mixed or dropped."
+                )
             if self.rollout_prompts:
                 fits = self.rollout_prompts * self.generations >= self.sequences_per_step
                 need(

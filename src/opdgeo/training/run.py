@@ -155,7 +155,8 @@ def _build(
 
     cuda = config.device != "cpu" and torch.cuda.is_available()
     tokenizer = models.load_tokenizer(origin, config.end_token)
-    model = models.load_model(origin)
+    model = models.load_model(origin, config.weights)
+    start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
     teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
@@ -187,7 +188,7 @@ def _build(
             return None
         return evaluation.evaluate(
             trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens,
+            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, origin=start,
             longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
@@ -208,6 +209,7 @@ def _build(
             train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
             record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
+    start = start and engine.prepare_teacher(trainer, start)
     engine.prepare_student(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
@@ -228,7 +230,7 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
         learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
         adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay, optim="adamw_torch",
+        weight_decay=config.weight_decay, optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
         max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
         bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
         logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
@@ -278,11 +280,14 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "eval_prompts",
         "eval_batch",
         "device",
+        "weights",
     }:
         return None
+    counts = (config.eval_prompts, config.eval_prompts_between)  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
-        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] == config.eval_prompts:
-            return evaluation.Evaluation(**{name: row[name] for name in evaluation.Evaluation.__dataclass_fields__})
+        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] in counts:
+            known: dict[str, Any] = {name: row.get(name) for name in evaluation.Evaluation.__dataclass_fields__}
+            return evaluation.Evaluation(**known | {"kl_origin": 0.0 if config.eval_kl_origin else None})
     return None
 
 

@@ -7,6 +7,10 @@ With S = log p_student, T = log p_teacher of the sampled token (PAPER: "On the G
 
     A = alpha · (T − S) · keep · (|y| / Σ keep) · mask  +  (1 − alpha) · A_group
 
+Dropping tokens at random and rescaling leaves the expected gradient as it is: every token is kept with the same probability
+and counts for the inverse of it. Keeping the tokens with the largest gap does not: it leaves out, always, the tokens that the
+teacher likes better than the student does, so it follows another objective, not a noisier estimate of the same one.
+
 Raw signals: nothing is normalised across the batch, so the two terms have different scales (the paper's mixture).
 """
 
@@ -62,6 +66,27 @@ def distillation_advantages(student_BT: Tensor, teacher_BT: Tensor, mask_BT: Ten
     kept_B1 = (keep_BT * mask_BT).sum(1, keepdim=True)
     gap_BT = torch.where(mask_BT.bool(), teacher_BT - student_BT, 0.0)  # padding may hold anything, even inf
     return (gap_BT * keep_BT * (length_B1 / kept_B1.clamp(min=1))).detach()
+
+
+def correct_advantages(reward_G: Tensor, mean_reward: Tensor) -> Tensor:
+    """1 for a right completion and 0 for a wrong one (G,), over the share of right ones; 0 where none is right.
+
+    With it the objective is the mean, over the right completions, of the mean log p of their tokens: SFT on the student's
+    own correct samples.
+    """
+    return torch.where(mean_reward > 0, reward_G / mean_reward.clamp(min=1e-9), torch.zeros_like(reward_G))
+
+
+def divergence(student_BTV: Tensor, teacher_BTV: Tensor, direction: Literal["reverse_kl", "forward_kl"]) -> Tensor:
+    """KL(student ‖ teacher) or KL(teacher ‖ student) of two arrays of logits, (B, T), differentiable in the student's.
+
+    The gradient of the reverse one at a state is the expectation, over the student's own next token, of −(T − S) ∇S: the
+    sampled token's credit is its one-sample estimate (a test enumerates it).
+    """
+    logp_BTV, logq_BTV = student_BTV.float().log_softmax(-1), teacher_BTV.float().log_softmax(-1)
+    if direction == "forward_kl":
+        logp_BTV, logq_BTV = logq_BTV, logp_BTV
+    return (logp_BTV.exp() * (logp_BTV - logq_BTV)).sum(-1)
 
 
 def group_advantages(reward_G: Tensor, generations: int) -> Tensor:

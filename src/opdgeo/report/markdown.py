@@ -1,0 +1,122 @@
+"""A study as a page of text, for a repository's documentation: from claims.json and run.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from opdgeo.errors import ConfigError
+from opdgeo.report.data import load
+from opdgeo.report.glossary import arm_label, number
+from opdgeo.report.terminal import OUTCOMES, unit_of
+
+
+def write_markdown(out: Path, path: Path) -> Path:
+    """Write what the study in `out` found to `path`: what holds, what fails, what is only size; every number is the data's.
+
+    Raises:
+        ConfigError: `out` is no finished study.
+    """
+    results = load(out)
+    claims = results.claims
+    if claims is None:
+        raise ConfigError(
+            f"{out} holds no claims.json; expected the folder of a finished study. Run opdgeo reproduce first."
+        )
+    judged = claims["claims"]
+    lines = ["# What the study found", "", *_made_by(results.run, claims), ""]
+    if claims.get("rehearsal"):
+        lines += ["**A rehearsal: every arm trained for a few steps. The numbers mean nothing.**", ""]
+    lines += ["| | claim | as the paper compares | after matching |", "|---|---|---|---|"]
+    lines += [f"| {c['id']} | {c['claim']} | {c['verdict']} | {c.get('after_matching', '')} |" for c in judged]
+    lines += ["", *_in_words(judged), ""]
+    for claim in judged:
+        lines += _claim(claim)
+    lines += ["## What training reached", "", *_outcomes(claims.get("outcomes") or {}), ""]
+    if left := claims.get("left_out"):
+        lines += ["## Left out", "", *(f"* {line}" for line in left), ""]
+    lines += [
+        "For bf16 values the η = 1e-3 rule of the sparsity is the same as inequality of the bits: neighbouring bf16 numbers differ "
+        "by at least 2⁻⁸ relative. Small weights have finer spacing, so a small isotropic update looks sparse and low-magnitude "
+        "too: read those claims beside their null and their excess.",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _made_by(run: dict[str, Any], claims: dict[str, Any]) -> list[str]:
+    command = " ".join(run.get("command") or [])
+    return [
+        f"Written by `opdgeo report OUT --markdown FILE` from the data files of `{command}`: preset {claims.get('preset')}, "
+        f"study {claims.get('study', 'small')}, {len(claims.get('seeds') or [0])} seeds. Machine: {run.get('platform')}; "
+        f"{run.get('seconds', 0) / 60:.0f} minutes for this call (finished parts are kept from call to call). "
+        "The rules were written before the run (`src/opdgeo/experiments/rules.py`); "
+        "`python tests/recompute_claims.py OUT` computes every number once more from the data files.",
+    ]
+
+
+def _in_words(judged: list[dict[str, Any]]) -> list[str]:
+    """Which claims hold, which fail, and which of those that hold are only size."""
+
+    def named(*wanted: tuple[str, str]) -> str:
+        ids = [c["id"] for c in judged if (c["verdict"], c.get("after_matching", "")) in wanted]
+        return ", ".join(ids) or "none"
+
+    return [
+        f"* Holds, and still holds at equal size with a matched SFT: {named(('holds', 'still holds'))}.",
+        f"* Holds as the paper compares, but not after matching (size, start, learning rate or steps): {named(('holds', 'does not'))}.",
+        f"* Holds as the paper compares; open after matching: {named(('holds', 'inconclusive'))}.",
+        f"* Fails: {named(*(('fails', a) for a in ('', 'does not', 'inconclusive', 'still holds')))}.",
+        f"* Open: {named(*(('inconclusive', a) for a in ('', 'does not', 'inconclusive', 'still holds')))}.",
+    ]
+
+
+def _claim(claim: dict[str, Any]) -> list[str]:
+    unit = unit_of(claim.get("unit"))
+    lines = [f"## {claim['id']}: {claim['claim']}", ""]
+    lines += [f"{claim['rule']} In the paper: {claim.get('paper', '')}.", ""]
+    lines += [
+        f"**{claim['verdict']}**; after matching: **{claim.get('after_matching', '')}**. {claim.get('explanation', '')}.",
+        "",
+    ]
+    if measured := claim.get("measured"):
+        ratio = claim.get("diagnostic") not in ("update_sparsity", "mask_overlap", "subspace_similarity")
+        excess_unit = "number" if ratio else "points"
+        lines += ["| arm | mean [95 %] | seeds | null | excess over the null |", "|---|---|---|---|---|"]
+        for arm, got in measured.items():
+            interval = f"{number(got['mean'], unit)} [{number(got['low'], unit)}, {number(got['high'], unit)}]"
+            above = "" if "excess" not in got else number(got["excess"], excess_unit, signed=not ratio)
+            lines.append(
+                f"| {arm_label(arm)} | {interval} | {len(got['seeds'])} | {number(got.get('null'), unit)} | {above} |"
+            )
+        lines.append("")
+    if recovery := claim.get("recovery"):
+        lines += [f"Recovery = (constrained − frozen) / (free − frozen), K = {claim.get('k')}:", ""]
+        lines += ["| | constraint | recovery [95 %] | outside the channel |", "|---|---|---|---|"]
+        for paradigm, kinds in recovery.items():
+            for what, got in kinds.items():
+                outside = (claim["measured"].get(f"s1-{paradigm}-{what}") or {}).get("outside")
+                lines.append(
+                    f"| {arm_label(paradigm)} | {what} | {number(got['mean'], 'number')} [{number(got['low'], 'number')}, "
+                    f"{number(got['high'], 'number')}] | {number(outside, 'number')} |"
+                )
+        lines.append("")
+    if controls := claim.get("controls"):
+        lines += ["| control | verdict | |", "|---|---|---|"]
+        lines += [f"| {c.get('name', c['control'])} | {c['verdict']} | {c.get('explanation', '')} |" for c in controls]
+        lines.append("")
+    return lines
+
+
+def _outcomes(outcomes: dict[str, Any]) -> list[str]:
+    head = " | ".join(name for _, name, _ in OUTCOMES)
+    lines = [f"| arm | {head} |", "|---" * (len(OUTCOMES) + 1) + "|"]
+    for arm, reached in outcomes.items():
+        cells = []
+        for key, _, unit in OUTCOMES:
+            ends = reached.get(key)
+            shown = [number(ends[at]["mean"], unit) for at in ("start", "end")] if ends else []
+            cells.append(" → ".join(shown))
+        lines.append(f"| {arm_label(arm)} | " + " | ".join(cells) + " |")
+    return lines
