@@ -111,7 +111,7 @@ def raw(tensor: Tensor, file: Path, start: int = 0) -> Raw:
 
 
 @lru_cache(maxsize=256)
-def _storages(file: Path, _: int) -> frozenset[int]:
+def _storages(file: Path, when: int) -> frozenset[int]:
     """Where the storages of a torch file begin, from the headers of its zip: those that are not compressed.
 
     Empty where they are not in order: from 2.7 on torch counts their places from that of the first (`_get_offset` in
