@@ -92,3 +92,17 @@ def test_gpt2_weights_are_read_as_out_by_in_with_q_k_v_apart(tmp_path: Path) -> 
     for i, matrix in enumerate(found):
         assert (matrix.rows, matrix.cols) == (4, 4)
         assert torch.equal(base.read(matrix), stored[:, 4 * i : 4 * i + 4].T)
+
+
+def test_names_from_a_checkpoint_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    evil, known = "evil\x1b]0;title\x07", "model.layers.0.mlp.up_proj.weight"
+    for name, shape in (("base", 3), ("tuned", 3), ("other", 4)):
+        (tmp_path / name).mkdir()
+        state = {known: torch.rand(8, 8), evil: torch.zeros(shape)}
+        save_file(state, tmp_path / name / "model.safetensors")
+    out = ["-o", str(tmp_path / "out"), "--nulls", "0", "--no-report", "--no-cache"]
+    done = run("compare", str(tmp_path / "base"), str(tmp_path / "tuned"), *out)
+    assert done.returncode == 0 and "such as evil\ufffd]0;title\ufffd" in done.stdout
+    refused = run("compare", str(tmp_path / "base"), str(tmp_path / "other"), *out)
+    assert refused.returncode == 2 and "evil\ufffd]0;title\ufffd is 3" in refused.stderr
+    assert "\x1b" not in done.stdout + refused.stderr

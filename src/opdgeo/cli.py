@@ -403,6 +403,7 @@ def _survey_arguments(args: argparse.Namespace) -> dict:
 
 
 def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped-def]
+    from opdgeo.report.glossary import clean
     from opdgeo.report.terminal import print_summary
 
     result.save(args.out)
@@ -413,10 +414,10 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
     for label in ("base_only", "tuned_only", "unrecognised"):
         if names := pairing[label]:
             print(
-                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(names[:3])} (all in run.json)"
+                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(map(clean, names[:3]))} (all in run.json)"
             )
     for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
-        print(f"note: {note}")
+        print(f"note: {clean(note)}")
     if not args.no_report:
         from opdgeo.report import write_report
 
@@ -424,7 +425,7 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
     print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
     if result.skipped:
         print(
-            f"opdgeo: {len(result.skipped)} matrices were not computed, first {result.skipped[0]}; see `reason`",
+            f"opdgeo: {len(result.skipped)} matrices were not computed, first {clean(result.skipped[0])}; see `reason`",
             file=sys.stderr,
         )
         return INCOMPLETE

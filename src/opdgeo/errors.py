@@ -2,7 +2,13 @@
 
 
 class OpdgeoError(Exception):
-    """A request that cannot be met: the message says what arrived, what was expected and what to try."""
+    """A request that cannot be met: the message says what arrived, what was expected and what to try.
+
+    What arrived may be a name from an untrusted file: control characters, which a terminal would obey, are replaced.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in super().__str__())
 
 
 class CheckpointError(OpdgeoError):
