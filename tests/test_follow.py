@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import opdgeo
 import planted
-from opdgeo.checkpoints import open_checkpoint
+from opdgeo.checkpoints import Matrix, open_checkpoint
 from opdgeo.errors import CheckpointError
+from opdgeo.numerics.spectra import spectrum
 from opdgeo.survey import follow
+from opdgeo.survey.measure import Step
+from opdgeo.survey.trail import Trail
 
 NAMES = [planted.tensor_name(0, module) for module in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
@@ -100,3 +104,23 @@ def test_what_is_still_being_written_is_not_read(
 def test_a_run_that_never_comes_is_named(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no complete checkpoint appeared in .*nowhere"):
         follow.follow(growing[0], tmp_path / "nowhere", tmp_path / "out", idle=0.001)
+
+
+def test_a_checkpoint_that_does_not_open_is_told_once(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, written = growing
+    publish(written[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-10" / "model.safetensors").write_bytes(b"broken")
+    heard: list[str] = []
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint .*not a readable safetensors file"):
+        follow.follow(base, tmp_path / "run", tmp_path / "out", idle=0.06, tell=heard.append)
+    assert [line for line in heard if line.startswith("checkpoint-10 cannot be read yet")] == heard[:1]
+
+
+def test_kept_steps_come_back_on_the_device_that_measures(tmp_path: Path) -> None:
+    matrix = Matrix(NAMES[0], NAMES[0], 0, "q_proj", 6, 5)
+    trail = Trail(tmp_path, ("key",))
+    trail.save(matrix, 0, Step(spectrum=spectrum(torch.eye(6, 5, dtype=torch.float64), 2)))
+    for device in ("cpu", "meta"):
+        kept = trail.load(matrix, 0, device)
+        assert kept is not None and kept.spectrum is not None
+        assert {getattr(kept.spectrum, t).device.type for t in ("sigma", "errors", "left", "right")} == {device}

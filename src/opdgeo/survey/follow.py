@@ -47,17 +47,22 @@ class Seen:
         self._manifests: dict[Path, dict[str, Any]] = {}
         self.measured: set[Path] = set()
         self._states: dict[Path, tuple[Any, float]] = {}  # files of a folder, and since when they are these
+        self.unreadable: dict[Path, str] = {}  # complete, and why they do not open
 
     def look(self) -> list[str]:
         """Take in the checkpoints that are complete and new; returns their names."""
         new = []
         for step, folder in sorted(step_folders(self.run).items() if self.run.is_dir() else ()):
             if step not in self.checkpoints and self._complete(folder):
-                with suppress(CheckpointError, FileNotFoundError):  # not readable yet, or gone already
+                try:
                     opened = open_checkpoint(folder, self.base)
                     self._stamps[opened.path] = stamp(opened)
-                    self.checkpoints[step] = opened
-                    new.append(opened.name)
+                except (CheckpointError, FileNotFoundError) as error:  # not readable yet, or gone already
+                    self.unreadable[folder] = str(error)
+                    continue
+                self.unreadable.pop(folder, None)
+                self.checkpoints[step] = opened
+                new.append(opened.name)
         return new
 
     def forget_the_gone(self) -> None:
@@ -122,9 +127,14 @@ def follow(
     """
     before, run = open_checkpoint(base), Path(run)
     seen, result, since, due = Seen(run, before, out), None, time.monotonic(), False
+    told: set[str] = set()
     try:
         while True:
             new = seen.look()
+            for folder, why in seen.unreadable.items():
+                if folder.exists() and why not in told:
+                    tell(f"{folder.name} cannot be read yet: {why}")
+                    told.add(why)
             if new:
                 tell(f"{', '.join(new)}: measuring")
             if new or due:
@@ -162,6 +172,7 @@ def follow(
         raise CheckpointError(
             f"no complete checkpoint appeared in {run} within {idle:g} minutes; expected folders such as step-000100 or "
             "checkpoint-100. Check the path, or wait longer with --idle."
+            + "".join(f" {why}" for why in list(seen.unreadable.values())[:1])
         )
     result.run["growing"] = False
     return result

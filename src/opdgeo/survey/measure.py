@@ -116,7 +116,7 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     steps: list[Step] = []
     last: Tensor | None = before.weights  # the newest finite weights; None: not read yet
     for index, checkpoint in enumerate(job.checkpoints):
-        if job.trail and (kept := job.trail.load(matrix, index)):
+        if job.trail and (kept := job.trail.load(matrix, index, job.device)):
             steps.append(kept)
             last = None if kept.finite else last
             continue

@@ -33,7 +33,7 @@ class Trail:
         key = hashlib.sha256(f"{self.keys[index]} {json.dumps(asdict(matrix))}".encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors"
 
-    def load(self, matrix: Matrix, index: int) -> Step | None:
+    def load(self, matrix: Matrix, index: int, device: str = "cpu") -> Step | None:
         """What was measured of checkpoint `index`, or None; an unreadable file counts as none."""
         from safetensors import SafetensorError, safe_open
 
@@ -42,7 +42,7 @@ class Trail:
                 about = json.loads(file.metadata()["step"])
                 spectrum = None
                 if about["spectrum"]:
-                    spectrum = Spectrum(**{t: file.get_tensor(t) for t in TENSORS}, **about["spectrum"])
+                    spectrum = Spectrum(**{t: file.get_tensor(t).to(device) for t in TENSORS}, **about["spectrum"])
             return Step(**{f: about[f] for f in FIELDS}, spectrum=spectrum)
         return None
 
