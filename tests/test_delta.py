@@ -171,15 +171,24 @@ def bomb(_: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(bytes(1 << 26))
 
 
+def other_type(run: Path) -> None:
+    file = run / "weight_v000003" / "model-00000-of-00002.safetensors"
+    frames = {n: torch.zeros(8, dtype=torch.bfloat16) for n in safetensors.numpy.load_file(file)}
+    with safetensors.safe_open(file, framework="np") as opened:
+        save_file(frames, file, metadata=opened.metadata())
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a version is missing": (lambda r: shutil.rmtree(r / "weight_v000002"), r"builds on version 2.*is missing"),
     "another encoding": (index_with(delta_encoding="add"), r"delta_encoding 'add'.*xor, overwrite"),
     "another compression": (index_with(compression_format="lz4"), r"'lz4'"),
     "another checksum": (index_with(checksum_format="crc"), r"'crc'"),
     "no base version": (index_with(base_version=None), r"base_version"),
+    "an infinite base version": (index_with(base_version=float("inf")), r"base_version.*infinity"),
     "a circle": (index_with(base_version="000003"), r"is missing"),
     "a path": (outside, r"no weight_map"),
     "not zstd": (shard_with(lambda b: b"x" * len(b)), r"cannot read the delta"),
+    "another type": (other_type, r"cannot read the delta"),
     "cut off": (shard_with(lambda b: b[: len(b) // 2]), r"cannot read the delta|does not fit"),
     "longer than a change": (shard_with(bomb), r"longer than a change"),
     "other bytes": (

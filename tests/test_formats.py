@@ -7,9 +7,11 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import opdgeo
 from opdgeo.checkpoints import open_checkpoint, run_checkpoints
+from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError
 
 HERE = Path(__file__).parent
@@ -128,6 +131,33 @@ def test_a_bin_file_that_runs_something_is_refused_and_not_run(pair: Path, tmp_p
     with pytest.raises(CheckpointError, match=r"posix\.system to be run .*ran nothing"):
         open_checkpoint(bad)
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("how", ["stored", "compressed", "backwards"])
+def test_a_bin_file_that_was_packed_again_is_refused(how: str, pair: Path, tmp_path: Path) -> None:
+    torch.save(weights(pair / "tuned"), tmp_path / "whole.bin")
+    again = folder(pair, tmp_path / "again") / "pytorch_model.bin"
+    kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "whole.bin") as old, zipfile.ZipFile(again, "w", kind) as new:
+        for name in reversed(old.namelist()) if how == "backwards" else old.namelist():
+            new.writestr(name, old.read(name))
+    assert torch.load(again).keys() == weights(pair / "tuned").keys()  # torch itself still reads it
+    with pytest.raises(CheckpointError, match="packed or compressed again"):
+        open_checkpoint(again)
+
+
+def test_a_bin_file_of_a_lazily_negated_tensor_and_files_cut_short_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(3, dtype=torch.complex64).conj().imag}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="not lie in it as plain numbers"):
+        open_checkpoint(tmp_path / "x.bin")
+    torch.save({"x": torch.eye(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    for length in (0, 8):  # nothing, and the head of a pickle
+        (tmp_path / "y.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:length])
+        with pytest.raises(CheckpointError, match="not a readable torch file"):
+            open_checkpoint(tmp_path / "y.bin")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
@@ -238,6 +268,13 @@ def test_a_missing_rank_is_named(ranks: Path, tmp_path: Path) -> None:
     (tmp_path / "flat" / "model_world_size_4_rank_2.pt").unlink()
     with pytest.raises(CheckpointError, match="lacks the shards of rank 2 of 4"):
         open_checkpoint(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("name", ["model_world_size_99999999999_rank_0.pt", "model_world_size_1_rank_1.pt"])
+def test_names_that_promise_other_ranks_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"lacks the shards of rank (0|1, 2, 3, 4, 5, 6, 7, 8) of"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -484,6 +521,19 @@ def test_gguf_folders_that_do_not_say_which_and_other_architectures_are_refused(
         open_checkpoint(tmp_path / "cut.gguf")
 
 
+@pytest.mark.parametrize("layers", [1, 1 << 31])
+def test_a_gguf_header_with_another_number_of_layers(layers: int, pair: Path, tmp_path: Path) -> None:
+    state = {n: t for n, t in weights(pair / "tuned").items() if "_norm" not in n}
+    file = write_gguf(tmp_path / "llama.gguf", state, "llama")
+    whole, key = file.read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key)
+    assert struct.unpack_from("<II", whole, at) == (4, 2)  # the type u4, and two layers
+    file.write_bytes(whole[:at] + struct.pack("<II", 4, layers) + whole[at + 8 :])
+    opened = open_checkpoint(file).tensors
+    assert len(opened) == len(state)
+    assert ("blk.1.attn_q.weight" in opened) == (layers == 1)  # under its own name: no rule knows it
+
+
 # Where trainers put them ----------------------------------------------------------------------------------------
 
 
@@ -502,6 +552,13 @@ def test_a_run_of_verl_is_a_trajectory(pair: Path, ranks: Path, tmp_path: Path) 
     assert (inner.name, inner.step) == ("global_step_2", 2)
     assert opened[0].config["model_type"] == "qwen3"
     check(pair, tmp_path / "run" / "global_step_10")
+
+
+def test_two_folders_of_one_step_are_refused(tmp_path: Path) -> None:
+    for name in ("step-000010", "checkpoint-10", "step-000020"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 and step-000010, both of step 10"):
+        run_checkpoints([tmp_path])
 
 
 def test_a_checkpoint_of_accelerate_and_what_else_lies_in_it(pair: Path, ranks: Path, tmp_path: Path) -> None:

@@ -204,8 +204,21 @@ def is_adapter(path: Path) -> bool:
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The folders in `run` that are named like steps, by step."""
-    return {step: p for p in run.iterdir() if p.is_dir() and (step := _step(p.name)) is not None}
+    """The folders in `run` that are named like steps, by step.
+
+    Raises:
+        CheckpointError: two folders of the same step.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(run.iterdir()):
+        if path.is_dir() and (step := _step(path.name)) is not None:
+            if step in found:
+                raise CheckpointError(
+                    f"{run} holds {found[step].name} and {path.name}, both of step {step}; expected one folder a step. Move "
+                    "one away, or give the checkpoints one by one."
+                )
+            found[step] = path
+    return found
 
 
 def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:

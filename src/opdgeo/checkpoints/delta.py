@@ -76,12 +76,13 @@ class Delta:
 
     def _frame(self, name: str, limit: int) -> bytes:
         import pyarrow
+        import torch
         from safetensors import SafetensorError, safe_open
 
         file = self.folder / self.shards[name]
         try:
-            with safe_open(file, framework="np") as opened:
-                frame = pyarrow.py_buffer(opened.get_tensor(name))
+            with safe_open(file, framework="pt") as opened:  # numpy lacks some of the types that a file may claim
+                frame = pyarrow.py_buffer(opened.get_tensor(name).flatten().view(torch.uint8).numpy())
             with pyarrow.CompressedInputStream(pyarrow.BufferReader(frame), "zstd") as stream:
                 found = stream.read(limit + 1)  # never more than the tensor can need
         except (SafetensorError, OSError, pyarrow.ArrowException) as error:
@@ -232,7 +233,7 @@ def _read(folder: Path, when: int) -> Delta:
             ) from error
     try:
         base_version = int(facts["base_version"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{place} does not say which base_version it builds on: {error}.") from error
     return Delta(folder, base_version, str(facts["delta_encoding"]), str(facts["checksum_format"]), listed, sums)
 

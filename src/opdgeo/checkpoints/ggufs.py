@@ -142,7 +142,8 @@ def _open(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
 def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str) -> Iterator[tuple[str, Stored]]:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    layers = int(fields.get(f"{architecture}.block_count", 0))
+    layers = fields.get(f"{architecture}.block_count")
+    layers = min(layers, len(found)) if isinstance(layers, int) else 0  # a header may promise any number
     heads = fields.get(f"{architecture}.attention.head_count")
     table = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
     modules = ["model.embed_tokens", "model.norm", "lm_head"]
@@ -156,7 +157,7 @@ def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str
                 yield where, Rows(stored, ((0, stored.shape[1]),), (expert,))
         elif architecture == "llama" and module.endswith((".attn_q", ".attn_k")):
             of = heads if module.endswith("q") else fields.get("llama.attention.head_count_kv", heads)
-            yield f"{names[module]}.{kind}", Rows(stored, _halves(stored.shape[0], of, name))
+            yield f"{names.get(module, module)}.{kind}", Rows(stored, _halves(stored.shape[0], of, name))
         else:
             yield (f"{names[module]}.{kind}" if module in names else name), stored
 

@@ -107,7 +107,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         loaded = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a JSON object.")

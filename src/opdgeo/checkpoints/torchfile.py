@@ -8,8 +8,11 @@ is refused by torch before it is looked up.
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any
@@ -79,18 +82,18 @@ def unpickle(file: Path | IO[bytes], allowed: Sequence[tuple[Any, str]] = (), *,
                 f"{name} asks for {refused[1]} to be run or built; opdgeo reads tensors only and ran nothing. Save the "
                 "weights as a state dict or as safetensors."
             ) from error
-        raise CheckpointError(
-            f"{name} is not a readable torch file ({text.splitlines()[0][:200]}). Copy it again."
-        ) from error
+        why = next(iter(text.splitlines()), type(error).__name__)
+        raise CheckpointError(f"{name} is not a readable torch file ({why[:200]}). Copy it again.") from error
 
 
 def raw(tensor: Tensor, file: Path, start: int = 0) -> Raw:
     """Where the bytes of an unpickled tensor lie in its file; `start` is where the torch file begins in it.
 
     Raises:
-        CheckpointError: a sparse or quantised tensor, or written by a torch before 1.6: the bytes stand in the pickle.
+        CheckpointError: a sparse, quantised, negated or conjugated tensor; written by a torch before 1.6: the bytes stand in
+            the pickle; or packed again by another program, where the bytes are not where torch looks for them.
     """
-    plain = tensor.layout == torch.strided and not tensor.is_quantized
+    plain = not (tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.is_conj())
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if plain else None
     if offset is None:
         raise CheckpointError(
@@ -98,8 +101,36 @@ def raw(tensor: Tensor, file: Path, start: int = 0) -> Raw:
             f"quantised one, or torch's format before 1.6 (or torch {torch.__version__} is too old to say where). Load it and "
             "save it again as safetensors."
         )
+    if start == 0 and tensor.numel() and offset not in _storages(file, file.stat().st_mtime_ns):
+        raise CheckpointError(
+            f"{file} was packed or compressed again by another program than torch, and its tensors are not where torch puts "
+            "them. Load it with torch and save it again."
+        )
     offset += start + tensor.storage_offset() * tensor.element_size()
     return Raw(file, offset, tuple(tensor.shape), tuple(tensor.stride()), dtype_name(tensor.dtype))
+
+
+@lru_cache(maxsize=256)
+def _storages(file: Path, when: int) -> frozenset[int]:
+    """Where the storages of a torch file begin, from the headers of its zip: those that are not compressed.
+
+    Empty where they are not in order: from 2.7 on torch counts their places from that of the first (`_get_offset` in
+    torch/serialization.py) and does not look. The time of change is part of the key.
+    """
+    found, numbers = set(), []
+    try:
+        with zipfile.ZipFile(file) as packed, file.open("rb") as stream:
+            entries = sorted(packed.infolist(), key=lambda entry: entry.header_offset)
+            for entry in entries:
+                _, inside, number = entry.filename.rpartition("/data/")
+                if inside and entry.compress_type == zipfile.ZIP_STORED:
+                    stream.seek(entry.header_offset + 26)
+                    found.add(entry.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4))))
+                    numbers.append(int(number) if number.isdecimal() else -1)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error):
+        return frozenset()
+    counted = any(entry.filename.endswith("/.format_version") for entry in entries)
+    return frozenset() if counted and numbers != list(range(len(numbers))) else frozenset(found)
 
 
 def tensors_of(content: Any, file: Path) -> Iterator[tuple[str, Tensor]]:
