@@ -370,7 +370,7 @@ def test_a_study_as_text_says_what_the_data_say(reports: dict[str, tuple[Path, P
         assert claim["rule"] in text
         assert all(f"| {c['control']} | {c['verdict']} |" in text for c in claim["controls"])
     assert "not after matching (size, start, learning rate or steps): R1." in text and "* Fails: L1." in text
-    assert "opdgeo reproduce" in text and "2⁻⁸" in text and "R2 (one teacher only)" in text
+    assert "opdgeo track assets/base run" in text and "2⁻⁸" in text and "R2 (one teacher only)" in text
     with pytest.raises(ConfigError, match=r"no claims\.json"):
         write_markdown(reports["compare"][0], tmp_path / "x.md")
 
