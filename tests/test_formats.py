@@ -442,6 +442,18 @@ def test_a_deepspeed_checkpoint_that_runs_something_is_refused_and_not_run(zero:
     assert not (tmp_path / "trace").exists()
 
 
+def test_a_deepspeed_folder_that_is_a_pattern_for_another_is_refused(tmp_path: Path) -> None:
+    for name in (
+        "global_step[7]",
+        "global_step7",
+    ):  # the first one's files are looked at, DeepSpeed would run the second's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    (tmp_path / "latest").write_text("global_step[7]")
+    with pytest.raises(CheckpointError, match="takes for a pattern"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_deepspeed_checkpoint_without_deepspeed_says_what_to_do(tmp_path: Path) -> None:
     if find_spec("deepspeed") is not None:
         pytest.skip("deepspeed is installed")

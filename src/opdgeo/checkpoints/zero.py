@@ -7,6 +7,7 @@ the ranks' masters in memory, all of the model in float32. Source: DeepSpeed, `u
 
 from __future__ import annotations
 
+import glob
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -49,8 +50,14 @@ def read(folder: Path, _: dict[str, Any]) -> dict[str, Stored]:
     """The model's tensors in float32.
 
     Raises:
-        CheckpointError: DeepSpeed is missing, a file names code or is damaged, or the consolidator refuses.
+        CheckpointError: a path that the consolidator would read as a pattern, DeepSpeed is missing, a file names code or is
+            damaged, or the consolidator refuses.
     """
+    if glob.escape(str(folder)) != str(folder):  # else it would match, and unpickle, files of other folders
+        raise CheckpointError(
+            f"{folder} has one of the characters *, ? and [ in its path, which DeepSpeed's consolidator takes for a pattern. "
+            "Rename the folder."
+        )
     if find_spec("deepspeed") is None:
         raise CheckpointError(
             f"{folder} is a DeepSpeed ZeRO checkpoint, which needs DeepSpeed's consolidator: pip install 'opdgeo[deepspeed]'. Or "
