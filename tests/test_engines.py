@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -202,11 +203,15 @@ def test_what_stays_flat_does_not_count_in_the_mean(
         return float(answer == first[0] and first.count(answer) % 2)
 
     monkeypatch.setattr(Arithmetic, "verify", verify)
-    train(
-        settings("rlvr", config, drop_flat_groups=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,)),
-        tmp_path / "run", progress=False,
+    asked = settings(
+        "rlvr", config, drop_flat_groups=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,),
+        record_rollouts=True,
     )  # fmt: skip
-    (advantages,) = seen
+    train(asked, tmp_path / "run", progress=False)
+    again = dataclasses.replace(asked, rollouts=str(tmp_path / "run" / rollouts.FILE))
+    train(again, tmp_path / "again", progress=False)
+    advantages, replayed = seen
+    torch.testing.assert_close(replayed, advantages)
     groups = advantages.unflatten(0, (4, 4))
     informative = groups.abs().sum(1) > 0
     assert informative.sum() == 1
@@ -221,6 +226,25 @@ def test_several_updates_share_a_rollout(config: Make, tmp_path: Path, monkeypat
     train(asked, tmp_path / "run", progress=False)
     rows = [json.loads(line) for line in (tmp_path / "run" / rollouts.FILE).read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] * 16 + [3] * 16
+
+    # Killed inside a rollout: what it goes on from is the end of the one before, or other completions would follow.
+    asked = dataclasses.replace(asked, steps=4)
+    whole = weights(train(asked, tmp_path / "whole", progress=False))
+    with monkeypatch.context() as patch:
+        log = callbacks.Recorder.on_log
+
+        def dies(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+            log(self, args, state, control, **kwargs)
+
+        patch.setattr(callbacks.Recorder, "on_log", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked, tmp_path / "killed", progress=False)
+    for name, value in weights(train(asked, tmp_path / "killed", resume=True, progress=False)).items():
+        assert torch.equal(value, whole[name]), name
+    names = [tmp_path / run / rollouts.FILE for run in ("killed", "whole")]
+    assert names[0].read_text() == names[1].read_text()
     with pytest.raises(ConfigError, match="rollout_prompts is 1; expected 0, or at least 2"):
         config("rlvr", rollout_prompts=1)
 

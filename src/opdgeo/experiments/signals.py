@@ -146,7 +146,7 @@ def signals(
     folder = models.resolve(settings.teacher)
     options = {
         "preset": preset, "teacher": settings.teacher, "task": settings.task, "task_options": dict(settings.task_options),
-        "max_tokens": settings.max_tokens, "prompts": prompts, "generations": generations, "top_k": top_k, "seed": seed,
+        "chat": settings.chat, "end_token": settings.end_token, "max_tokens": settings.max_tokens, "prompts": prompts, "generations": generations, "top_k": top_k, "seed": seed,
         "roles": roles, "layers": layers, "bootstrap": BOOTSTRAP, "splits": SPLITS,
     }  # fmt: skip
 
@@ -156,7 +156,7 @@ def signals(
         line = bar.add_task("measuring", total=2 * sum(len(_groups(m, prompts)) for _, _, m in chosen))
         judge = models.load_model(folder).eval()
         for name, checkpoint, matrices in chosen:
-            models.require_same_vocabulary(checkpoint.path, folder)
+            models.require_same_vocabulary(checkpoint.path, folder, settings.end_token)
             part = _parts(out, checkpoint, folder, options)
             measured = _checkpoint(
                 name, checkpoint, matrices, judge, settings, options, part, lambda share: bar.advance(line, share)
@@ -265,7 +265,7 @@ def _checkpoint(
 ) -> list[tuple[pl.DataFrame, pl.DataFrame]]:  # fmt: skip
     """Rows and spectra of every group of matrices of one checkpoint, and of its credit."""
     model = models.load_model(checkpoint.path).eval()
-    tokenizer = models.load_tokenizer(checkpoint.path)
+    tokenizer = models.load_tokenizer(checkpoint.path, settings.end_token)
     prompts, generations, seed = (options[k] for k in ("prompts", "generations", "seed"))
     rollouts, demonstrations = samples(model, teacher, tokenizer, settings, prompts, generations, seed)
     label = {"checkpoint": name, "step": checkpoint.step}
@@ -315,6 +315,8 @@ def samples(
     examples = task.examples(prompts * generations, seed, held_out=True)
     if len(examples) < prompts * generations:
         raise ConfigError(f"the task {settings.task!r} has {len(examples)} held-out examples; lower --prompts.")
+    if settings.chat:
+        examples = models.as_chat(examples, tokenizer)
     evaluation.require_short_prompts(examples, tokenizer, settings.max_prompt_tokens)
     bounds = np.linspace(0, prompts, min(BLOCKS, prompts) + 1).round().astype(int) * generations
     blocks = [slice(int(a), int(b)) for a, b in pairwise(bounds)]

@@ -121,10 +121,7 @@ def verl_advantages(
             f"opdgeo_alpha is {alpha:g} and no token has a log-ratio to the teacher; expected algorithm.use_kl_in_reward=True with "
             "kl_penalty=kl and kl_coef=1, and the teacher as the reference model."
         )
-    if alpha == 0:
-        adv_B = group_advantages(right_B, _uids(index, len(rows)))
-    else:
-        adv_B = group_advantages(right_B, _uids(index, len(rows))) if alpha < 1 else torch.zeros_like(right_B)
+    adv_B = group_advantages(right_B, _uids(index, len(rows))) if alpha < 1 else torch.zeros_like(right_B)
     adv_BT = credit(gap_BT, adv_B, mask_BT, alpha=alpha, share=share, choice=choice)
     return adv_BT, adv_BT.clone()
 

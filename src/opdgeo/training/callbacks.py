@@ -192,8 +192,10 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds = time.monotonic() - self.started
-        every = self.config.resume_every
-        due = state.global_step % every == 0 if every else state.global_step in self.saved_at
+        # Only where a rollout ends: its completions are in no state, and a resume in between would write others.
+        shared, every = self.config.updates_per_rollout, self.config.resume_every
+        since = range(state.global_step - shared + 1, state.global_step + 1) if state.global_step % shared == 0 else ()
+        due = any(step % every == 0 if every else step in self.saved_at for step in since)
         control.should_save = due and state.global_step < self.config.steps
         if state.global_step == 1:
             self._row({"event": "precision", "step": 1, **precision(kwargs["model"], kwargs["optimizer"], args)})

@@ -118,7 +118,7 @@ class TrainConfig:
     eval_kl_origin: bool = False
     """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
     resume_every: int = 0
-    """Steps between trainer states to resume from; 0 = at the checkpoints."""
+    """Steps between trainer states to resume from; 0 = at the checkpoints. A rollout that several updates share is finished first."""
     keep_moments: bool = False
     """Adam's moments beside the weights of every checkpoint, twice their size, for a run that goes on from there."""
     record_rollouts: bool = False
@@ -167,6 +167,11 @@ class TrainConfig:
             "reset or project, for an adapter has none",
         )
         need(self.moments != "project" or self.channel is not None, "moments", "a channel to project them on")
+        need(
+            self.optimizer == "adamw" or (self.moments == "reset" and not self.keep_moments),
+            "optimizer",
+            "adamw where moments are kept or carried on, for sgd has none",
+        )
         need(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 (RLVR) to 1 (OPD)")
         need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
         for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):
@@ -225,6 +230,11 @@ class TrainConfig:
     def replays(self) -> Path | None:
         """The file of recorded rollouts, if the run takes its tokens from one."""
         return Path(self.rollouts).expanduser() if self.rollouts.endswith(".jsonl") else None
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM writes: it does the student's completions and no others."""
+        return self.vllm != "off" and self.rollouts == "student"
 
     @property
     def updates_per_rollout(self) -> int:

@@ -296,7 +296,7 @@ class Constraint:
                 part.view(part.parameter).copy_(part.project(part.delta()).add_(part.anchor))
             else:
                 factor = part.view(part.factor)
-                part.view(part.parameter).copy_(torch.addmm(part.anchor, factor, part.basis.T.to(factor)))
+                part.view(part.parameter).copy_(torch.addmm(part.anchor.to(factor), factor, part.basis.T.to(factor)))
 
     @torch.no_grad()
     def outside(self) -> float | None:

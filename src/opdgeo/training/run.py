@@ -172,6 +172,11 @@ def _build(
             f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step * updates} for one "
             "step. Lower sequences_per_step or rollout_prompts."
         )
+    if config.eval_prompts and not held_out:
+        raise ConfigError(
+            f"the task {config.task!r} has no held-out examples and eval_prompts is {config.eval_prompts}; expected some to measure on. "
+            "Give it more examples or held-out ones of their own, or set eval_prompts = 0."
+        )
     if config.chat:
         examples, held_out = models.as_chat(examples, tokenizer), models.as_chat(held_out, tokenizer)
     examples, reserve = examples[:wanted], examples[wanted:] or examples  # a task without more lends its own again
@@ -247,7 +252,7 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
         steps_per_generation=micro_batches * config.updates_per_rollout, num_iterations=1, beta=0.0,
         epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
         loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
-        use_vllm=config.vllm != "off", vllm_mode="server" if config.vllm == "server" else "colocate",
+        use_vllm=config.uses_vllm, vllm_mode="server" if config.vllm == "server" else "colocate",
         vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
         vllm_gpu_memory_utilization=config.vllm_memory, vllm_max_model_length=config.max_prompt_tokens + config.max_tokens,
         vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
