@@ -20,7 +20,9 @@ from opdgeo.experiments.study import BY_NAME as ARMS_OF_FULL
 from opdgeo.experiments.study import configure
 from opdgeo.survey.results import CURVES, MEASUREMENTS
 
-SHORT = {"steps": 3, "sequences_per_step": 8, "eval_prompts": 16, "checkpoints": (0.5, 1.0)}
+SHORT = {
+    "steps": 3, "sequences_per_step": 8, "eval_prompts": 16, "eval_prompts_between": 4, "checkpoints": (0.5, 1.0), "max_tokens": 12,
+}  # fmt: skip
 ARMS = ("sft", "sft-matched", "opd", "rlvr")
 
 
