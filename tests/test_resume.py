@@ -18,10 +18,12 @@ import torch
 
 import opdgeo
 import planted
+from opdgeo.checkpoints import open_checkpoint
 from opdgeo.cli import main
 from opdgeo.diagnostics import Base, Settings, Update, diagnostics
 from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.survey import engines
+from opdgeo.survey.parts import Parts
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 
@@ -223,3 +225,13 @@ def test_a_finished_run_is_not_measured_again_unless_its_files_changed(
     os.utime(run[0] / "model.safetensors")
     with pytest.raises(TypeError):
         opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path)
+
+
+def test_another_config_is_another_input(tmp_path: Path) -> None:
+    """Head counts divide fused tensors: rows measured with other ones are not taken over."""
+    planted.write_checkpoint(tmp_path, {planted.tensor_name(0, "mlp.up_proj"): np.eye(4)}, "float32")
+    digests = set()
+    for heads in (2, 4, 2):
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+        digests.add(Parts(None, [open_checkpoint(tmp_path)], trajectory=False, device="cpu").inputs)
+    assert len(digests) == 2

@@ -82,7 +82,7 @@ class Gathered:
     quantised: str | None = None
 
     def __getitem__(self, index: Index) -> Tensor:
-        gathered: Tensor = _consolidated(self.folder, _stamps(self.files))[self.name].contiguous()
+        gathered: Tensor = _consolidated(self.folder, _stamps(self.files))[self.name].contiguous().detach()
         return gathered[index].clone()
 
 

@@ -37,7 +37,7 @@ def stamp(checkpoint: Checkpoint) -> Stamp:
 
 def inputs(stamps: Sequence[Stamp], checkpoints: Sequence[Checkpoint], trajectory: bool, device: str) -> str:
     """A digest of everything but the settings that a run's rows depend on."""
-    names = [(c.name, c.step) for c in checkpoints]
+    names = [(c.name, c.step, c.config) for c in checkpoints]  # a config says how fused tensors are divided
     run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, list(stamps)]
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()
 
