@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
+from filelock import FileLock
 
 import recompute_claims
 from opdgeo.errors import ConfigError
@@ -85,6 +89,36 @@ def test_unknown_presets_and_seeds_are_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="no arm 'rlvr' in preset 'three'"):
         reproduce("three", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another opdgeo reproduce works in"):
+        reproduce("tiny", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_killed_study_leaves_no_worker_behind() -> None:
+    script = (
+        "import multiprocessing, os, signal, time; from concurrent.futures import ProcessPoolExecutor\n"
+        "from opdgeo.experiments.reproduce import _start_worker\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(1,))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 300)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    worker = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its study")
 
 
 def test_every_number_of_a_real_study_is_recomputed_without_the_package(study: tuple[Path, dict]) -> None:

