@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks.problems import verify
-from opdgeo.training import models
+from opdgeo.training import engine, models
 from opdgeo.training.benchmark import evaluate, interval
 from opdgeo.training.run import train, trl_arguments
 
@@ -97,12 +99,18 @@ def test_without_the_weights_qwen3_8b_says_one_clear_sentence(tmp_path: Path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_vllm_without_a_gpu_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_vllm_where_it_cannot_run_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = str(models.resolve("tiny/teacher"))
     config = train_config("opd", "tiny", origin=teacher, vllm="colocate", device="cpu", eval_prompts=0)
-    with pytest.raises(ConfigError, match=r"vLLM was asked for and there is no CUDA GPU.*--vllm off"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"its package is not installed.*--vllm off"):
         train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(ConfigError, match=r"no CUDA GPU.*NCCL.*--vllm colocate"):
+        engine.require_devices(dataclasses.replace(config, vllm="server"))
     server = trl_arguments(
         train_config("opd", "tiny", origin="A", vllm="server", vllm_server="http://h:1"), tmp_path, False
     )

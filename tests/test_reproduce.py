@@ -21,7 +21,7 @@ from opdgeo.experiments.presets import train_config
 from opdgeo.experiments.reproduce import reproduce
 from opdgeo.experiments.rules import CONTROLS
 from opdgeo.experiments.study import BY_NAME as ARMS_OF_FULL
-from opdgeo.experiments.study import configure
+from opdgeo.experiments.study import FEWER, configure
 from opdgeo.survey.results import CURVES, MEASUREMENTS
 
 SHORT = {
@@ -154,7 +154,7 @@ def test_arms_differ_from_the_arm_they_are_like_in_their_axes_and_changes_alone(
         like = train_config(arm.like, "tiny", seed=1, origin=config.origin)
         differing = set(config.differences(like)) - {"arm"}
         allowed = {"rollouts", *arm.credit, *arm.changes}
-        allowed |= {"steps", "checkpoints"} if arm.part != 1 else set()
+        allowed |= {"steps", "checkpoints", *FEWER} if arm.part != 1 else set()
         allowed |= {"data_seed"} if arm.start_at != 1 else set()
         allowed |= {"channel", "constrain"} if arm.where else set()
         assert differing <= allowed, arm.name

@@ -5,7 +5,7 @@
 Everything else an arm changes stands in its last column, and is what makes it a control. An arm takes its other settings from
 the arm of the preset that it is `like`. What the arms are for, and what they cost: docs/study.md.
 
-Arms of S1 go on from 20 % of the arm they are like (weights only: every one of them, the free and the frozen too, starts
+Arms of S1 go on from 20 % of the arm they are like, to 60 % (weights only: every one of them, the free and the frozen too, starts
 with fresh Adam moments and fresh prompts, so they differ in the constraint alone). K of a seed is the whole number just below
 the mean stable rank of OPD's update there.
 """
@@ -67,7 +67,8 @@ class Arm:
     start_at: float = 1.0
     """The share of that arm's training after which the checkpoint was saved."""
     part: float = 1.0
-    """Share of the preset's steps that it trains for; its checkpoints are the preset's up to there."""
+    """Share of the preset's steps that it trains for; its checkpoints are the preset's up to there. Below 1 it is evaluated on
+    fewer prompts, `FEWER`."""
     seeds: int = 3
     """Repetitions at most."""
     tracked: bool = True
@@ -76,6 +77,7 @@ class Arm:
 
 
 PART = 0.6  # of the steps: enough to compare trajectories with OPD's at the same steps
+FEWER = {"eval_prompts": 1024, "eval_prompts_between": 256}  # half: evaluation is most of what the shorter arms cost
 # SGD's learning rates give each paradigm, at its own gradient norm (about 2.5, 0.25 and 0.2 at the anchor), steps of the size of
 # Adam's at 1e-4; the decay lr · weight_decay is Adam's.
 SGD = {
@@ -109,8 +111,8 @@ def _s1(like: str) -> list[Arm]:
     def arm(what: str, where: Held | None, seeds: int = 3) -> Arm:
         # An adapter's B takes Adam steps entry by entry, and has few entries: ten times the rate, as LoRA is usually trained.
         faster = {"learning_rate": 3e-3 if like == SFT else 1e-3} if what == "adapter" else {}
-        return Arm(s1(like, what), like, *AXES[like], where, start=like, start_at=0.2, part=0.8, seeds=seeds,
-                   tracked=where is FREE, changes={"eval_prompts_between": 256, **faster})  # fmt: skip
+        return Arm(s1(like, what), like, *AXES[like], where, start=like, start_at=0.2, part=0.4, seeds=seeds,
+                   tracked=where is FREE, changes={"eval_kl_origin": False, **faster})  # fmt: skip
 
     return [
         arm("free", FREE),
@@ -192,7 +194,7 @@ def configure(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool = F
         values |= {"channel": str(channel_path(out, arm, seed)), "constrain": arm.where.mode}
     return train_config(
         arm.like, preset, seed=seed, origin=str(origin(arm, seed, preset, out, rehearse=rehearse)), arm=arm.name,
-        **{**(REHEARSAL if rehearse else {}), "rollouts": arm.tokens, **arm.credit, **values},
+        **{**(FEWER if arm.part != 1.0 else {}), **(REHEARSAL if rehearse else {}), "rollouts": arm.tokens, **arm.credit, **values},
     )  # fmt: skip
 
 

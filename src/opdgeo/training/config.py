@@ -114,7 +114,7 @@ class TrainConfig:
     """Held-out examples measured before the first step and after the last; 0 = never measure."""
     eval_prompts_between: int = 512
     """The first so many of them, measured at the other checkpoints."""
-    eval_batch: int = 1024
+    eval_batch: int = 256
     eval_kl_origin: bool = False
     """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
     resume_every: int = 0

