@@ -24,7 +24,7 @@ from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError
 from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks import Example, characters
-from opdgeo.training import callbacks, models
+from opdgeo.training import callbacks, evaluation, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.policy import PolicyTrainer
 from opdgeo.training.run import train
@@ -459,3 +459,20 @@ def test_the_trl_methods_that_are_overridden_or_called_are_the_ones_that_were_re
         assert "create_model_card" in dir(trainer)
     assert "advantages.dim() == 1" in inspect.getsource(GRPOTrainer._compute_loss)  # (B, T) is accepted
     assert PolicyTrainer.__mro__[1] is callbacks.Resumable
+
+
+def test_the_start_is_evaluated_once_for_all_arms(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(config("sft", steps=1, checkpoints=(1.0,)), tmp_path / "first", progress=False)
+    measured: list[int] = []
+    original = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: measured.append(len(a[3])) or original(*a, **k))
+    again = config("sft", origin=str(first), steps=1, checkpoints=(1.0,), eval_prompts=16, eval_prompts_between=8)
+    train(again, tmp_path / "again", progress=False)
+    assert measured == [16], "the start was measured by its own run, on eight prompts"
+    start, end = (row for row in callbacks.read_log(tmp_path / "again") if row["event"] == "eval")
+    assert (start["prompts"], end["prompts"]) == (8, 16)
+    assert start["accuracy_sampled"] == callbacks.read_log(tmp_path / "first")[-1]["accuracy_sampled"]
+    train(dataclasses.replace(again, eval_prompts_between=16), tmp_path / "more", progress=False)
+    assert measured == [16, 16, 16], "eight prompts are too few here"

@@ -148,12 +148,14 @@ def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bo
         return costs[name] + max((way(job.name) for job in after[name]), default=0)
 
     costs = {job.name: job.cost for job in jobs}
-    waiting = sorted(jobs, key=lambda job: -way(job.name))
+    finished = {job.name for job in jobs if _done(job, out)}
+    waiting = sorted((job for job in jobs if job.name not in finished), key=lambda job: -way(job.name))
+    if not waiting:
+        return
     threads = max(1, cpu_cores() // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
         running: dict[Future[None], Job] = {}
-        finished: set[str] = set()
         with _progress(out, jobs) as show:
             while waiting or running:
                 for job in [j for j in waiting if finished.issuperset(j.needs)][: workers - len(running)]:
@@ -198,6 +200,15 @@ def _end_with_the_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def _done(job: Job, out: Path) -> bool:
+    from opdgeo.training.run import finished
+
+    if job.arm is None or job.config is None:
+        return (out / "models" / job.name).is_dir()
+    folder = out / "arms" / job.name
+    return finished(job.config, folder) and (not job.arm.tracked or (folder / GEOMETRY / "run.json").is_file())
 
 
 def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:

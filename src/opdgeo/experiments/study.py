@@ -76,7 +76,7 @@ class Arm:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-PART = 0.6  # of the steps: enough to compare trajectories with OPD's at the same steps
+PART = 0.4  # of the steps: enough to compare trajectories with OPD's at the same steps
 FEWER = {"eval_prompts": 1024, "eval_prompts_between": 256}  # half: evaluation is most of what the shorter arms cost
 # SGD's learning rates give each paradigm, at its own gradient norm (about 2.5, 0.25 and 0.2 at the anchor), steps of the size of
 # Adam's at 1e-4; the decay lr · weight_decay is Adam's.
@@ -187,7 +187,7 @@ def configure(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool = F
     if arm.part != 1.0:
         values["steps"] = round(arm.part * plain.steps)
         shares = [c / arm.part for c in plain.checkpoints if c <= arm.part + 1e-9]
-        values["checkpoints"] = (*shares[:-1], 1.0) if arm.start_at == 1.0 else plain.checkpoints
+        values["checkpoints"] = (*shares[:-1], 1.0) if arm.start_at == 1.0 else (0.5, 1.0)
     if arm.start_at != 1.0:
         values["data_seed"] = 1000 + seed  # not the prompts that the first 20 % saw
     if arm.where is not None:

@@ -42,19 +42,15 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     """
     out = Path(out)
     folder = out / f"step-{config.steps:06d}"
-    if engine.is_main() and _occupied(out):
-        if not resume:
-            raise ConfigError(
-                f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
-                "with --resume."
-            )
-        _check_recorded(config, out)
+    if engine.is_main() and not resume and _occupied(out):
+        raise ConfigError(
+            f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
+            "with --resume."
+        )
 
     from opdgeo.training import callbacks, models, monitor
 
-    rows = callbacks.read_log(out)
-    evaluated = not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in rows)
-    if folder.is_dir() and evaluated:
+    if finished(config, out):
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
         return folder
 
@@ -98,6 +94,21 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     if engine.is_main():
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
     return folder
+
+
+def finished(config: TrainConfig, out: Path) -> bool:
+    """True when the folder `out` holds all of the run.
+
+    Raises:
+        ConfigError: it holds a run with other settings.
+    """
+    from opdgeo.training.callbacks import read_log
+
+    if engine.is_main() and _occupied(out):
+        _check_recorded(config, out)
+    if not (out / f"step-{config.steps:06d}").is_dir():
+        return False
+    return not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in read_log(out))
 
 
 def _occupied(out: Path) -> bool:
@@ -282,15 +293,14 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "end_token",
         "teacher",
         "max_tokens",
-        "eval_prompts",
         "eval_batch",
         "device",
         "weights",
     }:
         return None
-    counts = (config.eval_prompts, config.eval_prompts_between)  # the origin may be a checkpoint on the way
+    enough = config.eval_prompts_between or config.eval_prompts  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
-        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] in counts:
+        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] >= enough:
             known: dict[str, Any] = {name: row.get(name) for name in evaluation.Evaluation.__dataclass_fields__}
             return evaluation.Evaluation(**known | {"kl_origin": 0.0 if config.eval_kl_origin else None})
     return None
