@@ -57,8 +57,9 @@ def thresholds(
     bins = {share: int(torch.searchsorted(upto, place)) for share, place in ascending.items()}
     held: dict[int, list[Tensor]] = {b: [] for b in bins.values()}
     for block in blocks():
+        bins_of = _bin(block)
         for b, parts in held.items():
-            inside = block.flatten()[_bin(block) == b]
+            inside = block.flatten()[bins_of == b]
             # A 16-bit float is its bin: one of the entries stands for all.
             parts.append(inside if block.element_size() > 2 else inside[:1])
         if block.element_size() == 2 and all(any(len(p) for p in parts) for parts in held.values()):
