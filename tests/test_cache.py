@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 import planted
+from opdgeo.diagnostics import Base, Settings
 from opdgeo.errors import ConfigError
+from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import spectrum
 from opdgeo.survey.cache import SpectrumCache
 from test_compare import program
@@ -77,21 +80,22 @@ def test_cache_lists_and_clears(pair: tuple[Path, Path], tmp_path: Path) -> None
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     weights = [torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    found = spectrum(weights[0].double(), 16)
+    found, limits = spectrum(weights[0].double(), 16), {"low_magnitude.0.3": Threshold(0.1 + 0.2, 1 / 3, False)}
     cache = SpectrumCache(tmp_path, limit=10**9)
     paths = [cache.path(w, 16) for w in weights]
     assert len(set(paths)) == 3
     for age, path in zip((30, 20, 10), paths, strict=True):
-        cache.save(path, found)
+        cache.save(path, found, limits)
         assert path is not None
         os.utime(path, (1000 - age, 1000 - age))
     assert cache.load(paths[0]) is not None  # used just now: the second is the oldest
     size = cache.entries()[0][1]
     cache.limit = int(2.5 * size)
-    cache.save(paths[2], found)
+    cache.save(paths[2], found, limits)
     assert [p is not None and p.exists() for p in paths] == [True, False, True]
-    loaded = cache.load(paths[0])
+    loaded, thresholds = cache.load(paths[0]) or (None, None)
     assert loaded is not None
+    assert thresholds == limits
     assert torch.equal(loaded.sigma, found.sigma)
     assert (loaded.error, loaded.method, loaded.gram, loaded.rest) == (
         found.error,
@@ -108,6 +112,29 @@ def test_the_key_is_the_content_its_type_and_the_rank(tmp_path: Path) -> None:
     assert len(set(keys)) == 4
     assert cache.path(w.clone(), 16) == keys[0]
     assert cache.path(torch.ones(8, 8), 16) is None
+
+
+def test_thresholds_serve_the_masks_they_were_found_for_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(256, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    settings = Settings(mask_rank=16)
+    cold, warm, other = (
+        Base(weights, settings),
+        Base(weights, settings),
+        Base(weights, replace(settings, mask_share=(0.2,))),
+    )
+    assert cold.principal is not None
+    masks = {"low": cold.low_magnitude, "principal": cold.principal}
+    assert set(cold.thresholds) == {f"{m}.{s}" for m in ("low_magnitude", "principal.16") for s in (0.5, 0.3)}
+    warm.thresholds = other.thresholds = dict(cold.thresholds)
+    assert int(other.low_magnitude[0.2].codes.bool().sum()) >= round(0.2 * weights.numel())
+    monkeypatch.setattr("opdgeo.numerics.masks.thresholds", None)  # not called again
+    assert warm.principal is not None
+    for name, again in (("low", warm.low_magnitude), ("principal", warm.principal)):
+        for share, mask in masks[name].items():
+            assert torch.equal(mask.codes, again[share].codes)
+            assert mask.threshold == again[share].threshold
+    with pytest.raises(TypeError):
+        _ = Base(weights, settings).low_magnitude
 
 
 def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

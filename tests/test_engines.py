@@ -29,11 +29,29 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from opdgeo.tasks.arithmetic import Arithmetic
+from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.run import train
 Arithmetic.verify = lambda self, completion, answer: float(len(completion) < 5)
 for run in map(Path, sys.argv[1:]):
-    train(TrainConfig.from_json(run.with_suffix(".json").read_text()), run, progress=True)
+    asked = TrainConfig.from_json(run.with_suffix(".json").read_text())
+    train(asked, run, progress=True)
+# The last one once more, broken off before its third step and resumed.
+begin = callbacks.Recorder.on_step_begin
+def dies(self, args, state, control, **more):
+    if state.global_step == 2:
+        raise KeyboardInterrupt
+    begin(self, args, state, control, **more)
+callbacks.Recorder.on_step_begin = dies
+again = run.with_name("again")
+try:
+    train(asked, again, progress=False)
+except KeyboardInterrupt:
+    callbacks.Recorder.on_step_begin = begin
+    assert (again / "resume").is_dir() and not (again / "step-000003").exists()
+    train(asked, again, resume=True, progress=False)
+else:
+    raise AssertionError("it was not broken off")
 """
 
 
@@ -66,7 +84,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, origin: Path, teacher: Path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_processes_change_nothing_but_rounding(
+def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
     name: str,
     alone: dict[str, Path],
     config: Make,
@@ -110,6 +128,7 @@ def test_processes_change_nothing_but_rounding(
                     assert ours_[value] == pytest.approx(theirs_[value], rel=1e-4, abs=1e-6), (kind, ours_)
         measured = opdgeo.compare(first_of(config), tmp_path / kind / "step-000003", settings=Settings(nulls=0))
         assert measured.measurements["matrix"].n_unique() == 14 and not measured.skipped
+    assert_bit_equal(tmp_path / "again" / "step-000003", tmp_path / KINDS[-1] / "step-000003")
 
 
 def first_of(config: Make) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -24,39 +25,61 @@ from opdgeo.experiments.study import BY_NAME as ARMS_OF_FULL
 from opdgeo.experiments.study import FEWER, configure
 from opdgeo.survey.results import CURVES, MEASUREMENTS
 
-SHORT = {
-    "steps": 3, "sequences_per_step": 8, "eval_prompts": 16, "eval_prompts_between": 4, "checkpoints": (0.5, 1.0), "max_tokens": 12,
-}  # fmt: skip
 ARMS = ("sft", "sft-matched", "opd", "rlvr")
 
 
+@dataclass(frozen=True)
+class Study:
+    """A finished study: its folder, `claims.json`, the page, and what the recomputation found different."""
+
+    out: Path
+    claims: dict
+    page: str
+    differing: list[str]
+
+    @classmethod
+    def of(cls, out: Path, claims: dict) -> Study:
+        return cls(out, claims, (out / "report.html").read_text(), recompute_claims.main(out))
+
+
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def full(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Every arm of the full study, as its users rehearse it."""
     out = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "short", {arm: presets.PRESETS["tiny"][arm] | SHORT for arm in ARMS})
-        claims = reproduce("short", out, seeds=1)
-        # A second call finds everything done and says the same.
-        assert reproduce("short", out, seeds=1) == claims
-    return out, claims
+    command = [sys.executable, "-m", "opdgeo", "reproduce", "--study", "full", "--rehearse", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"done ({len(ARMS_OF_FULL) + 3} of" in done.stderr  # and three models
+    return Study.of(out, json.loads((out / "claims.json").read_text()))
 
 
-def test_data_files_have_the_contracts_columns(study: tuple[Path, dict]) -> None:
-    out, _ = study
+@pytest.fixture(scope="module")
+def small(full: Study) -> Study:
+    """The small study in the same folder, whose arms are all there."""
+    trained = {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")}
+    claims = reproduce("tiny", full.out, rehearse=True)
+    # A second call finds everything done and says the same.
+    assert reproduce("tiny", full.out, rehearse=True) == claims
+    assert {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")} == trained
+    return Study.of(full.out, claims)
+
+
+def test_data_files_have_the_contracts_columns(small: Study) -> None:
+    out = small.out
     table = pl.read_parquet(out / "measurements.parquet")
     assert dict(table.schema) == {
         name: dtype() if isinstance(dtype, type) else dtype for name, dtype in MEASUREMENTS.items()
     }
     assert list(pl.read_parquet(out / "curves.parquet").columns) == list(CURVES)
-    steps = {f"{arm}/step-00000{step}" for arm in ARMS for step in (2, 3)}
+    steps = {f"{arm}/step-00000{step}" for arm in ARMS for step in (1, 3, 5)}
     assert set(table["checkpoint"]) == steps
     assert set(table["status"]) <= {"computed", "undefined"}
     nulls = table.filter((pl.col("diagnostic") == "stable_rank") & (pl.col("status") == "computed"))
     assert len(nulls) and nulls["null_mean"].null_count() == 0
 
 
-def test_every_claim_has_a_rule_a_verdict_and_controls(study: tuple[Path, dict]) -> None:
-    out, claims = study
+def test_every_claim_has_a_rule_a_verdict_and_controls(small: Study) -> None:
+    out, claims = small.out, small.claims
     assert json.loads((out / "claims.json").read_text()) == claims
     assert [c["id"] for c in claims["claims"]] == ["R1", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4"]
     assert [line.partition(" ")[0] for line in claims["left_out"]][:5] == ["R2", "S1", "C1", "C2", "C3"]
@@ -68,15 +91,15 @@ def test_every_claim_has_a_rule_a_verdict_and_controls(study: tuple[Path, dict])
             assert set(claim["measured"]) == set(ARMS)
             names = [c["name"] for c in claim["controls"]]
             assert {"beyond size", "equal norm", "equal norm, beyond size", "equal accuracy"} <= set(names)
-    assert claims["outcomes"]["opd"]["prompts"] == 16
+    assert claims["outcomes"]["opd"]["prompts"] == 8
     assert (out / "report.html").stat().st_size > 10_000
 
 
-def test_sft_starts_from_the_base_and_the_others_from_its_last_checkpoint(study: tuple[Path, dict]) -> None:
-    out, _ = study
+def test_sft_starts_from_the_base_and_the_others_from_its_last_checkpoint(small: Study) -> None:
+    out = small.out
     origins = {arm: json.loads((out / "arms" / arm / "config.json").read_text())["origin"] for arm in ARMS}
     assert origins["sft"] == "tiny/base"
-    assert {origins[arm] for arm in ARMS[1:]} == {str((out / "arms" / "sft" / "step-000003").resolve())}
+    assert {origins[arm] for arm in ARMS[1:]} == {str((out / "arms" / "sft" / "step-000005").resolve())}
 
 
 def test_unknown_presets_and_seeds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,31 +144,18 @@ def test_a_killed_study_leaves_no_worker_behind() -> None:
     raise AssertionError("the worker outlived its study")
 
 
-def test_every_number_of_a_real_study_is_recomputed_without_the_package(study: tuple[Path, dict]) -> None:
-    assert recompute_claims.main(study[0]) == []
+def test_every_number_of_a_real_study_is_recomputed_without_the_package(full: Study, small: Study) -> None:
+    assert full.differing == small.differing == []
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """Every arm of the full study, as its users rehearse it."""
-    out = tmp_path_factory.mktemp("full")
-    command = [sys.executable, "-m", "opdgeo", "reproduce", "--study", "full", "--rehearse", "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"done ({len(ARMS_OF_FULL) + 3} of" in done.stderr  # and three models
-    return out, json.loads((out / "claims.json").read_text())
-
-
-def test_the_full_study_trains_every_arm_and_judges_every_claim(rehearsal: tuple[Path, dict]) -> None:
-    out, claims = rehearsal
+def test_the_full_study_trains_every_arm_and_judges_every_claim(full: Study) -> None:
+    claims = full.claims
     ids = ["R1", "R2", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4", "S1", "C1", "C2", "C3"]
     assert [c["id"] for c in claims["claims"]] == ids
     assert claims["rehearsal"] and claims["study"] == "full" and claims["left_out"] == []
-    assert {p.name for p in (out / "arms").iterdir()} == set(claims["outcomes"]) == set(ARMS_OF_FULL)
+    assert {p.name for p in (full.out / "arms").iterdir()} == set(claims["outcomes"]) == set(ARMS_OF_FULL)
     assert {c["name"] for c in claims["claims"][0]["controls"]} == {k.name for k in CONTROLS}
-    assert recompute_claims.main(out) == []
-    page = (out / "report.html").read_text()
-    assert "This was a rehearsal" in page and "control arms are judged in the claims" in page
+    assert "This was a rehearsal" in full.page and "control arms are judged in the claims" in full.page
 
 
 def test_arms_differ_from_the_arm_they_are_like_in_their_axes_and_changes_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opdgeo.errors import ConfigError
 from opdgeo.numerics import precision
-from opdgeo.numerics.masks import Mask, magnitudes, masks, rows_of_block
+from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, rows_of_block
 from opdgeo.numerics.spectra import (
     EPS,
     Difference,
@@ -109,6 +109,7 @@ class Base:
 
     def __init__(self, weights: Tensor, settings: Settings):
         self.weights, self.settings = weights, settings
+        self.thresholds: dict[str, Threshold] = {}  # of the masks, by name and share: found here or by an earlier run
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +141,7 @@ class Base:
     @cached
     def low_magnitude(self) -> dict[float, Mask]:
         """For every share, the mask of the smallest |W₀|."""
-        return masks(magnitudes(self.weights), self.shape, self.settings.mask_share, top=False)
+        return self._masks("low_magnitude", magnitudes(self.weights), top=False)
 
     @cached
     def principal(self) -> dict[float, Mask] | None:
@@ -156,7 +157,15 @@ class Base:
             for part in left.split(rows_of_block(right_t.shape[1])):
                 yield (part @ right_t).abs_()
 
-        return masks(score, self.shape, self.settings.mask_share, top=True, slack=slack)
+        return self._masks(f"principal.{k}", score, top=True, slack=slack)
+
+    def _masks(self, name: str, scores: Blocks, *, top: bool, slack: float = 0.0) -> dict[float, Mask]:
+        names = {share: f"{name}.{share!r}" for share in self.settings.mask_share}
+        known = {share: self.thresholds[n] for share, n in names.items() if n in self.thresholds}
+        known = known if len(known) == len(names) else {}
+        found = masks(scores, self.shape, list(names), top=top, slack=slack, known=known)
+        self.thresholds |= {names[share]: mask.threshold for share, mask in found.items()}
+        return found
 
 
 class Update:

@@ -11,7 +11,7 @@ kept as one byte an entry, so that every update that is held against it costs on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +89,11 @@ class Mask:
 
     Attributes:
         codes: (rows, cols) uint8: IN beyond the threshold, TIED at it, plus NEAR where the score lies within the slack.
-        tied_weight: what a tied entry counts.
-        near: whether any entry is marked NEAR.
+        threshold: where it ends.
     """
 
     codes: Tensor
-    tied_weight: float
-    near: bool
+    threshold: Threshold
 
     def overlap(self, visible: Tensor) -> tuple[float, float]:
         """Share of the visible entries inside, and how much of it hangs on scores within the slack of the threshold."""
@@ -104,25 +102,30 @@ class Mask:
         for codes, seen in zip(self.codes.split(size), visible.view(torch.uint8).split(size), strict=True):
             inside += _count(codes & seen)
             tied += _count(codes & seen * TIED)
-            near += _count(codes & seen * NEAR) if self.near else 0
+            near += _count(codes & seen * NEAR) if self.threshold.near else 0
             total += _count(seen)
-        return (inside + self.tied_weight * tied) / total, near / total
+        return (inside + self.threshold.tied_weight * tied) / total, near / total
 
     def weight(self) -> Tensor:
         """Membership of every code, a table of 8."""
-        return torch.tensor(
-            [float(code & IN) + self.tied_weight * bool(code & TIED) for code in range(8)], dtype=torch.float64
-        )
+        tied = self.threshold.tied_weight
+        return torch.tensor([float(code & IN) + tied * bool(code & TIED) for code in range(8)], dtype=torch.float64)
 
 
 def masks(
-    blocks: Blocks, shape: tuple[int, int], shares: Sequence[float], *, top: bool, slack: float = 0.0
+    blocks: Blocks,
+    shape: tuple[int, int],
+    shares: Sequence[float],
+    *,
+    top: bool,
+    slack: float = 0.0,
+    known: Mapping[float, Threshold] | None = None,
 ) -> dict[float, Mask]:
-    """The masks of every share, of scores that are known to `slack`."""
-    if shape[0] * shape[1] <= KEPT:
+    """The masks of every share, of scores that are known to `slack`; `known`: thresholds found earlier, most of the work."""
+    if not known and shape[0] * shape[1] <= KEPT:
         kept = list(blocks())
         blocks = lambda: iter(kept)  # noqa: E731
-    found = thresholds(blocks, shape[0] * shape[1], shares, top=top, slack=slack)
+    found = known or thresholds(blocks, shape[0] * shape[1], shares, top=top, slack=slack)
     codes: dict[float, Tensor] = {}
     start = 0
     for score in blocks():
@@ -136,7 +139,7 @@ def masks(
                 close = (score - threshold.value).abs_() <= 2 * slack
                 part.add_(close.view(torch.uint8), alpha=NEAR)
         start += len(score)
-    return {share: Mask(codes[share], of.tied_weight, of.near) for share, of in found.items()}
+    return {share: Mask(codes[share], threshold) for share, threshold in found.items()}
 
 
 def _count(entries: Tensor) -> int:

@@ -1,6 +1,7 @@
 """The factorisation of W₀ on disk, by content: another checkpoint of the same base reads what the first one computed.
 
-One file an entry, named by a digest of the stored weights, the rank and the version of the numerics. Files appear whole
+One file an entry, named by a digest of the stored weights, the rank and the version of the numerics; with the spectrum it holds
+the thresholds of the masks that were made, which cost several passes to find and one to use. Files appear whole
 (written aside, then renamed) and may vanish at any time, so that several processes can share the folder; the least
 recently used go first once it holds more than the limit.
 """
@@ -11,16 +12,18 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opdgeo.errors import ConfigError
+from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import Spectrum
 from opdgeo.survey.results import write_atomically
 
-NUMERICS = "1"  # raise it when the same weights would give another spectrum
+NUMERICS = "2"  # raise it when the same weights would give another spectrum, or the file another form
 TENSORS, NUMBERS = ("sigma", "errors", "left", "right"), ("error", "method", "residual", "gram", "rest")
 SMALLEST = 1 << 16  # entries; a smaller matrix is factored sooner than it is found
 
@@ -51,26 +54,27 @@ class SpectrumCache:
         digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
-    def load(self, path: Path | None, device: str = "cpu") -> Spectrum | None:
-        """The spectrum, or None where there is none; an unreadable file is removed."""
+    def load(self, path: Path | None, device: str = "cpu") -> tuple[Spectrum, dict[str, Threshold]] | None:
+        """The spectrum and the masks' thresholds, or None where there is none; an unreadable file is removed."""
         from safetensors import SafetensorError, safe_open
 
         if path is None or not path.exists():
             return None
         try:
             with safe_open(path, framework="pt", device=device) as file:
-                numbers = json.loads(file.metadata()["spectrum"])
+                numbers, limits = (json.loads(file.metadata()[key]) for key in ("spectrum", "thresholds"))
                 found = Spectrum(**{t: file.get_tensor(t) for t in TENSORS}, **{n: numbers[n] for n in NUMBERS})
+            thresholds = {name: Threshold(**limit) for name, limit in limits.items()}
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError):
             path.unlink(missing_ok=True)
             return None
-        return found
+        return found, thresholds
 
-    def save(self, path: Path | None, spectrum: Spectrum) -> None:
-        """Keep a spectrum, and drop the least recently used beyond the limit. A folder that cannot be written is no error."""
+    def save(self, path: Path | None, spectrum: Spectrum, thresholds: dict[str, Threshold]) -> None:
+        """Keep a spectrum and the masks' thresholds, and drop the least recently used beyond the limit. A folder that cannot be written is no error."""
         from safetensors.torch import save_file
 
         if path is None:
@@ -78,7 +82,10 @@ class SpectrumCache:
         tensors = {t: getattr(spectrum, t).cpu().contiguous() for t in TENSORS}
         if sum(t.numel() * t.element_size() for t in tensors.values()) > self.limit:
             return
-        metadata = {"spectrum": json.dumps({n: getattr(spectrum, n) for n in NUMBERS})}
+        metadata = {
+            "spectrum": json.dumps({n: getattr(spectrum, n) for n in NUMBERS}),
+            "thresholds": json.dumps({name: asdict(threshold) for name, threshold in thresholds.items()}),
+        }
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))

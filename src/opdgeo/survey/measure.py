@@ -112,7 +112,7 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     blocked = _non_finite(before.weights, base)
     if job.cache and not blocked and any("rank" in _reads(name) for name in reading):
         with clock("factor"):
-            _factor(before, job.cache, job.device)
+            _factor(before, job.cache, job.device, with_masks="mask_overlap" in reading)
     steps: list[Step] = []
     last: Tensor | None = before.weights  # the newest finite weights; None: not read yet
     for index, checkpoint in enumerate(job.checkpoints):
@@ -209,14 +209,16 @@ def _reads(name: str) -> tuple[str, ...]:
     return TRAJECTORY[name].READS if name in TRAJECTORY else diagnostics()[name].READS
 
 
-def _factor(before: Base, cache: SpectrumCache, device: str) -> None:
-    """Take W₀'s spectrum from the cache, or compute and keep it."""
+def _factor(before: Base, cache: SpectrumCache, device: str, *, with_masks: bool) -> None:
+    """Take W₀'s spectrum and the thresholds of its masks from the cache, or compute and keep them."""
     path = cache.path(before.weights, before.factored_rank)
     known = cache.load(path, device)
     if known is not None:
-        before.spectrum = known
-    else:
-        cache.save(path, before.spectrum)
+        before.spectrum, before.thresholds = known
+    elif path is not None:
+        if with_masks:
+            _ = before.low_magnitude, before.principal
+        cache.save(path, before.spectrum, before.thresholds)
 
 
 def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collection[str] = MODULES) -> Null:
