@@ -192,6 +192,19 @@ def test_bf16_weights_stay_bf16_and_lose_small_updates(config: Callable[..., Tra
     assert same > 0.9 * sum(t.numel() for t in before.values())
 
 
+def test_bf16_products_are_rounded_once() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(300, 40).bfloat16()
+    models.multiply_in_float32(torch.nn.Sequential(layer))  # type: ignore[arg-type]
+    x = torch.randn(64, 300, dtype=torch.bfloat16)
+    ours, exact = layer(x), (x.double() @ layer.weight.double().T + layer.bias.double()).detach()
+    assert ours.dtype == torch.bfloat16
+    off = (ours.detach().double() - exact).abs() / exact.abs()
+    assert float(off.max()) <= 2**-8 * 1.02  # half a spacing of bf16, and float32's rounding
+    ours.float().square().sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.bfloat16
+
+
 def test_opd_comes_nearer_to_the_teacher(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(
         config("opd", steps=12, sequences_per_step=32, learning_rate=1e-2, eval_prompts=64),

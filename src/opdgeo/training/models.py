@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,23 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         if getattr(model.config, key, None):
             setattr(model.config, key, 0.0)
     return model
+
+
+def multiply_in_float32(model: PreTrainedModel) -> None:
+    """Make a bf16 model's linear layers multiply in float32 and round once, as bf16 hardware does.
+
+    On a CPU without such instructions PyTorch's own bf16 products take eight times as long.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    def forward(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+        bias = None if layer.bias is None else layer.bias.float()
+        return linear(inputs.float(), layer.weight.float(), bias).to(inputs.dtype)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(forward, module)
 
 
 def load_tokenizer(folder: Path, end_token: str | None = None) -> PreTrainedTokenizerBase:

@@ -167,6 +167,8 @@ def _build(
     cuda = config.device != "cpu" and torch.cuda.is_available()
     tokenizer = models.load_tokenizer(origin, config.end_token)
     model = models.load_model(origin, config.weights)
+    if config.weights == "bfloat16" and not cuda:
+        models.multiply_in_float32(model)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
     teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
 
