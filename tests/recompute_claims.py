@@ -39,6 +39,8 @@ class Study:
         self.logs: dict[str, list[dict[str, Any]]] = {}
         self.outside: dict[str, float] = {}
         for path in sorted((folder / "arms").glob("*/log.jsonl")):
+            if int(path.parent.name.partition("-seed")[2] or 0) not in self.claims["seeds"]:
+                continue  # a study of more seeds was begun here
             rows = [json.loads(line) for line in path.read_text().splitlines() if line]
             for row in rows:
                 if row["event"] == "step" and row.get("channel/outside") is not None:
