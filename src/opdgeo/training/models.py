@@ -130,7 +130,7 @@ def multiply_in_float32(model: PreTrainedModel) -> None:
 
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.forward = partial(forward, module)
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
 
 
 def load_tokenizer(folder: Path, end_token: str | None = None) -> PreTrainedTokenizerBase:
