@@ -127,6 +127,15 @@ def test_thresholds_serve_the_masks_they_were_found_for_and_no_others(monkeypatc
     assert set(cold.thresholds) == {f"{m}.{s}" for m in ("low_magnitude", "principal.16") for s in (0.5, 0.3)}
     warm.thresholds = other.thresholds = dict(cold.thresholds)
     assert int(other.low_magnitude[0.2].codes.bool().sum()) >= round(0.2 * weights.numel())
+    # Another device's scores: the threshold itself is none of them, so it is found anew.
+    moved = Base(weights, settings)
+    moved.thresholds = {
+        n: replace(t, value=t.value * (1 + 1e-15)) for n, t in cold.thresholds.items() if "principal" in n
+    }
+    assert moved.thresholds != {n: t for n, t in cold.thresholds.items() if "principal" in n}
+    assert {s: m.threshold for s, m in (moved.principal or {}).items()} == {
+        s: m.threshold for s, m in cold.principal.items()
+    }
     monkeypatch.setattr("opdgeo.numerics.masks.thresholds", None)  # not called again
     assert warm.principal is not None
     for name, again in (("low", warm.low_magnitude), ("principal", warm.principal)):

@@ -106,6 +106,10 @@ class Mask:
             total += _count(seen)
         return (inside + self.threshold.tied_weight * tied) / total, near / total
 
+    def size(self) -> float:
+        """The entries inside, tied ones by their weight."""
+        return _count(self.codes & IN) + self.threshold.tied_weight * _count(self.codes & TIED)
+
     def weight(self) -> Tensor:
         """Membership of every code, a table of 8."""
         tied = self.threshold.tied_weight
@@ -121,7 +125,11 @@ def masks(
     slack: float = 0.0,
     known: Mapping[float, Threshold] | None = None,
 ) -> dict[float, Mask]:
-    """The masks of every share, of scores that are known to `slack`; `known`: thresholds found earlier, most of the work."""
+    """The masks of every share, of scores that are known to `slack`.
+
+    `known`: thresholds found earlier, most of the work; found anew where they do not cut exactly, since scores from another device
+    or number of threads differ in their last bits.
+    """
     if not known and shape[0] * shape[1] <= KEPT:
         kept = list(blocks())
         blocks = lambda: iter(kept)  # noqa: E731
@@ -139,7 +147,10 @@ def masks(
                 close = (score - threshold.value).abs_() <= 2 * slack
                 part.add_(close.view(torch.uint8), alpha=NEAR)
         start += len(score)
-    return {share: Mask(codes[share], threshold) for share, threshold in found.items()}
+    made = {share: Mask(codes[share], threshold) for share, threshold in found.items()}
+    if known and not all(abs(mask.size() - share * mask.codes.numel()) < 1e-6 for share, mask in made.items()):
+        return masks(blocks, shape, shares, top=top, slack=slack)
+    return made
 
 
 def _count(entries: Tensor) -> int:
