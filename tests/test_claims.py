@@ -261,8 +261,13 @@ def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: 
         (tmp_path / "arms" / folder).mkdir(parents=True)
         (tmp_path / "arms" / folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table.write_parquet(tmp_path / "measurements.parquet")
-    claims = {"outcomes": outcomes(runs), "claims": judge(table, runs)}
+    seeds = sorted({int(folder.partition("-seed")[2] or 0) for folder in runs})
+    claims = {"seeds": seeds, "outcomes": outcomes(runs), "claims": judge(table, runs)}
     (tmp_path / "claims.json").write_text(json.dumps(claims))
+    # Another seed was begun in the same folder: the claims do not count it.
+    (tmp_path / "arms" / f"opd-seed{len(seeds)}").mkdir()
+    row = json.dumps({"event": "eval", "step": 0, "accuracy_sampled": 0.0, "prompts": 1})
+    (tmp_path / "arms" / f"opd-seed{len(seeds)}" / "log.jsonl").write_text(row + "\n")
     assert recompute_claims.main(tmp_path) == []
 
     claims["claims"][0]["measured"]["opd"]["low"] += 1e-3
