@@ -83,7 +83,7 @@ def test_qwen3_8b_has_the_papers_variants() -> None:
     assert students == {f"Qwen/Qwen3-{size}-Base" for size in ("4B", "8B", "14B")}
     assert {"opd-student-4b", "opd-student-14b"} <= arms.keys()
     code = train_config("opd-code", "qwen3-8b", origin="ANCHOR")
-    assert "DeepCoder" in code.task_options["source"]
+    assert "DeepCoder" in code.task_options["source"] and code.task_options["subset"]  # it has no default one
     assert opd.differences(code).keys() == {"arm", "task_options"}
     matched = train_config("sft-matched", "qwen3-8b", origin="ANCHOR")
     same = {"steps", "sequences_per_step", "learning_rate", "schedule", "betas", "checkpoints"}
@@ -177,6 +177,9 @@ def test_problems_are_read_once_each(suffix: str, tmp_path: Path) -> None:
         e.prompt == f"Problem {e.answer}" for e in found
     )
     assert task.examples(100, 0, held_out=True) == [tasks.Example("2+2", "It is 4.", "4")]
+    aime.write_text(json.dumps({"problem": "Problem 7", "answer": 7}) + "\n")
+    again = tasks.load("problems", {"source": str(file), "held_out": str(aime)}).examples(100, 0, held_out=False)
+    assert len(again) == 39 and "Problem 7" not in {e.prompt for e in again}  # what is held out is not trained on
     alone = tasks.load("problems", {"source": str(file)})
     halves = [alone.examples(100, 0, held_out=h) for h in (False, True)]
     assert sum(map(len, halves)) == 40 and not {e.prompt for e in halves[0]} & {e.prompt for e in halves[1]}
@@ -190,7 +193,9 @@ def test_demonstrations_are_conversations_too(tmp_path: Path) -> None:
         {"role": "assistant", "content": "A"},
     ]
     file.write_text(json.dumps({"messages": turns, "id": "x"}) + "\n")
-    task = tasks.load("problems", {"source": str(file), "held_out": str(file)})
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text('{"prompt": "another", "completion": "B"}\n')
+    task = tasks.load("problems", {"source": str(file), "held_out": str(apart)})
     assert task.examples(1, 0, held_out=False) == [tasks.Example("Q", "A", "")] and not task.verifiable
     file.write_text('{"text": "no prompt here"}\n')
     with pytest.raises(ConfigError, match=r"row 1 of .* has text; expected a prompt"):

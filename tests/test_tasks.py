@@ -55,9 +55,20 @@ def test_splits_are_disjoint_whatever_the_seeds(seeds: tuple[int, int], operands
     held_out = {e.prompt for e in task.examples(60, seeds[1], held_out=True)}
     assert len(train) == 300 and len(held_out) == 60
     # Draws from so many problems would hardly meet by chance, so membership itself is checked.
-    assert all(zlib.crc32(prompt.encode()) % arithmetic.HELD_OUT_ONE_IN == 0 for prompt in held_out)
-    assert not any(zlib.crc32(prompt.encode()) % arithmetic.HELD_OUT_ONE_IN == 0 for prompt in train)
+    assert all(zlib.crc32(prompt.encode()) % tasks.HELD_OUT_ONE_IN == 0 for prompt in held_out)
+    assert not any(zlib.crc32(prompt.encode()) % tasks.HELD_OUT_ONE_IN == 0 for prompt in train)
     assert all(prompt.count("+") + prompt.count("-") == operands - 1 for prompt in train)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "least"),
+    [("digits", {"shortest": 4, "longest": 4}, 29_000), ("arithmetic", {"operands": 2, "largest": 99}, 14_000)],
+)
+def test_a_task_without_more_problems_gives_what_it_has(name: str, options: dict[str, int], least: int) -> None:
+    task = tasks.load(name, options)
+    found = [task.examples(10**6, 0, held_out=held) for held in (False, True)]
+    prompts = {e.prompt for split in found for e in split}
+    assert least < len(prompts) == sum(map(len, found)) <= 30_000
 
 
 def test_the_same_seed_draws_the_same_examples_and_another_does_not() -> None:

@@ -369,6 +369,23 @@ def test_missing_models_and_tasks_that_do_not_fit_are_named(config: Callable[...
         train(config("sft"), tmp_path / "full", resume=True)
 
 
+def test_prompts_alone_are_enough_for_opd_and_for_nothing_else(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"problem": "{i}+2=", "tests": "[]"}}\n' for i in range(100, 200)))
+    task = {"task": "problems", "task_options": {"source": str(file)}, "steps": 1, "checkpoints": (1.0,)}
+    with pytest.raises(ConfigError, match="without a completion"):
+        train(config("sft", **task, eval_prompts=0), tmp_path / "sft", progress=False)
+    with pytest.raises(ConfigError, match="eval_prompts = 0"):
+        train(config("opd", **task, eval_prompts=1), tmp_path / "measured", progress=False)
+    with pytest.raises(ConfigError, match="no answers"):
+        train(config("rlvr", **task, eval_prompts=0), tmp_path / "rlvr", progress=False)
+    train(config("opd", **task, eval_prompts=0), tmp_path / "opd", progress=False)
+    (row,) = [r for r in callbacks.read_log(tmp_path / "opd") if r["event"] == "step"]
+    assert row["grad_norm"] > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     config: Callable[..., TrainConfig], origin: Path, tmp_path: Path
 ) -> None:

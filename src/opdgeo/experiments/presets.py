@@ -17,7 +17,8 @@ the KL to the teacher down in the six steps that were tried.
 `qwen3-8b`: the paper, its section on training, to the letter; what it does not give (lengths, batch in memory) is marked. It says "300
 prompts × 8" for OPD's rollouts with a batch of 64 and "1024 × 8" with 512 for RLVR: 37 whole updates a rollout (296 prompts; TRL takes
 whole batches) and 16. Its step counts (299 and 1023, saved at 63, 127, …) also fit 300 and 1024 rollouts of one update each; for that
-reading set rollout_prompts = 0. Variants are arms: `opd-teacher-14b`, `sft-student-4b` and `opd-student-4b`, `opd-code`, …
+reading set rollout_prompts = 0. Variants are arms: `opd-teacher-14b`, `sft-student-4b` and `opd-student-4b`, `opd-code` (DeepCoder's largest subset;
+the paper names the dataset only), …
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         **{f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"} for size in ("8B", "14B", "30B-A3B")},
         **{f"sft-student-{size.lower()}": {**QWEN3_SFT, "origin": f"Qwen/Qwen3-{size}-Base"} for size in ("4B", "14B")},
         **{f"opd-student-{size.lower()}": QWEN3_OPD for size in ("4B", "14B")},
-        "opd-code": {**QWEN3_OPD, "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset"}},
+        "opd-code": {**QWEN3_OPD, "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset", "subset": "primeintellect"}},
     },
 }  # fmt: skip
 

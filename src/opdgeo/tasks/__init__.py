@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,31 @@ class Task(Protocol):
 
     def verify(self, completion: str, answer: str) -> float:
         """Reward of a decoded completion: 1.0 right, 0.0 wrong."""
+
+
+HELD_OUT_ONE_IN = 8
+PATIENCE = 2000  # draws without a new example before a task counts as exhausted
+
+
+def in_held_out(key: str, one_in: int = HELD_OUT_ONE_IN) -> bool:
+    """True for the one key in `one_in`, by a checksum, that is kept for evaluation: no seed can bring it before a trainer."""
+    return zlib.crc32(key.encode()) % one_in == 0
+
+
+def distinct(drawn: Iterable[Example], count: int) -> list[Example]:
+    """The first `count` examples with different prompts; fewer where so many draws bring nothing new that there are no more.
+
+    >>> [e.prompt for e in distinct(iter([Example("a", "", ""), Example("a", "", ""), Example("b", "", "")]), 2)]
+    ['a', 'b']
+    """
+    found: dict[str, Example] = {}
+    fruitless = 0
+    for example in drawn if count > 0 else ():
+        fruitless = fruitless + 1 if example.prompt in found else 0
+        found.setdefault(example.prompt, example)
+        if len(found) == count or fruitless == PATIENCE:
+            break
+    return list(found.values())
 
 
 def load(name: str, options: Mapping[str, Any] | None = None) -> Task:

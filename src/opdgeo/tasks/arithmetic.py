@@ -10,17 +10,16 @@ so no seed can ever put an evaluation problem in front of the trainer.
 
 from __future__ import annotations
 
+import itertools
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example
+from opdgeo.tasks import Example, distinct, in_held_out
 
 OPERANDS = 3
 LARGEST = 9999
-HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """True for the one problem in `HELD_OUT_ONE_IN` that is kept for evaluation."""
-        return zlib.crc32(self.prompt.encode()) % HELD_OUT_ONE_IN == 0
+        """True for a problem that is kept for evaluation."""
+        return in_held_out(self.prompt)
 
 
 def draw(rng: random.Random, operands: int = OPERANDS, largest: int = LARGEST) -> Problem:
@@ -76,19 +75,6 @@ def draw(rng: random.Random, operands: int = OPERANDS, largest: int = LARGEST) -
         numbers.append(x)
         signs.append(sign)
     return Problem(tuple(numbers), tuple(signs))
-
-
-def problems(
-    count: int, seed: int, *, held_out: bool, operands: int = OPERANDS, largest: int = LARGEST
-) -> list[Problem]:
-    """`count` distinct problems of one split, the same for the same seed."""
-    rng = random.Random(f"{seed}-{held_out}-{operands}-{largest}")
-    found: dict[str, Problem] = {}
-    while len(found) < count:
-        problem = draw(rng, operands, largest)
-        if problem.held_out == held_out:
-            found.setdefault(problem.prompt, problem)
-    return list(found.values())
 
 
 def verify(completion: str, answer: int | str) -> float:
@@ -153,8 +139,10 @@ class Arithmetic:
         return True
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
-        found = problems(count, seed, held_out=held_out, operands=self.operands, largest=self.largest)
-        return [Example(p.prompt, p.demonstration, str(p.answer)) for p in found]
+        rng = random.Random(f"{seed}-{held_out}-{self.operands}-{self.largest}")
+        drawn = (draw(rng, self.operands, self.largest) for _ in itertools.count())
+        chosen = (Example(p.prompt, p.demonstration, str(p.answer)) for p in drawn if p.held_out == held_out)
+        return distinct(chosen, count)
 
     def verify(self, completion: str, answer: str) -> float:
         return verify(completion, answer)

@@ -7,13 +7,12 @@ A problem belongs to the held-out split by a checksum of its prompt, as in `arit
 
 from __future__ import annotations
 
+import itertools
 import random
-import zlib
 from dataclasses import dataclass
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example
-from opdgeo.tasks.arithmetic import HELD_OUT_ONE_IN
+from opdgeo.tasks import Example, distinct, in_held_out
 
 WORDS = ("sort", "rev", "max")
 
@@ -49,12 +48,8 @@ class Digits:
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
         rng = random.Random(f"{seed}-{held_out}-{self.shortest}-{self.longest}")
-        found: dict[str, Example] = {}
-        while len(found) < count:
-            example = draw(rng, self.shortest, self.longest)
-            if (zlib.crc32(example.prompt.encode()) % HELD_OUT_ONE_IN == 0) == held_out:
-                found.setdefault(example.prompt, example)
-        return list(found.values())
+        drawn = (draw(rng, self.shortest, self.longest) for _ in itertools.count())
+        return distinct((e for e in drawn if in_held_out(e.prompt) == held_out), count)
 
     def verify(self, completion: str, answer: str) -> float:
         """1.0 when the completion is the answer to the letter, else 0.0."""

@@ -14,15 +14,13 @@ import sys
 import sysconfig
 import textwrap
 import warnings
-import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example
+from opdgeo.tasks import Example, in_held_out
 
-HELD_OUT_ONE_IN = 8
 SHORTEST = 160
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "ensurepip"}
 
@@ -48,11 +46,6 @@ class Docstrings:
         raise ConfigError(
             "docstrings are plain text without answers; expected a task with a verifier, try `arithmetic`."
         )
-
-
-def in_held_out(module: str) -> bool:
-    """True for the one top-level module in `HELD_OUT_ONE_IN` that is kept for evaluation."""
-    return zlib.crc32(module.encode()) % HELD_OUT_ONE_IN == 0
 
 
 @cache

@@ -7,13 +7,12 @@ reasoning-gym gives partial credit; the reward here is 1 for a full score and 0 
 from __future__ import annotations
 
 import importlib.util
-import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example
+from opdgeo.tasks import Example, distinct, in_held_out
 
-HELD_OUT_ONE_IN = 8
 AT_ONCE = 1_000_000  # problems of one seed; they are generated as they are asked for
 INSTRUCTION = "\nGive the final answer between <answer> and </answer>."
 
@@ -59,19 +58,15 @@ class ReasoningGym:
 
     def examples(self, count: int, seed: int, *, held_out: bool) -> list[Example]:
         data = self._dataset(seed)
-        found: dict[str, Example] = {}
-        fruitless = 0
-        for index in range(AT_ONCE):
-            if len(found) == count or fruitless > 2000:  # a small family has no more distinct problems
-                break
-            entry = data[index]
-            question = entry["question"]
-            fruitless += 1
-            if (zlib.crc32(question.encode()) % HELD_OUT_ONE_IN == 0) == held_out and question not in found:
-                completion = f"<answer>{entry['answer']}</answer>"
-                found[question] = Example(question + INSTRUCTION, completion, f"{seed}:{index}")
-                fruitless = 0
-        return list(found.values())
+
+        def drawn() -> Iterator[Example]:
+            for index in range(AT_ONCE):
+                entry = data[index]
+                if in_held_out(entry["question"]) == held_out:
+                    completion = f"<answer>{entry['answer']}</answer>"
+                    yield Example(entry["question"] + INSTRUCTION, completion, f"{seed}:{index}")
+
+        return distinct(drawn(), count)
 
     def verify(self, completion: str, answer: str) -> float:
         from reasoning_gym.utils import extract_answer

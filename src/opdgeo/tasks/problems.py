@@ -4,9 +4,9 @@
 
 one a line (.jsonl) or a row (.parquet). Usual other names are known (`PROMPTS`, `ANSWERS`, `COMPLETIONS`; nested ones with
 dots), so that DAPO-Math-17k and the AIME sets are read as they are; unusual ones are told by options. Conversations are understood: a list of messages as the prompt, or a `messages`
-column as the whole demonstration (its first user turn and the reply to it). Prompts that occur twice are used once
+column as the whole demonstration (its first user turn and the reply to it). A prompt alone is enough for OPD. Prompts that occur twice are used once
 (DAPO-Math-17k's mirrors hold 1.79 M rows of 17 thousand prompts). One prompt in 64 is held out, by a checksum, unless
-`held_out` names another source (an AIME file, for instance).
+`held_out` names another source (an AIME file, for instance); what stands there is never trained on.
 
 Answers are compared by math-verify (extra `opdgeo[tasks]`): equal numbers and expressions are equal however they are
 written, and of a long completion the last answer counts.
@@ -18,7 +18,6 @@ import importlib.util
 import json
 import random
 import threading
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example
+from opdgeo.tasks import Example, in_held_out
 
 HELD_OUT_ONE_IN = 64
 PROMPTS = ("prompt", "problem", "question")
@@ -45,6 +44,7 @@ class Problems:
 
     source: str = ""
     held_out: str = ""
+    subset: str = ""
     split: str = "train"
     prompt: str = ""
     answer: str = ""
@@ -68,27 +68,25 @@ class Problems:
     @cached_property
     def _splits(self) -> dict[bool, tuple[Sequence[dict[str, Any]], list[int]]]:
         """Held out or not → the rows of its source and the numbers of those that belong to it, each prompt once."""
-        data, found = self._read(self.source)
+        data, found = self._read(self.source, self.subset)
         if self.held_out:
-            return {False: (data, list(found.values())), True: self._all(self.held_out)}
-        return {
-            held: (data, [i for prompt, i in found.items() if (zlib.crc32(prompt) % HELD_OUT_ONE_IN == 0) == held])
-            for held in (False, True)
-        }
+            apart, kept = self._read(self.held_out)
+            training = [number for prompt, number in found.items() if prompt not in kept]
+            return {False: (data, training), True: (apart, list(kept.values()))}
+        halves: dict[bool, list[int]] = {False: [], True: []}
+        for prompt, number in found.items():
+            halves[in_held_out(prompt, HELD_OUT_ONE_IN)].append(number)
+        return {held: (data, numbers) for held, numbers in halves.items()}
 
-    def _read(self, source: str) -> tuple[Sequence[dict[str, Any]], dict[bytes, int]]:
+    def _read(self, source: str, subset: str = "") -> tuple[Sequence[dict[str, Any]], dict[str, int]]:
         """The rows and, for each prompt, the number of the first one that has it. Examples stay where they are stored."""
-        data = rows(source, self.split)
-        found: dict[bytes, int] = {}
+        data = rows(source, self.split, subset)
+        found: dict[str, int] = {}
         for number, row in enumerate(data):
-            found.setdefault(self._example(row, number, source).prompt.encode(), number)
+            found.setdefault(self._example(row, number, source).prompt, number)
         if not found:
             raise ConfigError(f"{source} holds no problems; expected one a line.")
         return data, found
-
-    def _all(self, source: str) -> tuple[Sequence[dict[str, Any]], list[int]]:
-        data, found = self._read(source)
-        return data, list(found.values())
 
     def _example(self, row: dict[str, Any], number: int, source: str) -> Example:
         prompt = _text(_get(row, self.prompt, PROMPTS), "user")
@@ -96,10 +94,10 @@ class Problems:
         answer = _get(row, self.answer, ANSWERS)
         if prompt is None:
             prompt, completion = (_text(row.get("messages"), role) for role in ("user", "assistant"))
-        if prompt is None or (completion is None and answer is None):
+        if prompt is None:
             raise ConfigError(
-                f"row {number + 1} of {source} has {', '.join(row)}; expected a prompt with an answer or a completion, or a "
-                "conversation in 'messages'. Name the columns in task_options: prompt, answer, completion."
+                f"row {number + 1} of {source} has {', '.join(row)}; expected a prompt, or a conversation in 'messages'. Name the "
+                "columns in task_options: prompt, answer, completion."
             )
         return Example(prompt, completion or "", "" if answer is None else str(answer))
 
@@ -111,8 +109,8 @@ class Problems:
 
     def all(self) -> list[Example]:
         """Every problem of the source, in its order: for evaluation."""
-        data, numbers = self._all(self.source)
-        return [self._example(data[i], i, self.source) for i in numbers]
+        data, found = self._read(self.source, self.subset)
+        return [self._example(data[i], i, self.source) for i in found.values()]
 
     def verify(self, completion: str, answer: str) -> float:
         return verify(completion, answer)
@@ -138,8 +136,8 @@ def verify(completion: str, answer: str) -> float:
     )
 
 
-def rows(source: str, split: str = "train") -> Sequence[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or of a dataset on the hub (which stays on disk).
+def rows(source: str, split: str = "train", subset: str = "") -> Sequence[dict[str, Any]]:
+    """The rows of a .jsonl or .parquet file, or of a dataset (or a named subset of it) on the hub, which stays on disk.
 
     Raises:
         ConfigError: it is neither, or the hub cannot be reached.
@@ -154,7 +152,7 @@ def rows(source: str, split: str = "train") -> Sequence[dict[str, Any]]:
     import datasets
 
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, subset or None, split=split)
     except Exception as error:
         raise ConfigError(
             f"the dataset {source} is neither on this machine nor to be had from the hub ({type(error).__name__}); expected "

@@ -185,6 +185,12 @@ def _build(
             f"the task {config.task!r} has {len(examples)} training examples; expected at least {per_step * updates} for one "
             "step. Lower sequences_per_step or rollout_prompts."
         )
+    imitated = [*(examples if demonstrations else []), *([] if task.verifiable else held_out)]
+    if not all(e.completion for e in imitated):
+        raise ConfigError(
+            f"the task {config.task!r} has examples without a completion; expected a demonstration in each of them, to train on and "
+            "to measure the loss on. Name their column with task_options: completion; for OPD on prompts alone, set eval_prompts = 0."
+        )
     if config.eval_prompts and not held_out:
         raise ConfigError(
             f"the task {config.task!r} has no held-out examples and eval_prompts is {config.eval_prompts}; expected some to measure on. "
