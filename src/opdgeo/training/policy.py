@@ -45,6 +45,7 @@ from opdgeo.training import engine, evaluation, rollouts, signal
 from opdgeo.training.callbacks import Resumable
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.rollouts import Recorded
+from opdgeo.training.served import ServedTeacher
 
 ROUNDS = 10  # of sampling for one batch without flat groups
 # The student's log-probabilities (B, T), entropies and auxiliary loss of a batch, from its scoring for its loss.
@@ -57,14 +58,14 @@ class PolicyTrainer(Resumable, GRPOTrainer):
 
     Args:
         config: says who writes the tokens and what credit each gets.
-        teacher: needed when config.alpha > 0 or config.rollouts is "teacher"; on the CPU; frozen here.
+        teacher: needed when config.alpha > 0 or config.rollouts is "teacher"; a model on the CPU, frozen here, or a served one.
         train_dataset: columns `prompt` and `answer`.
         reserve: rows of the same kind that replace groups without reward variance.
         record: file to which every completion is appended.
     """
 
     def __init__(
-        self, *, config: TrainConfig, task: Task, model: PreTrainedModel, teacher: PreTrainedModel | None,
+        self, *, config: TrainConfig, task: Task, model: PreTrainedModel, teacher: PreTrainedModel | ServedTeacher | None,
         tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, train_dataset: Dataset, callbacks: list[Any],
         reserve: list[dict[str, str]], record: Path | None = None,
     ) -> None:  # fmt: skip
@@ -85,8 +86,8 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         self.recorded: Recorded | None = None
         if config.replays is not None:
             self.recorded = Recorded(config.replays, config.generations, model.config.vocab_size)
-        self.teacher = teacher
-        if self.teacher is not None:
+        self.teacher: Any = teacher
+        if isinstance(teacher, PreTrainedModel):
             # Prepared as GRPOTrainer prepares its reference model: the fused head first, with the same temperature.
             add_fused_lm_head(self.teacher, temperature=self.temperature, outputs=("log_probs",))
             self.teacher = engine.prepare_teacher(self, self.teacher)
@@ -143,7 +144,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         with self.accelerator.autocast():
             student_BTV = model(**sequences).logits[:, -tokens - 1 : -1]
             with torch.no_grad():
-                teacher_BTV = self.teacher(**sequences).logits[:, -tokens - 1 : -1]  # type: ignore[misc]
+                teacher_BTV = self.teacher(**sequences).logits[:, -tokens - 1 : -1]
         kl_BT = signal.divergence(student_BTV, teacher_BTV, self.config.credit)
         mean = ((kl_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)).mean()
         return mean / self.current_gradient_accumulation_steps
@@ -242,9 +243,12 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         attention_BL = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         tokens = output["completion_ids"].shape[1]
         batch = self.args.per_device_train_batch_size
-        teacher_BT, _, _ = self._get_per_token_logps_and_entropies(
-            self.teacher, ids_BL, attention_BL, tokens, batch_size=batch
-        )
+        if isinstance(self.teacher, ServedTeacher):
+            teacher_BT = self.teacher.logprobs(ids_BL, attention_BL, tokens)
+        else:
+            teacher_BT, _, _ = self._get_per_token_logps_and_entropies(
+                self.teacher, ids_BL, attention_BL, tokens, batch_size=batch
+            )
         student_BT = output.get("old_per_token_logps")  # there when TRL needed it for the ratio
         if student_BT is None:
             sharded = self.accelerator.num_processes > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from opdgeo.training import evaluation
     from opdgeo.training.callbacks import Recorder
     from opdgeo.training.channel import Channel
+    from opdgeo.training.served import ServedTeacher
 
 
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
@@ -55,7 +56,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         return folder
 
     origin = models.resolve(config.origin)
-    teacher = models.resolve(config.teacher) if config.teacher else None
+    teacher = models.resolve(config.teacher) if config.teacher and not config.teacher_server else None
     if teacher is not None:
         models.require_same_vocabulary(origin, teacher, config.end_token)
     task = tasks.load(config.task, config.task_options)
@@ -71,6 +72,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         )
 
     engine.require_devices(config)
+    server = _server(config, origin, task)
     channel = _channel(config, out)
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
@@ -82,7 +84,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
 
     with quiet():
-        trainer, recorder = _build(config, out, origin, teacher, task, progress)
+        trainer, recorder = _build(config, out, origin, teacher, server, task, progress)
         _constrain(trainer, config, channel, origin)
         if config.monitor:
             trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
@@ -109,6 +111,20 @@ def finished(config: TrainConfig, out: Path) -> bool:
     if not (out / f"step-{config.steps:06d}").is_dir():
         return False
     return not config.eval_prompts or any(r["event"] == "eval" and r["step"] == config.steps for r in read_log(out))
+
+
+def _server(config: TrainConfig, origin: Path, task: tasks.Task) -> ServedTeacher | None:
+    """The teacher's server, once it is clear that it answers and means the student's tokens."""
+    if config.teacher_server is None or config.rollouts == "demonstrations" or config.alpha == 0:
+        return None
+    from opdgeo.training.models import load_tokenizer
+    from opdgeo.training.served import ServedTeacher
+
+    server = ServedTeacher(config.teacher_server)
+    texts = [example.prompt + example.completion for example in task.examples(8, config.data_seed, held_out=False)]
+    longest = config.max_prompt_tokens + config.max_tokens
+    server.require_same_tokens(load_tokenizer(origin, config.end_token), texts, longest)
+    return server
 
 
 def _occupied(out: Path) -> bool:
@@ -156,8 +172,9 @@ def _check_recorded(config: TrainConfig, out: Path) -> None:
 
 
 def _build(
-    config: TrainConfig, out: Path, origin: Path, teacher_folder: Path | None, task: tasks.Task, progress: bool
-) -> tuple[Any, Recorder]:
+    config: TrainConfig, out: Path, origin: Path, teacher_folder: Path | None, server: ServedTeacher | None, task: tasks.Task,
+    progress: bool,
+) -> tuple[Any, Recorder]:  # fmt: skip
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -229,7 +246,7 @@ def _build(
         trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
     else:
         trainer = policy.PolicyTrainer(
-            config=config, task=task, model=model, teacher=teacher, tokenizer=tokenizer, callbacks=[recorder],
+            config=config, task=task, model=model, teacher=teacher or server, tokenizer=tokenizer, callbacks=[recorder],
             train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
             record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
@@ -300,6 +317,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "chat",
         "end_token",
         "teacher",
+        "teacher_server",
         "max_tokens",
         "eval_batch",
         "device",
