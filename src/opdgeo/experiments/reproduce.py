@@ -79,38 +79,40 @@ def reproduce(
         make_teacher(teacher, progress=sys.stderr.isatty())
     with _alone(out):
         _run_all(out, jobs, workers, preset, rehearse)
-
-    names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
-    tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
-    results = {name: load_result(out / "arms" / name / GEOMETRY) for name in tracked}
-    measurements = pl.concat([_named(r.measurements, name) for name, r in results.items()])
-    curves = pl.concat([_named(r.curves, name) for name, r in results.items()])
-    first = next(iter(results.values())).run["settings"]
-    run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
-        "peak_memory_bytes": peak_memory() + _children_peak() * workers,
-        "settings": {"preset": preset, "study": study, "seeds": seeds, "rehearsal": rehearse} | first,
-        "arms": {n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()},
-        "timings": {
-            part: sum(r.run["timings"].get(part, 0.0) for r in results.values())
-            for part in ("read", "factor", "measure", "nulls")
-        },
-    }
-    result = Result(measurements, curves, summarise(measurements, first["null"]), run)
-    (out / "claims.json").unlink(missing_ok=True)  # an earlier study's verdicts must not stand beside this one's data
-    result.save(out)
-    logs = {name: read_log(out / "arms" / name) for name in names}
-    claims = {
-        "preset": preset,
-        "study": study,
-        "rehearsal": rehearse,
-        "seeds": list(range(seeds)),
-        "outcomes": outcomes(logs),
-        "claims": judge(measurements, logs),
-        "left_out": missing(measurements, logs),
-    }
-    write_json(out / "claims.json", claims)
-    write_report(out)
-    return claims
+        names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
+        tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
+        results = {name: load_result(out / "arms" / name / GEOMETRY) for name in tracked}
+        measurements = pl.concat([_named(r.measurements, name) for name, r in results.items()])
+        curves = pl.concat([_named(r.curves, name) for name, r in results.items()])
+        first = next(iter(results.values())).run["settings"]
+        run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
+            "peak_memory_bytes": peak_memory() + _children_peak() * workers,
+            "settings": {"preset": preset, "study": study, "seeds": seeds, "rehearsal": rehearse} | first,
+            "arms": {
+                n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()
+            },
+            "timings": {
+                part: sum(r.run["timings"].get(part, 0.0) for r in results.values())
+                for part in ("read", "factor", "measure", "nulls")
+            },
+        }
+        result = Result(measurements, curves, summarise(measurements, first["null"]), run)
+        # An earlier study's verdicts must not stand beside this one's data.
+        (out / "claims.json").unlink(missing_ok=True)
+        result.save(out)
+        logs = {name: read_log(out / "arms" / name) for name in names}
+        claims = {
+            "preset": preset,
+            "study": study,
+            "rehearsal": rehearse,
+            "seeds": list(range(seeds)),
+            "outcomes": outcomes(logs),
+            "claims": judge(measurements, logs),
+            "left_out": missing(measurements, logs),
+        }
+        write_json(out / "claims.json", claims)
+        write_report(out)
+        return claims
 
 
 def plan(arms: list[Arm], seeds: int, preset: str, out: Path, *, rehearse: bool = False) -> list[Job]:
