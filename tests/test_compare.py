@@ -208,6 +208,8 @@ def test_the_manifest_names_what_was_read(tmp_path: Path) -> None:
     assert run["settings"]["rank"] == 512
     assert run["device"] == "cpu"
     assert run["pairing"]["measured"] == len(NAMES)
+    assert set(run["seconds_by_shape"]) == {"x".join(map(str, BASE[name].shape)) for name in NAMES}
+    assert sum(run["seconds_by_shape"].values()) == pytest.approx(sum(run["timings"].values()))
     (checkpoint,) = run["checkpoints"]
     for folder, manifest in ((base, run["base"]), (tuned, checkpoint)):
         assert manifest["dtypes"] == {"float16": len(BASE)}

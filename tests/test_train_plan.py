@@ -116,6 +116,9 @@ def test_sharding_divides_and_batches_multiply() -> None:
         assert eight.memory[part] == pytest.approx(one.memory[part] / 8)
     assert eight.tokens == one.tokens and sum(eight.seconds.values()) < 0.2 * sum(one.seconds.values())
     assert one.memory["optimizer"] == pytest.approx(8 * 8.19e9, rel=1e-3)
+    elsewhere = train_config("opd", "qwen3-8b", origin="Qwen/Qwen3-8B-Base", teacher_server="http://host:8000")
+    served = plan.plan(elsewhere, plan.hardware("h200"))
+    assert served.peak == pytest.approx(one.peak - one.memory["teacher"], rel=1e-9) and "server" in served.assumed[0]
     tiny = {n: plan.plan(train_config("sft", "tiny", micro_batch=n), MACHINE) for n in (16, 64)}
     assert tiny[64].memory["activations"] > 2 * tiny[16].memory["activations"] and tiny[64].tokens == tiny[16].tokens
     more = plan.plan(train_config("sft", "tiny", steps=600), MACHINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -135,8 +135,10 @@ def _survey(
     rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])
     curves = sorted((r for m in work for r in measured[m].curves), key=lambda r: order[r["checkpoint"]])
     timings: Counter[str] = Counter()
+    by_shape: defaultdict[str, float] = defaultdict(float)
     for m in work:
         timings.update(measured[m].seconds)
+        by_shape[f"{m.rows}x{m.cols}"] += sum(measured[m].seconds.values())
     tables = frames(rows, curves)
     cores = engines.cpu_cores()
     run = provenance(started, time.perf_counter() - clock, device, cores) | {
@@ -147,6 +149,7 @@ def _survey(
         ],
         "pairing": _account(pairings) | {"measured": len(work)},
         "timings": dict(timings),
+        "seconds_by_shape": dict(by_shape),
         "reused": dict(reused),
         "inputs": parts.inputs,
     }
