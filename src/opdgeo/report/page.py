@@ -36,7 +36,7 @@ from opdgeo.report.glossary import (
     variant_label,
 )
 from opdgeo.report.terminal import OUTCOMES, control_name, unit_of
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete, unmoved
 
 _MAX_LISTED = 60
 """Skipped matrices and unmatched tensors listed by name; the data files hold all."""
@@ -190,6 +190,8 @@ def _subject(arm: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
         "name": checkpoint["checkpoint"],
         "step": checkpoint.get("step"),
         "still": did_not_move(checkpoint),
+        "unmoved": unmoved(checkpoint),
+        "total": max((f.row["total"] for f in findings(checkpoint)), default=0),
         "norm": find(checkpoint, "relative_norm"),
         "sparsity": find(checkpoint, "update_sparsity", "bf16_eta"),
         "stable_rank": find(checkpoint, "stable_rank"),
@@ -211,11 +213,11 @@ def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """Findings whose mean leaves matrices out, grouped by how many are there; `every` where it is all diagnostics alike."""
     grouped: dict[tuple[int, int], list[Finding]] = {}
     for found in incomplete(checkpoint):
-        grouped.setdefault((found.row["computed"], found.row["total"]), []).append(found)
+        grouped.setdefault((found.over, found.row["total"]), []).append(found)
     most = max((len(g) for g in grouped.values()), default=0)
     return [
         {
-            "computed": c,
+            "over": c,
             "total": t,
             "every": len(group) == most and len(group) > len(findings(checkpoint)) / 2,
             "found": _by_diagnostic(group),
@@ -230,7 +232,7 @@ def _missing(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for subject in subjects:
         for part in subject["incomplete"]:
             key = (
-                part["computed"],
+                part["over"],
                 part["total"],
                 tuple((f.diagnostic, f.variant) for g in part["found"] for f in g["found"]),
             )
@@ -409,6 +411,7 @@ def _unit_text(known: Entry) -> str:
 
 def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
     nulls = rows.filter(pl.col("null_mean").is_finite())
+    rows = rows if nulls.is_empty() else nulls  # as in the tables: matrices that did not move have no null
     return Group(
         name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style
     )

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics.locking import THRESHOLDS, locking_step
+from opdgeo.diagnostics.update import UNMOVED
 from opdgeo.errors import ConfigError
 
 MEASUREMENTS: dict[str, Any] = {
@@ -105,6 +106,9 @@ def frames(rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> 
 def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     """The content of `summary.json`: each diagnostic over the matrices of each checkpoint, beside its null.
 
+    `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
+    mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
+    `unmoved` counts these.
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
@@ -112,18 +116,32 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     """
     checkpoints = []
     for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
+        unmoved = rows.filter(pl.col("reason") == UNMOVED)["matrix"].unique()
+        rows = rows.with_columns(moved=~pl.col("matrix").is_in(unmoved.to_list()))
         entries = []
         for (diagnostic, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
             entry = {"diagnostic": diagnostic, "variant": variant, **_statistics(group, str(diagnostic))}
             entry["null"] = _against_null(group, str(diagnostic), "walk" if diagnostic in TRAJECTORY else null)
             entry["roles"] = {
-                str(role): _statistics(part, str(diagnostic)) | {"null_mean": _mean(part, "null_mean", str(diagnostic))}
+                str(role): _statistics(part, str(diagnostic))
+                | {"null_mean": _mean(compared(part), "null_mean", str(diagnostic))}
                 for (role,), part in group.group_by("role", maintain_order=True)
             }
             entries.append(entry)
-        checkpoints.append({"checkpoint": checkpoint, "step": rows["step"][0], "diagnostics": entries})
+        one = {"checkpoint": checkpoint, "step": rows["step"][0], "unmoved": len(unmoved), "diagnostics": entries}
+        checkpoints.append(one)
     locked = locking(measurements)
     return {"checkpoints": checkpoints} | ({"locking": locked} if locked else {})
+
+
+def compared(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of one diagnostic behind a mean, its null and its excess: those with a value and a null, and where no row has a
+    null, those with a value, of matrices that moved if the column `moved` tells and any did."""
+    known = rows.filter(pl.col("value").is_not_null())
+    beside = known.filter(pl.col("null_mean").is_not_null())
+    if len(beside) or "moved" not in known.columns or not known["moved"].any():
+        return beside if len(beside) else known
+    return known.filter("moved")
 
 
 def locking(measurements: pl.DataFrame) -> list[dict[str, Any]]:
@@ -146,7 +164,7 @@ def locking(measurements: pl.DataFrame) -> list[dict[str, Any]]:
             continue
         tables = [rows.filter(checkpoint=names[i]) for i in order]
         steps = [steps[i] for i in order]
-        curve, chance = ([_mean(t, column, "") for t in tables] for column in ("value", "null_mean"))
+        curve, chance = ([_mean(compared(t), column, "") for t in tables] for column in ("value", "null_mean"))
         alone = [[t.get(m) for t in (dict(zip(t["matrix"], t["value"], strict=True)) for t in tables)]
                  for m in tables[-1]["matrix"]]  # fmt: skip
         side, k = ("left", str(variant)[11:]) if ".left." in str(variant) else ("right", str(variant)[6:])
@@ -186,20 +204,22 @@ def _mean(group: pl.DataFrame, column: str, diagnostic: str) -> float | None:
 
 
 def _statistics(group: pl.DataFrame, diagnostic: str) -> dict[str, Any]:
-    known = group["value"].drop_nulls().to_numpy()
-    quantiles = np.quantile(known, [0.5, 0.1, 0.9]).tolist() if len(known) else [None] * 3
+    shown = compared(group)
+    quantiles = np.quantile(shown["value"].to_numpy(), [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
     return {
-        "mean": _mean(group, "value", diagnostic),
+        "mean": _mean(shown, "value", diagnostic),
         **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
         "weighting": "entries" if diagnostic == "update_sparsity" else "matrices",
-        "computed": len(known),
+        "matrices": len(shown),
+        "mean_computed": _mean(group, "value", diagnostic),
+        "computed": group["value"].count(),
         "total": len(group),
     }
 
 
 def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, Any] | None:
-    known = group.filter(pl.col("value").is_not_null() & pl.col("null_mean").is_not_null())
-    if not len(known):
+    known = compared(group)
+    if not len(known) or known["null_mean"].null_count():
         return None
     weights = _weights(known, diagnostic)
     mean = float(np.average(known["null_mean"].to_numpy(), weights=weights))
