@@ -48,6 +48,8 @@ def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Pa
         assert done.returncode == 0, done.stderr
 
     run(outs[1])
+    assert (folder / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
+    (folder / "CACHEDIR.TAG").unlink()
     kept = sorted(folder.iterdir())
     assert len(kept) == len(SHAPES)
     before = [f.stat().st_ino for f in kept]
@@ -165,3 +167,105 @@ def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
     assert table["matrix"].n_unique() == 14
     assert set(table["status"]) == {"computed"}
     assert set(table.filter(role="gate_proj")["rows"]) == {192}
+
+
+def kept(folder: Path) -> tuple[SpectrumCache, Path]:
+    """A cache of one entry."""
+    cache, weights = SpectrumCache(folder), torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    path = cache.path(weights, 16)
+    assert path is not None
+    cache.save(path, spectrum(weights.double(), 16), {"low_magnitude.0.3": Threshold(0.1, 1 / 3, False)})
+    assert cache.load(path) is not None
+    return cache, path
+
+
+def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
+    cache, path = kept(tmp_path / "cache")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = [*range(8, 400, 3), *rng.integers(400, len(whole), 60).tolist(), len(whole) - 1]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        found = cache.load(path)
+        if found is not None:  # the header says the same in another way, such as a space that became a tab
+            spectrum_, limits = found
+            path.write_bytes(whole)
+            right, right_limits = cache.load(path) or (None, None)
+            assert right is not None
+            assert torch.equal(spectrum_.sigma, right.sigma) and torch.equal(spectrum_.left, right.left)
+            assert limits == right_limits and spectrum_.error == right.error
+    other = path.with_name("0" * 64 + path.suffix)
+    other.write_bytes(whole)
+    assert cache.load(other) is None, "an entry under another one's name"
+    path.write_bytes(whole)
+    assert cache.load(path) is not None
+
+
+def test_a_damaged_entry_is_computed_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    outs, folder = [tmp_path / "first", tmp_path / "second"], str(tmp_path / "cache")
+    for out in outs:
+        done = program("compare", *pair, "-o", out, "--no-report", "--nulls", 0, OPDGEO_CACHE=folder)
+        assert done.returncode == 0, done.stderr
+        for file in Path(folder).glob("*.safetensors"):
+            content = bytearray(file.read_bytes())
+            content[-9] ^= 0x40  # the exponent of a number
+            file.write_bytes(content)
+    assert (outs[0] / "measurements.parquet").read_bytes() == (outs[1] / "measurements.parquet").read_bytes()
+
+
+def test_what_is_not_the_caches_own_is_left_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The folder is a model's: neither clearing nor the automatic trim removes a file of it."""
+    model = pair[0]
+    hexadecimal = model / ("a" * 64 + ".safetensors")
+    hexadecimal.write_bytes((model / "model.safetensors").read_bytes())
+    (model / "notes.txt").write_text("mine")
+    (model / ".model.safetensors.0-1-1.partial").mkdir()
+    before = {f: f.read_bytes() for f in model.iterdir() if f.is_file()}
+    settings = {"OPDGEO_CACHE": str(model), "OPDGEO_CACHE_GB": "0.0015"}  # room for one entry
+    done = program("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, **settings)
+    assert done.returncode == 0, done.stderr
+    assert len(SpectrumCache(model).entries()) >= 1
+    assert {f: f.read_bytes() for f in before} == before
+    assert program("cache", "clear", **settings).returncode == 0
+    assert {f: f.read_bytes() for f in model.iterdir() if f.is_file()} == before
+
+
+def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    from opdgeo import files
+
+    cache, path = kept(tmp_path / "cache")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    orphan = path.with_name(f".{path.name}.{files._machine()}-{dead.pid}-1.partial")
+    at_work = path.with_name(f".{path.name}.{files._machine()}-{os.getpid()}-1.partial")
+    elsewhere, forgotten = (path.with_name(f".{path.name}.{n}-1-1.partial") for n in ("abc", "def"))
+    foreign = path.with_name(".download.partial")
+    for file in (orphan, at_work, elsewhere, forgotten, foreign):
+        file.write_bytes(b"x" * 100)
+    os.utime(forgotten, (1, 1))
+    size = path.stat().st_size
+    assert cache.clear() == size + 200
+    assert sorted(cache.folder.iterdir()) == sorted([at_work, elsewhere, foreign, cache.folder / "CACHEDIR.TAG"])
+
+
+def test_a_full_or_unwritable_cache_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a-file").write_text("")
+    program_ = (
+        "import resource, sys, signal, torch\n"
+        "from pathlib import Path\n"
+        "from opdgeo.numerics.spectra import spectrum\n"
+        "from opdgeo.survey.cache import SpectrumCache\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "w = torch.randn(256, 256); found = spectrum(w.double(), 16)\n"
+        "for folder in map(Path, sys.argv[1:]):\n"
+        "    cache = SpectrumCache(folder)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"  # what a full disk does
+        "    cache.save(cache.path(w, 16), found, {})\n"
+        "    assert cache.load(cache.path(w, 16)) is None\n"
+    )
+    folders = (tmp_path / "full", tmp_path / "a-file" / "cache")
+    done = subprocess.run([sys.executable, "-c", program_, *folders], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [f.name for f in folders[0].iterdir()] == ["CACHEDIR.TAG"], "half an entry was left"

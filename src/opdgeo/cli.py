@@ -171,6 +171,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=16, help="completions at a time (default: 16)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--plain", action="store_true", help="prompts as they are, without the chat template")
+    evaluate.add_argument(
+        "--trust-run",
+        action="store_true",
+        help="with `task`: take the task from the run's config.json even where it names files, datasets or unusual options",
+    )
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     evaluate.set_defaults(run=_evaluate)
 
@@ -471,7 +476,7 @@ def _train_plan(config, hardware: str | None) -> int:  # type: ignore[no-untyped
 def _evaluate(args: argparse.Namespace) -> int:
     from opdgeo.training.benchmark import evaluate
 
-    names = ("k", "limit", "temperature", "top_p", "max_tokens", "batch", "seed", "plain", "device")
+    names = ("k", "limit", "temperature", "top_p", "max_tokens", "batch", "seed", "plain", "device", "trust_run")
     result = evaluate(
         args.model, args.problems, args.out, **{n: getattr(args, n) for n in names}, progress=sys.stderr.isatty()
     )

@@ -61,7 +61,7 @@ from opdgeo.experiments.signal_statistics import (
 )  # fmt: skip
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
-from opdgeo.survey.results import PARTS, write_atomically, write_json
+from opdgeo.survey.results import PARTS, write_json
 from opdgeo.survey.run import provenance
 from opdgeo.training import evaluation, gradients, models, signal
 from opdgeo.training.config import TrainConfig
@@ -200,6 +200,9 @@ def _settings(checkpoint: Path, preset: str, teacher: str | None, task: str | No
     if recorded.is_file():
         with suppress(ConfigError):  # a model's own configuration, not a run's
             config = TrainConfig.from_json(recorded.read_text())
+    if config and not task:
+        advice = f"Pass --task {config.task} if the run is yours, or another task."
+        tasks.require_harmless(config.task, config.task_options, recorded, advice)
     config = config or train_config("opd", preset, origin=str(checkpoint))
     changes: dict[str, Any] = {"teacher": teacher} if teacher else {}
     if task and task != config.task:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import polars as pl
 from opdgeo.diagnostics.locking import THRESHOLDS, locking_step
 from opdgeo.diagnostics.update import UNMOVED
 from opdgeo.errors import ConfigError
+from opdgeo.files import remove_orphans, write_atomically
 
 MEASUREMENTS: dict[str, Any] = {
     "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
@@ -61,6 +60,7 @@ class Result:
         A page that was made from other data goes first; the finished parts go last, unless the run is still growing.
         """
         out.mkdir(parents=True, exist_ok=True)
+        remove_orphans(out)
         for stale in ("run.json", "report.html"):
             (out / stale).unlink(missing_ok=True)
         write_atomically(out / "measurements.parquet", lambda p: self.measurements.write_parquet(p))
@@ -256,13 +256,3 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(
         path, lambda p: p.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     )
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary)`` and move the result into place: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opdgeo.checkpoints import Matrix
+from opdgeo.files import write_atomically
 from opdgeo.numerics.spectra import Spectrum
 from opdgeo.survey.cache import NUMBERS, TENSORS
 from opdgeo.survey.measure import Step
-from opdgeo.survey.results import write_atomically
 
 FIELDS = ("rows", "curves", "increment", "finite")
 

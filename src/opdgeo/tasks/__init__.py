@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,40 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> Task:
             f"the task {name!r} does not take the options {dict(options or {})}; expected {_options(kind)}. ({error})"
         ) from None
     return task
+
+
+def harmless(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a task may be made because a file says so that came with a checkpoint, without asking.
+
+    Such a task reads no file, fetches nothing, and its options cannot ask for much work: the packaged tasks, which bound
+    their own options, and the families of reasoning-gym that are scored safely, as they are or, where the size of a problem
+    is plain, with small numbers.
+    """
+    if name in ("arithmetic", "digits", "docstrings"):
+        return True
+    if name != "reasoning_gym":
+        return False
+    from opdgeo.tasks.gym import FAMILIES, VERIFIERS
+
+    family, *others = options.get("family", "chain_sum"), *(v for n, v in options.items() if n != "family")
+    if not isinstance(family, str) or not (family in FAMILIES or family in VERIFIERS):
+        return False
+    small = all(isinstance(v, bool) or (type(v) is int and 0 <= v <= 100) for v in others)
+    return not others or (family in ("chain_sum", "products") and small)
+
+
+def require_harmless(name: str, options: Mapping[str, Any], source: object, advice: str) -> None:
+    """Refuse a task that the file `source` beside a checkpoint names, unless it is known to be harmless.
+
+    Raises:
+        ConfigError: it is not; `advice` says what to pass where the file is trusted.
+    """
+    if not harmless(name, options):
+        said = json.dumps(dict(options))
+        raise ConfigError(
+            f"{source} names the task {name!r} with the options {said[:200]}; expected one that is known to be harmless, because the "
+            f"file came with the checkpoint and such a task reads files, fetches data or takes long. {advice}"
+        )
 
 
 def _options(kind: type) -> str:

@@ -115,6 +115,11 @@ def corpus(rng: random.Random) -> Iterator[str]:
             yield f"{problem.prompt}{problem.demonstration}"
 
 
+def _short(value: object) -> str:
+    """An option as a message shows it."""
+    return f"a number of {value.bit_length()} bits" if isinstance(value, int) and value >= 1 << 64 else repr(value)[:40]
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """The task as trainers see it (`opdgeo.tasks.Task`): chains of `operands` numbers up to `largest`."""
@@ -123,11 +128,11 @@ class Arithmetic:
     largest: int = LARGEST
 
     def __post_init__(self) -> None:
-        if not 2 <= self.operands <= 8:
-            raise ConfigError(f"a chain of {self.operands} operands was asked for; expected between 2 and 8.")
-        if self.largest < 99:
+        if type(self.operands) is not int or not 2 <= self.operands <= 8:
+            raise ConfigError(f"a chain of {_short(self.operands)} operands was asked for; expected between 2 and 8.")
+        if type(self.largest) is not int or not 99 <= self.largest <= 10**15:
             raise ConfigError(
-                f"operands up to {self.largest} were asked for; expected a largest operand of at least 99."
+                f"operands up to {_short(self.largest)} were asked for; expected a whole number of at least 99 and at most 10^15."
             )
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from opdgeo.errors import ConfigError
 from opdgeo.tasks import Example, distinct, in_held_out
+from opdgeo.tasks.arithmetic import _short
 
 WORDS = ("sort", "rev", "max")
 
@@ -33,9 +34,10 @@ class Digits:
     longest: int = 10
 
     def __post_init__(self) -> None:
-        if not 4 <= self.shortest <= self.longest <= 32:
+        whole = type(self.shortest) is int and type(self.longest) is int
+        if not whole or not 4 <= self.shortest <= self.longest <= 32:
             raise ConfigError(
-                f"strings of {self.shortest} to {self.longest} digits were asked for; expected 4 ≤ shortest ≤ longest ≤ 32."
+                f"strings of {_short(self.shortest)} to {_short(self.longest)} digits were asked for; expected 4 ≤ shortest ≤ longest ≤ 32."
             )
 
     @property

@@ -23,14 +23,15 @@ DRAWS = 2000  # of the bootstrap over problems
 def evaluate(
     model_name: str, problems: str, out: Path, *, k: int = 8, limit: int | None = None, temperature: float = 1.0,
     top_p: float = 1.0, max_tokens: int = 8192, batch: int = 16, seed: int = 0, plain: bool = False, device: str = "auto",
-    progress: bool = True,
+    trust_run: bool = False, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Sample, verify, write the two files and return the content of evaluation.json.
 
     `problems` is a source of `tasks.problems`, or "task": the held-out problems of the run that the checkpoint belongs to.
+    `trust_run` takes them from the run's config.json whatever task it names.
 
     Raises:
-        ConfigError: no problems, no answers, or a setting out of range.
+        ConfigError: no problems, no answers, a setting out of range, or a run without `trust_run` whose task is not known to be harmless.
         CheckpointError: the model's folder is missing or incomplete.
     """
     if k < 1 or batch < 1 or max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
@@ -45,7 +46,7 @@ def evaluate(
     from opdgeo.training.run import quiet
 
     folder = models.resolve(model_name)
-    task, chat = _task(problems, folder, plain)
+    task, chat = _task(problems, folder, plain, trust_run)
     examples = task.examples(limit or TASK_PROBLEMS, 0, held_out=True) if problems == "task" else _all(task)[:limit]
     if not examples or not task.verifiable:
         raise ConfigError(f"{problems} has {len(examples)} problems with answers; expected at least one.")
@@ -82,7 +83,7 @@ def evaluate(
     return result
 
 
-def _task(problems: str, folder: Path, plain: bool) -> tuple[tasks.Task, bool]:
+def _task(problems: str, folder: Path, plain: bool, trust_run: bool) -> tuple[tasks.Task, bool]:
     """The problems and whether their prompts go into the chat template."""
     if problems != "task":
         return tasks.load("problems", {"source": problems}), not plain
@@ -93,6 +94,9 @@ def _task(problems: str, folder: Path, plain: bool) -> tuple[tasks.Task, bool]:
             "Name a file of problems instead."
         )
     config = TrainConfig.from_json(recorded.read_text())
+    if not trust_run:
+        advice = "Pass --trust-run if the run is yours, or name a file of problems instead of `task`."
+        tasks.require_harmless(config.task, config.task_options, recorded, advice)
     return tasks.load(config.task, config.task_options), config.chat and not plain
 
 
