@@ -27,6 +27,7 @@ from opdgeo.checkpoints import open_checkpoint
 from opdgeo.checkpoints.adapter import Adapter
 from opdgeo.errors import CheckpointError, PairingError
 from opdgeo.survey import engines
+from opdgeo.survey.request import Request
 from opdgeo.survey.run import plan_text
 from test_compare import program
 
@@ -175,7 +176,7 @@ def test_the_command_line_reads_an_adapter(pair: tuple[Path, Path, Path], tmp_pa
     run = json.loads((tmp_path / "out" / "run.json").read_text())["checkpoints"][0]
     assert run["format"] == "peft" and run["dtypes"] == {"float32": 28}
     assert [f["name"] for f in run["files"]] == ["adapter_config.json", "adapter_model.safetensors"]
-    plan = plan_text(base, [other], trajectory=False)
+    plan = plan_text(Request.of_update(base, other))
     assert "14 matrices" in plan and "note: the adapter names someone/else" in plan
 
 

@@ -21,6 +21,7 @@ from opdgeo.errors import CheckpointError
 from opdgeo.numerics.spectra import spectrum
 from opdgeo.survey import follow
 from opdgeo.survey.measure import Step
+from opdgeo.survey.request import Execution
 from opdgeo.survey.trail import Trail
 
 NAMES = [planted.tensor_name(0, module) for module in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
@@ -81,7 +82,7 @@ def test_what_is_still_being_written_is_not_read(
 ) -> None:
     base, written = growing
     run = tmp_path / "run"
-    seen = follow.Seen(run, open_checkpoint(base), tmp_path / "out")
+    seen = follow.Growing(run, open_checkpoint(base), tmp_path / "out")
     assert seen.look() == []  # no folder yet
     partial = run / "checkpoint-10"
     partial.mkdir(parents=True)
@@ -103,7 +104,7 @@ def test_what_is_still_being_written_is_not_read(
 
 def test_a_run_that_never_comes_is_named(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no complete checkpoint appeared in .*nowhere"):
-        follow.follow(growing[0], tmp_path / "nowhere", tmp_path / "out", idle=0.001)
+        follow.follow(growing[0], tmp_path / "nowhere", Execution(out=tmp_path / "out"), idle=0.001)
 
 
 def test_a_checkpoint_that_does_not_open_is_told_once(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_checkpoint_that_does_not_open_is_told_once(growing: tuple[Path, list[
     (tmp_path / "run" / "checkpoint-10" / "model.safetensors").write_bytes(b"broken")
     heard: list[str] = []
     with pytest.raises(CheckpointError, match=r"no complete checkpoint .*not a readable safetensors file"):
-        follow.follow(base, tmp_path / "run", tmp_path / "out", idle=0.06, tell=heard.append)
+        follow.follow(base, tmp_path / "run", Execution(out=tmp_path / "out"), idle=0.06, tell=heard.append)
     assert [line for line in heard if line.startswith("checkpoint-10 cannot be read yet")] == heard[:1]
 
 

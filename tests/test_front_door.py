@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom opdgeo.cli import main\n"
+        "import sys\nfrom opdgeo.commands import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'numpy', 'polars', 'transformers', 'ray'} & set(sys.modules)"
     )

@@ -53,7 +53,7 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch:
 
 MEASURED = """
 import sys
-from opdgeo.cli import main
+from opdgeo.commands import main
 try: main(sys.argv[1:])
 except SystemExit as end: assert end.code == 0
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

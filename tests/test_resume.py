@@ -19,7 +19,7 @@ import torch
 import opdgeo
 import planted
 from opdgeo.checkpoints import open_checkpoint
-from opdgeo.cli import main
+from opdgeo.commands import main
 from opdgeo.diagnostics import Base, Settings, Update, diagnostics
 from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.survey import engines

@@ -1,5 +1,5 @@
 """``python -m opdgeo``."""
 
-from opdgeo.cli import main
+from opdgeo.commands import main
 
 main()

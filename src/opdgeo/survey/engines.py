@@ -1,6 +1,6 @@
 """Where matrices are measured: `local`, a pool of threads, or `ray`, tasks on a cluster.
 
-An engine is a function of a job and its work that yields every matrix with what was measured of it, in the order in which
+An engine is a function of a job, its work and the execution that yields every matrix with what was measured of it, in the order in which
 they finish. One BLAS thread a matrix: LAPACK runs outside the interpreter lock, threads that wait for a busy core cost more
 than they bring, and so neither the engine nor the number of workers changes a bit of the result.
 """
@@ -21,6 +21,7 @@ from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey.measure import Job, Measured, measure
 from opdgeo.survey.memory import LIBRARIES, Memory, available_memory, give_back, peak_memory, working_set
+from opdgeo.survey.request import Execution
 
 Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside each what is known of it
 Finished = Generator[tuple[Matrix, Measured], None, None]
@@ -29,8 +30,8 @@ RETRIES = 5  # starts of a matrix after workers that died with it
 PATIENCE = 10.0  # seconds without a result after which the cluster is looked at again
 
 
-def local(job: Job, work: Work, workers: int | None = None) -> Finished:
-    """On `workers` threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
+def local(job: Job, work: Work, execution: Execution) -> Finished:
+    """On threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
     memory = Memory(available_memory() * 8 // 10)
 
     def task(matrix: Matrix, known: Measured | None) -> tuple[Matrix, Measured]:
@@ -39,7 +40,7 @@ def local(job: Job, work: Work, workers: int | None = None) -> Finished:
             give_back()
             return matrix, found
 
-    pool = ThreadPoolExecutor(min(workers or cpu_cores(), max(1, len(work))))
+    pool = ThreadPoolExecutor(min(execution.workers or cpu_cores(), max(1, len(work))))
     try:
         with _one_thread():
             for done in as_completed([pool.submit(task, *item) for item in work]):
@@ -48,14 +49,12 @@ def local(job: Job, work: Work, workers: int | None = None) -> Finished:
         pool.shutdown(cancel_futures=True)
 
 
-def ray(job: Job, work: Work, workers: int | None = None, address: str | None = None) -> Finished:
+def ray(job: Job, work: Work, execution: Execution) -> Finished:
     """As tasks of a Ray cluster: one CPU and the matrix's memory each, started again where a worker or a node dies with it.
 
-    Checkpoints lie at the same paths on every node; the base's factors are shared through the cache on disk.
-
-    Args:
-        workers: tasks at a time; default: as many as the cluster has room for.
-        address: default: `$RAY_ADDRESS`, else the cluster started on this machine, else one of this process alone.
+    Checkpoints lie at the same paths on every node; the base's factors are shared through the cache on disk. The default address
+    is `$RAY_ADDRESS`, else the cluster started on this machine, else one of this process alone. The default number of tasks at
+    a time is what the cluster has room for.
 
     Raises:
         ConfigError: Ray is not installed, no cluster answers, or none of its nodes has room for a matrix.
@@ -67,14 +66,14 @@ def ray(job: Job, work: Work, workers: int | None = None, address: str | None = 
         raise ConfigError("--engine ray needs Ray, which is not installed. Try: pip install 'opdgeo[ray]'") from None
 
     program = peak_memory() + LIBRARIES  # a worker's is about the same
-    with _cluster(ray, address):
+    with _cluster(ray, execution.address):
         remote = ray.remote(_on_a_worker)
         shared = ray.put((job, str(Path.cwd()), _files(job), _versions()))
         waiting = list(reversed(work))
         pending: dict[Any, Matrix] = {}
         try:
             while waiting or pending:
-                room = workers or 2 * int(ray.cluster_resources().get("CPU", 1))
+                room = execution.workers or 2 * int(ray.cluster_resources().get("CPU", 1))
                 while waiting and len(pending) < room:
                     matrix, known = waiting.pop()
                     needs = _needs(job, matrix, program)
@@ -93,6 +92,9 @@ def ray(job: Job, work: Work, workers: int | None = None, address: str | None = 
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
+
+
+ENGINES = {"local": local, "ray": ray}
 
 
 def cpu_cores() -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,19 @@ from typing import Any
 from opdgeo.checkpoints import Checkpoint, open_checkpoint
 from opdgeo.checkpoints.checkpoint import step_folders
 from opdgeo.diagnostics import Settings
-from opdgeo.errors import CheckpointError
-from opdgeo.survey.measure import Job
+from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey.output import check_earlier, check_folder
-from opdgeo.survey.parts import Stamp, inputs, stamp
+from opdgeo.survey.parts import Parts, Stamp, inputs, stamp
+from opdgeo.survey.request import Execution, Request
 from opdgeo.survey.results import PARTS, Result
-from opdgeo.survey.run import _survey
+from opdgeo.survey.run import survey
 from opdgeo.survey.trail import Trail
 
 SETTLE, POLL = 60.0, 2.0  # seconds
 
 
-class Seen:
-    """The checkpoints of a growing run, as they were when first seen: some may be gone since."""
+class Growing:
+    """A survey's source (`run.Source`): a run's checkpoints as they were when first seen. Some may be gone since."""
 
     def __init__(self, run: Path, base: Checkpoint, out: Path):
         self.run, self.base, self.out = run, base, out
@@ -83,19 +83,33 @@ class Seen:
             return last >= config["steps"]
         return bool(state.get("max_steps")) and state.get("global_step", 0) >= state["max_steps"]
 
-    def stamps(self, job: Job) -> list[Stamp]:
-        return [self._stamps[c.path] for c in (job.base, *job.checkpoints)]
+    def check_earlier(self, request: Request, execution: Execution) -> None:
+        """`follow` has asked before it began to wait: what lies there now is its own provisional result."""
+
+    def parts(self, request: Request, execution: Execution) -> Parts:
+        """Nothing by matrix: the steps are kept one by one."""
+        return Parts(
+            None,
+            request.every,
+            trajectory=request.trajectory,
+            device=execution.device,
+            stamps=self._stamps_of(request.every),
+        )
+
+    def _stamps_of(self, checkpoints: Sequence[Checkpoint]) -> list[Stamp]:
+        return [self._stamps[c.path] for c in checkpoints]
 
     def manifest(self, checkpoint: Checkpoint) -> dict[str, Any]:
         if checkpoint.path not in self._manifests:
             self._manifests[checkpoint.path] = checkpoint.manifest()
         return self._manifests[checkpoint.path]
 
-    def trail(self, job: Job) -> Trail:
-        stamps, keys = self.stamps(job), []
-        for count in range(1, len(job.checkpoints) + 1):
-            until = inputs(stamps[: count + 1], [job.base, *job.checkpoints[:count]], True, job.device)
-            keys.append(hashlib.sha256(f"{until} {json.dumps(job.settings.to_json())}".encode()).hexdigest())
+    def trail(self, request: Request, execution: Execution) -> Trail:
+        """A digest for each checkpoint of what its rows depend on: the checkpoints up to this one."""
+        stamps, keys = self._stamps_of(request.every), []
+        for count in range(2, len(request.every) + 1):
+            until = inputs(stamps[:count], request.every[:count], True, execution.device)
+            keys.append(hashlib.sha256(f"{until} {json.dumps(request.settings.to_json())}".encode()).hexdigest())
         return Trail(self.out / PARTS, tuple(keys))
 
     def _complete(self, folder: Path) -> bool:
@@ -112,13 +126,20 @@ class Seen:
 
 
 def follow(
-    base: str | Path, run: str | Path, out: Path, *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", cache: bool = True, overwrite: bool = True, idle: float = 30.0,
-    tell: Callable[[str], None] = lambda text: None, each: Callable[[Result], None] = lambda result: None,
-) -> Result:  # fmt: skip
-    """`track` of a run that is still going on; the data files in `out` are those of the checkpoints so far.
+    base: str | Path,
+    run: str | Path,
+    execution: Execution,
+    *,
+    roles: str = "all",
+    settings: Settings | None = None,
+    idle: float = 30.0,
+    tell: Callable[[str], None] = lambda text: None,
+    each: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """`track` of a run that is still going on; the data files in `execution.out` are those of the checkpoints so far.
 
     Args:
+        execution: with a folder `out`, and the local engine.
         idle: minutes without a new checkpoint after which the run counts as over.
         tell: hears what happens, a line at a time.
         each: is given every provisional result after it was saved.
@@ -126,10 +147,15 @@ def follow(
     Raises:
         CheckpointError: the run ended, or waiting did, without a checkpoint. PairingError, ConfigError: as `track`.
     """
+    out = execution.out
+    if out is None or execution.engine != "local":
+        raise ConfigError(
+            "a growing run is measured on this machine, into a folder. Give `out`, and leave the engine out."
+        )
     before, run = open_checkpoint(base), Path(run)
     check_folder(out, [], 0)
-    check_earlier(out, before, [], overwrite=overwrite, growing=run)
-    seen, result, since, due = Seen(run, before, out), None, time.monotonic(), False
+    check_earlier(out, before, [], overwrite=execution.overwrite, growing=run)
+    seen, result, since, due = Growing(run, before, out), None, time.monotonic(), False
     told: set[str] = set()
     try:
         while True:
@@ -142,10 +168,8 @@ def follow(
                 tell(f"{', '.join(new)}: measuring")
             if new or due:
                 try:
-                    result = _survey(
-                        before, seen.ordered(), roles, settings, "local", None, workers, device, cache, False, out,
-                        trajectory=True, seen=seen,
-                    )  # fmt: skip
+                    request = Request(before, seen.ordered(), roles, settings or Settings(), trajectory=True)
+                    result = survey(request, execution, seen)
                 except (CheckpointError, FileNotFoundError):
                     if all(c.path.exists() for c in seen.ordered()):
                         raise

@@ -9,16 +9,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from operator import methodcaller
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
+from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
-from opdgeo.errors import ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated
@@ -26,17 +24,26 @@ from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Parts
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
+from opdgeo.survey.request import Execution, Request
 from opdgeo.survey.results import Result, frames, summarise
-
-if TYPE_CHECKING:
-    from opdgeo.survey.follow import Seen
+from opdgeo.survey.trail import Trail
 
 
 def compare(
-    base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
-    engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
-    cache: bool = True, progress: bool = False, out: Path | None = None, overwrite: bool = True,
-) -> Result:  # fmt: skip
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    roles: str = "all",
+    settings: Settings | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    cache: bool = True,
+    progress: bool = False,
+    out: Path | None = None,
+    overwrite: bool = True,
+) -> Result:
     """Measure one update.
 
     Args:
@@ -57,64 +64,99 @@ def compare(
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
     """
-    before = open_checkpoint(base)
-    return _survey(
-        before, [open_checkpoint(tuned, before)], roles, settings, engine, ray_address, workers, device, cache, progress, out,
-        overwrite, trajectory=False,
-    )  # fmt: skip
+    request = Request.of_update(base, tuned, roles=roles, settings=settings)
+    return survey(request, Execution(engine, ray_address, workers, device, cache, progress, out, overwrite))
 
 
 def track(
-    base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
-    engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
-    cache: bool = True, progress: bool = False, out: Path | None = None, overwrite: bool = True,
-) -> Result:  # fmt: skip
+    base: str | Path,
+    checkpoints: str | Path | Sequence[str | Path],
+    *,
+    roles: str = "all",
+    settings: Settings | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    cache: bool = True,
+    progress: bool = False,
+    out: Path | None = None,
+    overwrite: bool = True,
+) -> Result:
     """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
 
     `checkpoints` is a run folder with step-* or checkpoint-* folders, or a list of checkpoints in step order. The other
     arguments and errors are those of `compare`.
     """
-    before = open_checkpoint(base)
-    opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints), before)
-    return _survey(
-        before, opened, roles, settings, engine, ray_address, workers, device, cache, progress, out, overwrite,
-        trajectory=True,
-    )  # fmt: skip
+    request = Request.of_run(base, checkpoints, roles=roles, settings=settings)
+    return survey(request, Execution(engine, ray_address, workers, device, cache, progress, out, overwrite))
 
 
-def _survey(
-    base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None, engine: str,
-    ray_address: str | None, workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
-    overwrite: bool = True, *, trajectory: bool, seen: Seen | None = None,
-) -> Result:  # fmt: skip
-    """`seen`: a run that is still growing, whose steps are kept one by one instead of matrices."""
+class Source(Protocol):
+    """What a survey remembers of its checkpoints between two runs. A run that is still growing is another source (`follow`)."""
+
+    def check_earlier(self, request: Request, execution: Execution) -> None:
+        """Raises ConfigError where the results folder holds what may not be replaced."""
+
+    def parts(self, request: Request, execution: Execution) -> Parts:
+        """The finished matrices of earlier runs."""
+
+    def trail(self, request: Request, execution: Execution) -> Trail | None:
+        """The finished checkpoints of a run that is growing."""
+
+    def manifest(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What run.json says of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Checkpoints that lie there whole."""
+
+    def check_earlier(self, request: Request, execution: Execution) -> None:
+        if execution.out:
+            check_earlier(execution.out, request.base, request.checkpoints, overwrite=execution.overwrite)
+
+    def parts(self, request: Request, execution: Execution) -> Parts:
+        return Parts(execution.out, request.every, trajectory=request.trajectory, device=execution.device)
+
+    def trail(self, request: Request, execution: Execution) -> Trail | None:
+        return None
+
+    def manifest(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return checkpoint.manifest()
+
+
+def survey(request: Request, execution: Execution, source: Source | None = None) -> Result:
+    """Measure `request`: what an earlier run knows is taken over, the rest goes to the engine.
+
+    Raises:
+        PairingError, ConfigError: the request cannot be met. CheckpointError: a file changed or went while it was read.
+    """
     started, clock = datetime.now(UTC), time.perf_counter()
-    job = Job(base, checkpoints, settings or Settings(), trajectory, device, SpectrumCache() if cache else None)
-    if seen:
-        job = replace(job, trail=seen.trail(job))
-    _check(engine, ray_address, workers, device)
-    pairings = [pair(base, c, roles) for c in checkpoints]
-    work = _in_all(pairings)
-    if engine == "local":
-        refuse_what_cannot_fit(work, [base, *checkpoints], job.settings)
-    if out:
-        check_folder(out, work, len(checkpoints))
-        if not seen:
-            check_earlier(out, base, checkpoints, overwrite=overwrite)
-
-    parts = Parts(
-        None if seen else out,
-        [base, *checkpoints],
-        trajectory=trajectory,
-        device=device,
-        stamps=seen.stamps(job) if seen else None,
+    source = source or Finished()
+    execution.check()
+    work, settings, trajectory = request.work, request.settings, request.trajectory
+    if execution.engine == "local":
+        refuse_what_cannot_fit(work, request.every, settings)
+    if execution.out:
+        check_folder(execution.out, work, len(request.checkpoints))
+    source.check_earlier(request, execution)
+    job = Job(
+        request.base,
+        list(request.checkpoints),
+        settings,
+        trajectory,
+        execution.device,
+        SpectrumCache() if execution.cache else None,
+        source.trail(request, execution),
     )
+    parts = source.parts(request, execution)
     measured: dict[Matrix, Measured] = {}
     reused: Counter[str] = Counter()
     rest: list[tuple[Matrix, Measured | None]] = []
     for m in sorted(work, key=_cost, reverse=True):  # the largest first, so that the workers end together
         known = parts.load(m)
-        values, nulls = outdated(known.settings if known else None, job.settings, trajectory)
+        values, nulls = outdated(known.settings if known else None, settings, trajectory)
         if known is not None:
             reused.update(n for n in dict.fromkeys(row["diagnostic"] for row in known.rows) if n not in values)
         if known is None or nulls:
@@ -124,11 +166,11 @@ def _survey(
             if m.name in parts.finished:  # its tables go while the new ones are written
                 parts.save(m, known)
 
-    runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
+    runs = engines.ENGINES[execution.engine](job, rest, execution)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(seen.manifest if seen else methodcaller("manifest"), [base, *checkpoints])
-        with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
+        manifests = beside.map(source.manifest, request.every)
+        with _Bar(execution.progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
                 measured[m] = found
@@ -137,7 +179,7 @@ def _survey(
     finally:
         beside.shutdown(cancel_futures=True)
 
-    order = {c.name: i for i, c in enumerate(checkpoints)}
+    order = {c.name: i for i, c in enumerate(request.checkpoints)}
     rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])
     curves = sorted((r for m in work for r in measured[m].curves), key=lambda r: order[r["checkpoint"]])
     timings: Counter[str] = Counter()
@@ -147,55 +189,33 @@ def _survey(
         by_shape[f"{m.rows}x{m.cols}"] += sum(measured[m].seconds.values())
     tables = frames(rows, curves)
     cores = engines.cpu_cores()
-    run = provenance(started, time.perf_counter() - clock, device, cores) | {
-        "settings": job.settings.to_json() | {"roles": roles, "engine": engine, "workers": workers or cores},
+    asked = {"roles": request.roles, "engine": execution.engine, "workers": execution.workers or cores}
+    run = provenance(started, time.perf_counter() - clock, execution.device, cores) | {
+        "settings": settings.to_json() | asked,
         "base": of_base,
         "checkpoints": [
-            m | {"checkpoint": c.name, "step": c.step} for m, c in zip(of_checkpoints, checkpoints, strict=True)
+            m | {"checkpoint": c.name, "step": c.step} for m, c in zip(of_checkpoints, request.checkpoints, strict=True)
         ],
-        "pairing": _account(pairings) | {"measured": len(work)},
+        "pairing": request.account(),
         "timings": dict(timings),
         "seconds_by_shape": dict(by_shape),
         "reused": dict(reused),
         "inputs": parts.inputs,
     }
-    return Result(*tables, summarise(tables[0], job.settings.null), run)
+    return Result(*tables, summarise(tables[0], settings.null), run)
 
 
-def _check(engine: str, ray_address: str | None, workers: int | None, device: str) -> None:
-    """Raises ConfigError for a combination that no machine can serve, or not this one."""
-    if engine not in ("local", "ray"):
-        raise ConfigError(f"engine is {engine!r}; expected 'local' or 'ray'.")
-    if ray_address and engine != "ray":
-        raise ConfigError(f"a Ray address, {ray_address!r}, was given without --engine ray. Add it, or leave it out.")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; expected at least 1.")
-    if engine == "local" and device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
-
-
-def plan_text(
-    base: str | Path, checkpoints: Sequence[str | Path], *, trajectory: bool, roles: str = "all",
-    settings: Settings | None = None, workers: int | None = None,
-) -> str:  # fmt: skip
-    """What `compare` or `track` would measure, in how much time and memory on this machine: from headers, nothing is read.
+def plan_text(request: Request, workers: int | None = None) -> str:
+    """What a survey would measure, in how much time and memory on this machine: from headers, no weight is read.
 
     Raises:
-        CheckpointError, PairingError, ConfigError: the request cannot be met.
+        PairingError, ConfigError: the request cannot be met.
     """
-    settings, workers = settings or Settings(), workers or engines.cpu_cores()
-    before = open_checkpoint(base)
-    after = (
-        run_checkpoints(list(checkpoints), before) if trajectory else [open_checkpoint(c, before) for c in checkpoints]
-    )
-    pairings = [pair(before, c, roles) for c in after]
-    work = _in_all(pairings)
-    refuse_what_cannot_fit(work, [before, *after], settings)
-    text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
-    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in (before, *after) for note in c.notes)])
+    workers = workers or engines.cpu_cores()
+    refuse_what_cannot_fit(request.work, request.every, request.settings)
+    planned = plan(request.work, request.every, request.settings, workers)
+    text = describe(planned, request.pairings[0], len(request.checkpoints), workers)
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in request.every for note in c.notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:
@@ -211,19 +231,6 @@ def provenance(started: datetime, seconds: float, device: str, cores: int) -> di
         "platform": f"{platform.platform()}, {cores} cores",
         "device": device,
     }
-
-
-def _in_all(pairings: list[Pairing]) -> list[Matrix]:
-    """The matrices that every checkpoint of a trajectory has."""
-    common = set.intersection(*(set(p.matrices) for p in pairings))
-    return [m for m in pairings[0].matrices if m in common]
-
-
-def _account(pairings: list[Pairing]) -> dict[str, Any]:
-    """What was not measured, over all checkpoints of a trajectory."""
-    accounts = [p.to_json() for p in pairings]
-    lists = ("base_only", "tuned_only", "tied", "unrecognised")
-    return accounts[0] | {key: sorted({name for a in accounts for name in a[key]}) for key in lists}
 
 
 def _cost(matrix: Matrix) -> float:
@@ -243,9 +250,12 @@ class _Bar:
             from rich.console import Console
 
             columns = (
-                progress.TextColumn("measuring"), progress.BarColumn(), progress.TaskProgressColumn(),
-                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
-            )  # fmt: skip
+                progress.TextColumn("measuring"),
+                progress.BarColumn(),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+            )
             self.bar = progress.Progress(*columns, console=Console(stderr=True))
             self.bar.start()
             self.task = self.bar.add_task("measuring", total=self.total)

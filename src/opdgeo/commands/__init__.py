@@ -1,0 +1,68 @@
+"""The command line: one file a command, each with `add` (its options) and `run` (what it does).
+
+Only the standard library is imported here and at the top of those files, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+from opdgeo.commands import cache, channel, compare, demo, evaluate, report, reproduce, signals, track, train
+from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
+from opdgeo.errors import OpdgeoError
+
+COMMANDS = (demo, compare, track, train, evaluate, reproduce, signals, channel, cache, report)
+
+EPILOG = """\
+examples:
+  opdgeo demo
+  opdgeo compare Qwen3-8B-Base/ my-sft-run/checkpoint-500 -o update
+  opdgeo track anchor/ runs/opd -o trajectory
+  opdgeo train opd --steps 100 -o runs/opd
+  opdgeo reproduce --seeds 3 -o study
+
+exit status: 0 done; 2 the request cannot be met; 3 finished, but some matrices were not computed; 1 a bug
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    main = argparse.ArgumentParser(
+        prog="opdgeo",
+        description="Where post-training moves a language model's weights.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    main.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return main
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command and exit with its status."""
+    command_line = parser()
+    args = command_line.parse_args(argv)
+    if args.version:
+        from opdgeo import __version__
+
+        print(f"opdgeo {__version__}")
+        sys.exit(DONE)
+    if args.command is None:
+        command_line.print_help()
+        sys.exit(DONE)
+    try:
+        sys.exit(args.run(args))
+    except OpdgeoError as error:
+        print(f"opdgeo: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        print("opdgeo: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What the commands share: exit statuses, and how those that measure checkpoints take options and end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from opdgeo.errors import ConfigError
+
+if TYPE_CHECKING:  # --help imports no torch
+    from opdgeo.diagnostics import Settings
+    from opdgeo.survey import Result
+    from opdgeo.survey.request import Execution, Request
+
+DONE, BUG, REFUSED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def survey_options(command: argparse.ArgumentParser) -> None:
+    """The options of every command that measures checkpoints."""
+    command.add_argument(
+        "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: opdgeo-out)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the result of another update in OUT")
+    command.add_argument(
+        "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
+    )
+    command.add_argument("--rank", type=int, default=512, help="rank of the principal subspaces (default: 512)")
+    command.add_argument("--top-k", type=int, default=16, help="singular triplets of the update (default: 16)")
+    command.add_argument(
+        "--mask-rank", type=int, default=64, help="rank behind the principal mask and energy (default: 64)"
+    )
+    command.add_argument(
+        "--mask-share", default="0.5,0.3", help="mask sizes as shares of the entries (default: 0.5,0.3)"
+    )
+    command.add_argument(
+        "--eta", type=float, default=1e-3, help="relative tolerance of an unchanged entry (default: 1e-3)"
+    )
+    command.add_argument(
+        "--nulls",
+        type=int,
+        default=4,
+        help="null updates drawn per matrix where no closed form serves; 0 for no nulls (default: 4)",
+    )
+    command.add_argument(
+        "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
+    )
+    command.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="where matrices are measured (default: local)"
+    )
+    command.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="the Ray cluster of --engine ray; its nodes see the checkpoints at the same paths (default: $RAY_ADDRESS, else one on this machine)",
+    )
+    command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what would be measured, in how much time and memory; reads headers",
+    )
+    command.add_argument("--no-cache", action="store_true", help="neither read nor keep the base's factors on disk")
+    command.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The settings that the options name."""
+    from opdgeo.diagnostics import Settings
+
+    try:
+        shares = tuple(float(x) for x in args.mask_share.split(","))
+    except ValueError:
+        raise ConfigError(f"--mask-share is {args.mask_share!r}; expected numbers such as 0.5,0.3.") from None
+    return Settings(args.rank, args.top_k, args.mask_rank, shares, args.eta, args.nulls, args.null)
+
+
+def execution(args: argparse.Namespace) -> Execution:
+    """How the options want it carried out."""
+    from opdgeo.survey.request import Execution
+
+    return Execution(
+        engine=args.engine,
+        address=args.ray_address,
+        workers=args.workers,
+        device=args.device,
+        cache=not args.no_cache,
+        progress=sys.stderr.isatty(),
+        out=args.out,
+        overwrite=args.overwrite,
+    )
+
+
+def measure(args: argparse.Namespace, request: Request) -> int:
+    """Measure `request`, or with --plan only say what it would take; returns the exit status."""
+    from opdgeo.survey.run import plan_text, survey
+
+    if args.plan:
+        print(plan_text(request, args.workers))
+        return DONE
+    return finish(args, survey(request, execution(args)))
+
+
+def finish(args: argparse.Namespace, result: Result) -> int:
+    """Save `result` into OUT, print its table, write the page; returns the exit status."""
+    from opdgeo.report.glossary import clean
+    from opdgeo.report.terminal import print_summary
+
+    result.save(args.out)
+    print_summary(result.summary)
+    if reused := result.run["reused"]:
+        print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
+    pairing = result.run["pairing"]
+    for label in ("base_only", "tuned_only", "unrecognised"):
+        if names := pairing[label]:
+            print(
+                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(map(clean, names[:3]))} (all in run.json)"
+            )
+    for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
+        print(f"note: {clean(note)}")
+    if not args.no_report:
+        from opdgeo.report import write_report
+
+        print(f"report: {write_report(args.out)}")
+    print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
+    if result.skipped:
+        print(
+            f"opdgeo: {len(result.skipped)} matrices were not computed, first {clean(result.skipped[0])}; see `reason`",
+            file=sys.stderr,
+        )
+        return INCOMPLETE
+    return DONE

@@ -1,0 +1,35 @@
+"""`opdgeo report`: the page, from the data files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from opdgeo.commands.common import DONE
+from opdgeo.errors import ConfigError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "report", help="rebuild the page from the data files", description="Rebuild report.html from the data files."
+    )
+    command.add_argument("out", metavar="OUT", nargs="+", type=Path, help="results folders")
+    command.add_argument("--figures", action="store_true", help="also write figures/*.svg and figures/*.pdf")
+    command.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write what one study found as a page of text"
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from opdgeo.report import write_report
+
+    for out in args.out:
+        print(f"report: {write_report(out, figures=args.figures)}")
+    if args.markdown:
+        from opdgeo.report.markdown import write_markdown
+
+        if len(args.out) != 1:
+            raise ConfigError(f"--markdown was given with {len(args.out)} folders; expected one study.")
+        print(f"text:   {write_markdown(args.out[0], args.markdown)}")
+    return DONE

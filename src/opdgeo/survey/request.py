@@ -1,0 +1,131 @@
+"""A survey's two halves: what is measured (`Request`) and how (`Execution`). Built once, handed down whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
+from opdgeo.diagnostics import Settings
+from opdgeo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is measured: checkpoints of one base, which of their matrices, and with which settings.
+
+    Attributes:
+        base: the checkpoint before training.
+        checkpoints: those after training, in step order.
+        roles: "all", "attention", "mlp" or role names, comma-separated.
+        settings: ranks, masks, tolerance and nulls.
+        trajectory: whether the checkpoints' update subspaces are compared with each other.
+
+    Raises:
+        PairingError: when `pairings` or `work` is asked for and two checkpoints do not fit together.
+    """
+
+    base: Checkpoint
+    checkpoints: Sequence[Checkpoint]
+    roles: str = "all"
+    settings: Settings = field(default_factory=Settings)
+    trajectory: bool = False
+
+    @classmethod
+    def of_update(
+        cls, base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None
+    ) -> Request:
+        """One update, from the checkpoint `base` to `tuned`.
+
+        Raises:
+            CheckpointError: one of the two cannot be opened.
+        """
+        before = open_checkpoint(base)
+        return cls(before, [open_checkpoint(tuned, before)], roles, settings or Settings())
+
+    @classmethod
+    def of_run(
+        cls,
+        base: str | Path,
+        checkpoints: str | Path | Sequence[str | Path],
+        *,
+        roles: str = "all",
+        settings: Settings | None = None,
+    ) -> Request:
+        """A trajectory: a run folder with step-* or checkpoint-* folders, or checkpoints in step order.
+
+        Raises:
+            CheckpointError: one of them cannot be opened.
+        """
+        before = open_checkpoint(base)
+        given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+        return cls(before, run_checkpoints(given, before), roles, settings or Settings(), trajectory=True)
+
+    @property
+    def every(self) -> list[Checkpoint]:
+        """The base and the checkpoints."""
+        return [self.base, *self.checkpoints]
+
+    @cached_property
+    def pairings(self) -> list[Pairing]:
+        """The base paired with every checkpoint."""
+        return [pair(self.base, checkpoint, self.roles) for checkpoint in self.checkpoints]
+
+    @cached_property
+    def work(self) -> list[Matrix]:
+        """The matrices that the base and every checkpoint have."""
+        common = set.intersection(*(set(p.matrices) for p in self.pairings))
+        return [m for m in self.pairings[0].matrices if m in common]
+
+    def account(self) -> dict[str, Any]:
+        """What is measured and what is not, over all checkpoints: `pairing` of run.json."""
+        accounts = [p.to_json() for p in self.pairings]
+        lists = ("base_only", "tuned_only", "tied", "unrecognised")
+        found = accounts[0] | {key: sorted({name for a in accounts for name in a[key]}) for key in lists}
+        return found | {"measured": len(self.work)}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a request is carried out: nothing here changes a number.
+
+    Attributes:
+        engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
+        address: the Ray cluster; default `$RAY_ADDRESS`, else one on this machine.
+        workers: matrices measured at a time; default one per CPU core.
+        device: "cpu" or "cuda".
+        cache: read and keep the base's factors on disk.
+        progress: show a progress bar on standard error.
+        out: a results folder whose earlier work is gone on from.
+        overwrite: whether `out` may hold the result of another update, which is then replaced.
+    """
+
+    engine: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    cache: bool = True
+    progress: bool = False
+    out: Path | None = None
+    overwrite: bool = True
+
+    def check(self) -> None:
+        """Raises:
+        ConfigError: a combination that no machine can serve, or not this one.
+        """
+        if self.engine not in ("local", "ray"):
+            raise ConfigError(f"engine is {self.engine!r}; expected 'local' or 'ray'.")
+        if self.address and self.engine != "ray":
+            raise ConfigError(
+                f"a Ray address, {self.address!r}, was given without --engine ray. Add it, or leave it out."
+            )
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; expected at least 1.")
+        if self.engine == "local" and self.device.startswith("cuda"):
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ConfigError(f"device {self.device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
