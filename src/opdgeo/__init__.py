@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from opdgeo.checkpoints import open_checkpoint
     from opdgeo.diagnostics import Settings
     from opdgeo.survey import Result, compare, track
+    from opdgeo.survey import load_result as load
     from opdgeo.training.channel import Channel
     from opdgeo.training.monitor import GeometryMonitor
 
@@ -19,15 +20,17 @@ _HOMES = {
     "Result": "opdgeo.survey",
     "Settings": "opdgeo.diagnostics",
     "compare": "opdgeo.survey",
+    "load": "opdgeo.survey:load_result",
     "open_checkpoint": "opdgeo.checkpoints",
     "track": "opdgeo.survey",
 }
-__all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
+__all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "load", "open_checkpoint", "track"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        home, _, there = _HOMES[name].partition(":")
+        return getattr(import_module(home), there or name)
     raise AttributeError(f"module 'opdgeo' has no attribute {name!r}")
 
 

@@ -14,7 +14,7 @@ import math
 import torch
 
 from opdgeo.diagnostics.subspace_similarity import SIDES, name
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
+from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, unresolved
 from opdgeo.numerics.spectra import Spectrum
 
 READS = ("top_k",)
@@ -30,9 +30,9 @@ def share(update: Update, channel: Spectrum | None, k: int, side: str, reason: s
         return undefined(UNMOVED)
     if channel is None:
         return undefined("the earlier update did not move")
+    if problem := unresolved(channel, k, side):
+        return undefined(problem)
     lost = channel.subspace_error(k, side)
-    if lost >= 1:
-        return undefined(undetermined(k))
     delta = update.delta
     inside = delta @ channel.right[:, :k] if side == "right" else delta.T @ channel.left[:, :k]
     found = min(1.0, float(torch.linalg.vector_norm(inside / update.norm)) ** 2)

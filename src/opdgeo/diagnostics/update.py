@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -99,6 +99,19 @@ NO_VISIBLE = "no entry moved visibly in bf16"
 
 def undetermined(k: int) -> str:
     return f"the gap between singular values {k} and {k + 1} vanishes, so the subspace is not determined"
+
+
+def unresolved(of: Spectrum, k: int, side: str) -> str | None:
+    """Why the top-k subspace of an update is not determined; None where it is."""
+    if k >= (of.left if side == "left" else of.right).shape[0]:  # the whole space
+        return None
+    if of.floor > 0 and float(of.sigma[k - 1]) <= of.floor:
+        rank = int((of.sigma > of.floor).sum())
+        return (
+            f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank "
+            f"{rank} only"
+        )
+    return undetermined(k) if of.subspace_error(k, side) >= 1 else None
 
 
 class Base:
@@ -251,7 +264,13 @@ class Update:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
         if not self.directions:
             return leading(self.delta, k, angle=math.inf, start=self.start)
-        return leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+        found = leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+        return replace(found, floor=self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """How large the singular values are that the rounding of W₊ as it is stored gives to ΔW; factors have none."""
+        return 0.0 if self.factors else precision.rounding(*precision.squares(self.weights), self.weights.dtype)
 
     @cached
     def angles(self) -> dict[str, Tensor]:

@@ -93,6 +93,14 @@ def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
     return summary_of(_json(path), path)
 
 
+def load_locking(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
+    """The locking steps of a summary given as the object itself or as the folder that holds summary.json."""
+    if isinstance(source, dict):
+        return locking_of(source, Path("summary"))
+    path = Path(source) / "summary.json"
+    return locking_of(_json(path), path)
+
+
 def load_claims(source: Path | str | dict[str, Any]) -> dict[str, Any]:
     """The claims given as the object itself or as the folder that holds claims.json."""
     if isinstance(source, dict):

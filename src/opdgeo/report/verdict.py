@@ -103,6 +103,51 @@ def unmoved(checkpoint: dict[str, Any]) -> int:
     return 0 if did_not_move(checkpoint) else int(checkpoint.get("unmoved", 0))
 
 
+THRESHOLD = 0.8
+"""The similarity that counts as locked in the one sentence; the data files have a range of them."""
+
+
+@dataclass(frozen=True)
+class Early:
+    """How early the final update's top-`rank` right subspace is there, beside the walk null.
+
+    `similarity` and `chance`: at the first checkpoint, `first`; `step` and `null_step`: from which on it stays at or above
+    `threshold`, None: not before the last checkpoint. Of similarities without a value only `reason` is known. `unit` is
+    step, or checkpoint where checkpoints have none.
+    """
+
+    unit: str = "step"
+    rank: int = 0
+    first: int = 0
+    similarity: float | None = None
+    chance: float | None = None
+    threshold: float = THRESHOLD
+    step: int | None = None
+    null_step: int | None = None
+    reason: str | None = None
+
+
+def early(checkpoints: list[dict[str, Any]], locking: list[dict[str, Any]]) -> Early | None:
+    """`Early` of one run of at least two checkpoints, for K = 16 or the largest K below it that has a value."""
+    reason = None
+    unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
+    for row in sorted(locking, key=lambda r: -r["rank"]):
+        if row["side"] != "right" or row["rank"] > 16 or not row.get("steps"):
+            continue
+        of = [d for d in checkpoints[0]["diagnostics"] if d["diagnostic"] == "subspace_similarity"]
+        entry_ = next((d for d in of if d["variant"] == f"final.{row['rank']}"), None)
+        if entry_ is None or entry_["mean"] is None:
+            reason = reason or (entry_ or {}).get("reason")
+            continue
+        at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - THRESHOLD))
+        chance = (entry_["null"] or {}).get("mean")
+        return Early(
+            unit, row["rank"], row["steps"][0], entry_["mean"], chance, row["thresholds"][at], row["step"][at],
+            row["null_step"][at], reason,
+        )  # fmt: skip
+    return Early(unit, reason=reason) if reason else None
+
+
 def did_not_move(checkpoint: dict[str, Any]) -> bool:
     """Whether every measured matrix is the same in both checkpoints."""
     norm = find(checkpoint, "frobenius_norm") or find(checkpoint, "relative_norm")

@@ -37,6 +37,7 @@ TRAJECTORY = ("subspace_similarity", "channel_energy")  # their null is the walk
 SIZES = ("frobenius_norm", "relative_norm")  # the null has the same value by definition
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP = 2000
+_PANDAS = {"String": "string", "Int64": "Int64", "Int32": "Int32", "Float64": "float64"}  # an absent step stays absent
 PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
@@ -54,11 +55,28 @@ class Result:
         """Matrices that could not be computed at some checkpoint."""
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
 
-    def save(self, out: Path, *, growing: bool = False) -> None:
+    def to_pandas(self) -> Any:
+        """`measurements` as a pandas table.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError(
+                "to_pandas needs the package pandas, which is not installed; `pip install pandas`, or use `.measurements`, a "
+                "polars table, or pandas.read_parquet on measurements.parquet elsewhere."
+            ) from error
+        columns = {c.name: pandas.Series(c.to_list(), dtype=_PANDAS[str(c.dtype)]) for c in self.measurements}
+        return pandas.DataFrame(columns)
+
+    def save(self, out: str | Path, *, growing: bool = False) -> None:
         """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
 
         A page that was made from other data goes first; the finished parts go last, unless the run is still growing.
         """
+        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         remove_orphans(out)
         for stale in ("run.json", "report.html"):
@@ -78,12 +96,13 @@ class Result:
         return write_report(Path(path))
 
 
-def load_result(out: Path) -> Result:
-    """Read a folder written by `Result.save`.
+def load_result(out: str | Path) -> Result:
+    """The result in a folder: what `opdgeo compare -o`, `track -o` or `Result.save` wrote.
 
     Raises:
         ConfigError: a file is missing or unreadable.
     """
+    out = Path(out)
     try:
         return Result(
             pl.read_parquet(out / "measurements.parquet"),
@@ -108,7 +127,7 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
 
     `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
     mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
-    `unmoved` counts these.
+    `unmoved` counts these; `reason` is the most frequent one of moved matrices without a value.
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
@@ -122,6 +141,7 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
         for (diagnostic, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
             entry = {"diagnostic": diagnostic, "variant": variant, **_statistics(group, str(diagnostic))}
             entry["null"] = _against_null(group, str(diagnostic), "walk" if diagnostic in TRAJECTORY else null)
+            entry["reason"] = _why(group)
             entry["roles"] = {
                 str(role): _statistics(part, str(diagnostic))
                 | {"null_mean": _mean(compared(part), "null_mean", str(diagnostic))}
@@ -188,6 +208,13 @@ def _median_step(steps: list[int | None]) -> int | None:
     known = sorted(s for s in steps if s is not None)
     half = (len(steps) + 1) // 2
     return known[half - 1] if 0 < half <= len(known) else None
+
+
+def _why(group: pl.DataFrame) -> str | None:
+    lacking = group.filter(pl.col("value").is_null() & pl.col("reason").is_not_null())
+    moved = lacking.filter("moved") if group["moved"].any() else lacking
+    reasons: list[str] = moved["reason"].to_list()
+    return max(dict.fromkeys(reasons), key=reasons.count, default=None)
 
 
 def _weights(group: pl.DataFrame, diagnostic: str) -> np.ndarray:

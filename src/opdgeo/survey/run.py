@@ -19,6 +19,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
+from opdgeo.survey.kinship import remarks
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
@@ -201,6 +202,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         "seconds_by_shape": dict(by_shape),
         "reused": dict(reused),
         "inputs": parts.inputs,
+        "remarks": remarks(request.base, request.checkpoints),
     }
     return Result(*tables, summarise(tables[0], settings.null), run)
 
@@ -215,7 +217,8 @@ def plan_text(request: Request, workers: int | None = None) -> str:
     refuse_what_cannot_fit(request.work, request.every, request.settings)
     planned = plan(request.work, request.every, request.settings, workers)
     text = describe(planned, request.pairings[0], len(request.checkpoints), workers)
-    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in request.every for note in c.notes)])
+    notes = [*remarks(request.base, request.checkpoints), *(note for c in request.every for note in c.notes)]
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for note in notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:
