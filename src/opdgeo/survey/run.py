@@ -23,7 +23,7 @@ from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
-from opdgeo.survey.parts import Parts
+from opdgeo.survey.parts import Parts, require_unchanged
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
 
@@ -130,6 +130,8 @@ def _survey(
         of_base, *of_checkpoints = manifests
     finally:
         beside.shutdown(cancel_futures=True)
+    require_unchanged([base, *checkpoints], parts.stamps, gone=seen is not None)
+    parts.require_same_bytes([of_base, *of_checkpoints])
 
     order = {c.name: i for i, c in enumerate(checkpoints)}
     rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])
