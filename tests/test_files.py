@@ -58,7 +58,15 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
 
 
 def test_nothing_is_an_orphan_but_what_we_left(tmp_path: Path) -> None:
-    names = (".partial", ".x.partial", ".a.b.partial", ".a.12-x-1.partial", "a.0-1-1.partial", ".a.zz-1-1.partial", ".a.1-1.partial")
+    names = (
+        ".partial",
+        ".x.partial",
+        ".a.b.partial",
+        ".a.12-x-1.partial",
+        "a.0-1-1.partial",
+        ".a.zz-1-1.partial",
+        ".a.1-1.partial",
+    )
     for name in names:
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (1, 1))

@@ -2,7 +2,8 @@
 
 An unfinished run keeps one file a matrix in OUT/.parts, named by a digest of everything but the settings that its rows
 depend on: the files it was read from (path, size, inode, times of change), the program and the libraries that compute. What no
-longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables. The settings
+longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables, and
+the hashes of the files that it measured, which are compared before a row is taken over. The settings
 stand beside the rows, so that only what reads a changed one is measured again.
 """
 
@@ -92,7 +93,7 @@ class Parts:
         self.stamps = list(stamps or [stamp(c) for c in checkpoints])
         self.inputs = inputs(self.stamps, checkpoints, trajectory, device)
         self.folder = out / PARTS if out else None
-        self.finished, self.hashes = _finished(out, self.inputs) if out else ({}, None)
+        self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
         if self.folder and self.folder.is_dir():
             remove_orphans(self.folder)
 
@@ -115,32 +116,25 @@ class Parts:
             write_json(path, asdict(measured))
 
 
-    def require_same_bytes(self, manifests: Sequence[dict[str, Any]]) -> None:
-        """Check what was taken over from a finished run against the files' hashes, which that run's `run.json` holds too.
-
-        Raises:
-            ConfigError: the files have other content, although nothing that the system says of them differs.
-        """
-        if self.hashes is not None and self.hashes != hashes(manifests):
-            raise ConfigError(
-                "the checkpoints have other content than when the results folder was made, although size and times of their files are the "
-                "same; expected the files that were measured. Choose another folder with -o."
-            )
-
-
 def hashes(manifests: Sequence[Any]) -> list[list[str]]:
     """The SHA-256 of every file of every checkpoint."""
     return [[file["sha256"] for file in manifest["files"]] for manifest in manifests]
 
 
-def _finished(out: Path, inputs: str) -> tuple[dict[str, Measured], list[list[str]] | None]:
-    """The matrices of a finished run of the same inputs in `out`, and the hashes of the files that it measured."""
+def _finished(
+    out: Path, inputs: str, checkpoints: Sequence[Checkpoint]
+) -> tuple[dict[str, Measured], list[dict[str, Any]] | None]:
+    """The matrices of a finished run of the same inputs in `out`, and the manifests, which were compared with that run's."""
     with suppress(ConfigError, AttributeError, KeyError, TypeError):  # no results, or not of the form that we write
         result = load_result(out)
         if result.run.get("inputs") == inputs:
+            measured = hashes([result.run["base"], *result.run["checkpoints"]])
+            manifests = [c.manifest() for c in checkpoints]
+            if measured != hashes(manifests):  # other bytes, of which the file system says nothing
+                return {}, manifests
             rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
             found = {m: Measured(of, curves.get(m, []), result.run["settings"]) for m, of in rows.items()}
-            return found, hashes([result.run["base"], *result.run["checkpoints"]])
+            return found, manifests
     return {}, None
 
 

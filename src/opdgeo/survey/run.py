@@ -121,7 +121,8 @@ def _survey(
     runs = engines.ray(job, rest, workers, ray_address) if engine == "ray" else engines.local(job, rest, workers)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(seen.manifest if seen else methodcaller("manifest"), [base, *checkpoints])
+        manifest = seen.manifest if seen else methodcaller("manifest")
+        manifests = parts.manifests or beside.map(manifest, [base, *checkpoints])
         with _Bar(progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
@@ -131,7 +132,6 @@ def _survey(
     finally:
         beside.shutdown(cancel_futures=True)
     require_unchanged([base, *checkpoints], parts.stamps, gone=seen is not None)
-    parts.require_same_bytes([of_base, *of_checkpoints])
 
     order = {c.name: i for i, c in enumerate(checkpoints)}
     rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])

@@ -145,7 +145,9 @@ def refuse_kernels(folder: Path) -> None:
     def look(value: Any) -> None:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             named = str(key).removeprefix("_")
-            if (named in ("kernel_config", "use_kernels") and inner) or ("implementation" in named and "/" in str(inner)):
+            if (named in ("kernel_config", "use_kernels") and inner) or (
+                "implementation" in named and "/" in str(inner)
+            ):
                 raise ConfigError(
                     f"{path} sets {key} to {str(inner)[:80]!r}, which loads code from the hub; expected one of transformers' own "
                     "implementations, such as sdpa or eager. Remove the line from the file."

@@ -74,7 +74,9 @@ class ServedTeacher:
         """
         room = self.model.get("max_model_len")
         if room is not None and type(room) is not int:
-            raise ConfigError(f"{self.url} says that its model takes {room!r} tokens; expected a whole number, as vLLM does.")
+            raise ConfigError(
+                f"{self.url} says that its model takes {room!r} tokens; expected a whole number, as vLLM does."
+            )
         if room is not None and room <= longest:
             raise ConfigError(
                 f"the teacher at {self.url} takes {room} tokens; expected {longest + 1}, the longest prompt and completion and one "
