@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ from opdgeo.checkpoints import open_checkpoint
 from opdgeo.commands import main
 from opdgeo.diagnostics import Base, Settings, Update, diagnostics
 from opdgeo.diagnostics.gaussian_null import gaussian_null
+from opdgeo.errors import CheckpointError
 from opdgeo.survey import engines
 from opdgeo.survey.parts import Parts
 
@@ -235,3 +237,64 @@ def test_another_config_is_another_input(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
         digests.add(Parts(None, [open_checkpoint(tmp_path)], trajectory=False, device="cpu").inputs)
     assert len(digests) == 2
+
+
+def test_a_base_swapped_for_one_of_the_same_size_and_time_is_measured(
+    small_run: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """The numbers in a results folder are always those of the bytes whose hash it holds: overwritten in place, or replaced."""
+    base, run = tmp_path / "base", small_run[1]
+    settings = opdgeo.Settings(nulls=0, rank=4)
+    file = base / "model.safetensors"
+    base.mkdir()
+    file.write_bytes((small_run[0] / "model.safetensors").read_bytes())
+    time_ = file.stat().st_mtime_ns
+    opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path / "out").save(tmp_path / "out")
+    other = bytearray(file.read_bytes())
+    for replaced in (False, True):
+        aside = base / "aside" if replaced else file
+        other[-2 - 4 * replaced] ^= 0x10  # of one of the last numbers
+        aside.write_bytes(other)
+        os.utime(aside, ns=(time_, time_))
+        aside.replace(file)
+        again = opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path / "out")
+        again.save(tmp_path / "out")
+        fresh = opdgeo.track(base, run, settings=settings, cache=False)
+        assert again.measurements.equals(fresh.measurements)
+        assert again.run["base"] == fresh.run["base"]
+        assert not again.run["reused"]
+
+
+def test_a_file_that_changes_while_it_is_measured_is_refused(
+    small_run: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    file = base / "model.safetensors"
+    file.write_bytes((small_run[0] / "model.safetensors").read_bytes())
+    time_, original = file.stat().st_mtime_ns, engines.measure
+
+    def swapped(*arguments):  # type: ignore[no-untyped-def]
+        found = original(*arguments)
+        with file.open("r+b") as stream:
+            stream.seek(-2, os.SEEK_END)
+            stream.write(b"\x10")
+        os.utime(file, ns=(time_, time_))
+        return found
+
+    monkeypatch.setattr(engines, "measure", swapped)
+    with pytest.raises(CheckpointError, match="changed or replaced while it was measured"):
+        opdgeo.compare(base, small_run[1][0], settings=opdgeo.Settings(nulls=0, rank=4), cache=False)
+
+
+def test_results_of_other_bytes_are_not_taken_over(small_run: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """A file system that says nothing of a change: the hashes differ all the same."""
+    base, run = small_run
+    settings = opdgeo.Settings(nulls=0, rank=4)
+    opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path).save(tmp_path)
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    recorded["base"]["files"][0]["sha256"] = "0" * 64
+    for other in (recorded, [], 7, {}, recorded | {"base": None}, recorded | {"checkpoints": [3]}):
+        (tmp_path / "run.json").write_text(json.dumps(other))
+        assert not opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path).run["reused"]
+        shutil.rmtree(tmp_path / ".parts")

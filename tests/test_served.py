@@ -169,13 +169,13 @@ def test_the_key_goes_to_no_other_address(code: int, server: Served, monkeypatch
         handler.end_headers()
 
     try:
-        teacher = served.ServedTeacher(server.url)
+        asked = served.ServedTeacher(server.url)
         server.raw = redirect
         for ask in (
             lambda: served.ServedTeacher(server.url),
-            lambda: teacher.logprobs(torch.tensor([[3, 4]]), torch.ones(1, 2), 1),
+            lambda: asked.logprobs(torch.tensor([[3, 4]]), torch.ones(1, 2), 1),
         ):
-            with pytest.raises(ConfigError, match="redirects to .*localhost.*the server itself"):
+            with pytest.raises(ConfigError, match=r"redirects to .*localhost.*the server itself"):
                 ask()
     finally:
         other.shutdown()
@@ -226,16 +226,16 @@ def logprobs(*values: str) -> bytes:
 def test_what_is_no_log_probability_is_refused(
     answer: Callable[[BaseHTTPRequestHandler], None], says: str, server: Served
 ) -> None:
-    teacher = served.ServedTeacher(server.url)
+    asked = served.ServedTeacher(server.url)
     server.raw = answer
     with pytest.raises(ConfigError, match=says):
-        teacher.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2)
+        asked.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2)
 
 
 def test_a_certain_token_may_be_rounded_above_one(server: Served) -> None:
-    teacher = served.ServedTeacher(server.url)
+    asked = served.ServedTeacher(server.url)
     server.raw = answering(logprobs("1e-7", "-2"))
-    assert teacher.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2).tolist() == [[0.0, -2.0]]
+    assert asked.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2).tolist() == [[0.0, -2.0]]
 
 
 @pytest.mark.parametrize("models", [b'{"data": [{"id": 7}]}', b'{"data": []}', b'{"data": ["x"]}', b"3"])
@@ -247,19 +247,19 @@ def test_a_server_that_lists_no_model_is_refused(models: bytes, server: Served) 
 
 def test_wrong_types_before_the_run_are_refused(server: Served) -> None:
     tokenizer = server.tokenizer
-    teacher = served.ServedTeacher(server.url)
+    asked = served.ServedTeacher(server.url)
     for content in (b"7", b"{}", b'{"tokens": 5}', b'{"tokens": null}', b'{"tokens": [1, "x"]}'):
         server.raw = answering(content)
         with pytest.raises(ConfigError, match="expected"):
-            teacher.require_same_tokens(tokenizer, ["1+2="], 18)
-    teacher.model["max_model_len"] = "64"
+            asked.require_same_tokens(tokenizer, ["1+2="], 18)
+    asked.model["max_model_len"] = "64"
     with pytest.raises(ConfigError, match="takes '64' tokens"):
-        teacher.require_same_tokens(tokenizer, [], 18)
+        asked.require_same_tokens(tokenizer, [], 18)
 
 
 def test_a_server_that_starts_again_does_not_end_training(server: Served) -> None:
     """Cut off in the middle of a header, then of an answer, then there."""
-    teacher = served.ServedTeacher(server.url)
+    asked = served.ServedTeacher(server.url)
     right = logprobs("-1.0", "-2.0")
     lines = [b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + right[:9]]
     cuts = iter(lines)
@@ -274,5 +274,5 @@ def test_a_server_that_starts_again_does_not_end_training(server: Served) -> Non
         handler.close_connection = True
 
     server.raw = cut
-    assert teacher.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2).tolist() == [[-1.0, -2.0]]
+    assert asked.logprobs(torch.tensor([[3, 4, 5]]), torch.ones(1, 3), 2).tolist() == [[-1.0, -2.0]]
     assert next(cuts, None) is None

@@ -73,11 +73,8 @@ def remove_orphans(folder: Path) -> int:
             continue
         with suppress(OSError):
             status = path.lstat()
-            if named[1] == _machine():
-                dead = not _alive(int(named[2]))
-            else:
-                dead = time.time() - status.st_mtime > ABANDONED
-            if dead:
+            abandoned = time.time() - status.st_mtime > ABANDONED
+            if not _alive(int(named[2])) if named[1] == _machine() else abandoned:
                 path.unlink()
                 freed += status.st_size
     return freed

@@ -59,6 +59,7 @@ from opdgeo.experiments.signal_statistics import (
     number_row,
     statistics,
 )  # fmt: skip
+from opdgeo.files import write_atomically
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import PARTS, write_json

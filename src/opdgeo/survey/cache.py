@@ -82,7 +82,7 @@ class SpectrumCache:
             )
             thresholds = {name: Threshold(**limit) for name, limit in limits.items()}
             os.utime(path)
-        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError):
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return None  # what is computed instead takes its place
         return found, thresholds
 

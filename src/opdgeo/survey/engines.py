@@ -124,7 +124,10 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to the cluster; one that was there before stays."""
+    """A connection to the cluster that was asked for, else one of this process alone; one that was there before stays.
+
+    Without an address Ray would join whatever cluster was last started on this machine, which may be anybody's.
+    """
     if ray.is_initialized():
         yield
         return
@@ -133,7 +136,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     try:
         if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray itself tries for minutes
             socket.create_connection((found[1], int(found[2])), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=False)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", include_dashboard=False)
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address or 'this machine'} ({error}); expected HOST:PORT of a head node with this Python "

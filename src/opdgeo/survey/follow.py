@@ -41,6 +41,8 @@ SETTLE, POLL = 60.0, 2.0  # seconds
 class Growing:
     """A survey's source (`run.Source`): a run's checkpoints as they were when first seen. Some may be gone since."""
 
+    deletes = True
+
     def __init__(self, run: Path, base: Checkpoint, out: Path):
         self.run, self.base, self.out = run, base, out
         self.checkpoints: dict[int, Checkpoint] = {}

@@ -1,8 +1,9 @@
 """What earlier runs of a folder measured: a killed run goes on from its finished matrices, a finished one from its tables.
 
 An unfinished run keeps one file a matrix in OUT/.parts, named by a digest of everything but the settings that its rows
-depend on: the files it was read from (path, size, time of change), the program and the libraries that compute. What no
-longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables. The settings
+depend on: the files it was read from (path, size, inode, times of change), the program and the libraries that compute. What no
+longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables, and
+the hashes of the files that it measured, which are compared before a row is taken over. The settings
 stand beside the rows, so that only what reads a changed one is measured again.
 """
 
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.errors import ConfigError
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.files import remove_orphans
 from opdgeo.survey.measure import Measured
 from opdgeo.survey.results import PARTS, load_result, write_json
 
@@ -27,12 +29,48 @@ COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
 LIBRARIES = ("torch", "numpy", "scipy")
 
 
-Stamp = list[tuple[str, int, int]]
+Stamp = list[tuple[str, int, int, int, int]]
 
 
 def stamp(checkpoint: Checkpoint) -> Stamp:
-    """Path, size and time of change of every file of a checkpoint."""
-    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in checkpoint.files]
+    """Path, size, inode and times of change of every file of a checkpoint.
+
+    A file's owner can set the time of its content's change (mtime), as copying does; that of its inode's (ctime) nobody sets.
+
+    Raises:
+        CheckpointError: a file has gone.
+    """
+    found = []
+    for file in checkpoint.files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read any more ({error.strerror}). Copy it again.") from error
+        found.append((str(file.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+    return found
+
+
+def require_unchanged(checkpoints: Sequence[Checkpoint], stamps: Sequence[Stamp], *, gone: bool = False) -> None:
+    """Check that the files are those of `stamps`, so that what was measured and what was hashed are the same bytes.
+
+    `gone`: they may have been deleted since, as a run that is followed does.
+
+    Raises:
+        CheckpointError: a file was changed or replaced, or deleted.
+    """
+    for checkpoint, known in zip(checkpoints, stamps, strict=True):
+        for before in known:
+            file = Path(before[0])
+            with suppress(OSError):
+                now = file.stat()
+                if before[1:] == (now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns):
+                    continue
+            if gone and not file.exists():
+                continue
+            raise CheckpointError(
+                f"{file} of {checkpoint.path} was changed or replaced while it was measured; expected the same file from the beginning "
+                "to the end. Give the command again when nothing writes there."
+            )
 
 
 def inputs(stamps: Sequence[Stamp], checkpoints: Sequence[Checkpoint], trajectory: bool, device: str) -> str:
@@ -52,9 +90,12 @@ class Parts:
         self, out: Path | None, checkpoints: Sequence[Checkpoint], *, trajectory: bool, device: str,
         stamps: Sequence[Stamp] | None = None,
     ):  # fmt: skip
-        self.inputs = inputs(stamps or [stamp(c) for c in checkpoints], checkpoints, trajectory, device)
+        self.stamps = list(stamps or [stamp(c) for c in checkpoints])
+        self.inputs = inputs(self.stamps, checkpoints, trajectory, device)
         self.folder = out / PARTS if out else None
-        self.finished = _finished(out, self.inputs) if out else {}
+        self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
+        if self.folder and self.folder.is_dir():
+            remove_orphans(self.folder)
 
     def _path(self, matrix: Matrix) -> Path | None:
         key = hashlib.sha256(f"{self.inputs} {json.dumps(asdict(matrix))}".encode()).hexdigest()
@@ -75,14 +116,26 @@ class Parts:
             write_json(path, asdict(measured))
 
 
-def _finished(out: Path, inputs: str) -> dict[str, Measured]:
-    """The matrices of a finished run of the same inputs in `out`."""
-    with suppress(ConfigError):
+def hashes(manifests: Sequence[Any]) -> list[list[str]]:
+    """The SHA-256 of every file of every checkpoint."""
+    return [[file["sha256"] for file in manifest["files"]] for manifest in manifests]
+
+
+def _finished(
+    out: Path, inputs: str, checkpoints: Sequence[Checkpoint]
+) -> tuple[dict[str, Measured], list[dict[str, Any]] | None]:
+    """The matrices of a finished run of the same inputs in `out`, and the manifests, which were compared with that run's."""
+    with suppress(ConfigError, AttributeError, KeyError, TypeError):  # no results, or not of the form that we write
         result = load_result(out)
         if result.run.get("inputs") == inputs:
+            measured = hashes([result.run["base"], *result.run["checkpoints"]])
+            manifests = [c.manifest() for c in checkpoints]
+            if measured != hashes(manifests):  # other bytes, of which the file system says nothing
+                return {}, manifests
             rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
-            return {m: Measured(found, curves.get(m, []), result.run["settings"]) for m, found in rows.items()}
-    return {}
+            found = {m: Measured(of, curves.get(m, []), result.run["settings"]) for m, of in rows.items()}
+            return found, manifests
+    return {}, None
 
 
 def _by_matrix(table: Any) -> dict[str, list[dict[str, Any]]]:

@@ -23,7 +23,7 @@ from opdgeo.survey.kinship import remarks
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
-from opdgeo.survey.parts import Parts
+from opdgeo.survey.parts import Parts, require_unchanged
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.request import Execution, Request
 from opdgeo.survey.results import Result, frames, summarise
@@ -96,6 +96,10 @@ def track(
 class Source(Protocol):
     """What a survey remembers of its checkpoints between two runs. A run that is still growing is another source (`follow`)."""
 
+    @property
+    def deletes(self) -> bool:
+        """Whether a checkpoint may be gone once it was measured."""
+
     def check_earlier(self, request: Request, execution: Execution) -> None:
         """Raises ConfigError where the results folder holds what may not be replaced."""
 
@@ -112,6 +116,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Finished:
     """Checkpoints that lie there whole."""
+
+    deletes: bool = False
 
     def check_earlier(self, request: Request, execution: Execution) -> None:
         if execution.out:
@@ -170,7 +176,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     runs = engines.ENGINES[execution.engine](job, rest, execution)
     beside = ThreadPoolExecutor(1)
     try:
-        manifests = beside.map(source.manifest, request.every)
+        manifests = parts.manifests or beside.map(source.manifest, request.every)
         with _Bar(execution.progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
@@ -179,6 +185,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         of_base, *of_checkpoints = manifests
     finally:
         beside.shutdown(cancel_futures=True)
+    require_unchanged(request.every, parts.stamps, gone=source.deletes)
 
     order = {c.name: i for i, c in enumerate(request.checkpoints)}
     rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])

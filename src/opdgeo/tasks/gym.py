@@ -32,8 +32,7 @@ OPENING, CLOSING = "<answer>", "</answer>"
 LONGEST = 100_000  # characters of an answer; no family's is a tenth as long
 LONGEST_EXPRESSION, DEEPEST = 1000, 50  # characters, parentheses
 
-FAMILIES = frozenset(
-    """
+_READ = """
     ab advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation bitwise_arithmetic
     caesar_cipher calendar_arithmetic chain_sum circuit_logic color_cube_rotation complex_arithmetic count_bits count_primes
     course_schedule cryptarithm decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships figlet_font
@@ -45,8 +44,8 @@ FAMILIES = frozenset(
     self_reference sentence_reordering shortest_path simple_equations simple_geometry spell_backward string_manipulation
     string_splitting string_synthesis sudoku survo syllogism time_intervals tower_of_hanoi tsumego word_ladder
     word_sequence_reversal word_sorting zebra_puzzles
-    """.split()
-)
+"""
+FAMILIES = frozenset(_READ.split())
 
 
 def value(expression: str) -> Fraction:

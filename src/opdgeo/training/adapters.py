@@ -202,9 +202,9 @@ def _names(parameters: list[Tensor], model: str) -> list[tuple[str, Tensor]]:
 
     from opdgeo.training import models
 
-    config = AutoConfig.from_pretrained(models.resolve(model), local_files_only=True)
+    config = AutoConfig.from_pretrained(models.resolve(model), local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        expected = list(AutoModelForCausalLM.from_config(config).named_parameters())
+        expected = list(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
     shapes = [tuple(p.shape) for p in parameters]
     if shapes != [tuple(p.shape) for _, p in expected]:
         raise ConfigError(

@@ -100,13 +100,23 @@ def _from_hub(name: str) -> Path:
 
 
 def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
-    """The causal language model in `folder`, with weights in `dtype` and every dropout at 0, on the CPU."""
+    """The causal language model in `folder`, with weights in `dtype` and every dropout at 0, on the CPU.
+
+    Raises:
+        ConfigError: its config.json asks for a kernel of the hub (`refuse_kernels`).
+        CheckpointError: transformers does not load it, or only with code of its own, which is not run.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True
-    )
+    refuse_kernels(folder)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            use_kernels=False,
+        )  # fmt: skip
+    except Exception as error:  # transformers raises what it meets
+        raise _not_loaded("model", folder, error) from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -114,6 +124,44 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         if getattr(model.config, key, None):
             setattr(model.config, key, 0.0)
     return model
+
+
+def _not_loaded(what: str, folder: Path, error: Exception) -> CheckpointError:
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return CheckpointError(
+        f"transformers does not load the {what} in {folder} ({said[:300]}); expected an architecture of its own and whole files. Code that "
+        "comes with a checkpoint is never run."
+    )
+
+
+def refuse_kernels(folder: Path) -> None:
+    """Check that a model's config.json names no kernel of the hub: transformers would fetch and run its code.
+
+    Raises:
+        ConfigError: it does, or it is no JSON.
+    """
+    path = folder / "config.json"
+
+    def look(value: Any) -> None:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            named = str(key).removeprefix("_")
+            if (named in ("kernel_config", "use_kernels") and inner) or (
+                "implementation" in named and "/" in str(inner)
+            ):
+                raise ConfigError(
+                    f"{path} sets {key} to {str(inner)[:80]!r}, which loads code from the hub; expected one of transformers' own "
+                    "implementations, such as sdpa or eager. Remove the line from the file."
+                )
+            if isinstance(inner, dict | list):
+                look(inner)
+
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__}")
+        look(config)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a model's configuration ({error}); expected a JSON object.") from None
 
 
 def multiply_in_float32(model: PreTrainedModel) -> None:
@@ -138,10 +186,16 @@ def load_tokenizer(folder: Path, end_token: str | None = None) -> PreTrainedToke
 
     Raises:
         ConfigError: it has no end-of-sequence token, so no completion could ever end.
+        CheckpointError: transformers does not load it, or only with code of its own, which is not run.
     """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises what it meets
+        raise _not_loaded("tokenizer", folder, error) from error
     if end_token is not None:
         if end_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -183,7 +237,10 @@ def require_same_vocabulary(student: Path, teacher: Path, end_token: str | None 
     """
     from transformers import AutoConfig
 
-    sizes = [AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size for folder in (student, teacher)]
+    sizes = [
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).vocab_size
+        for folder in (student, teacher)
+    ]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the teacher {teacher} has a vocabulary of {sizes[1]} and the student {student} one of {sizes[0]}; "
@@ -252,11 +309,14 @@ def convert_gguf(source: Path, folder: Path, origin: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **where)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            source.parent, dtype=torch.float32, trust_remote_code=False, **where
+        )
         config = copy.deepcopy(quantised.config)
         del config.quantization_config  # transformers refuses to save a model that says it is quantised
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(quantised.state_dict())
         model.generation_config = quantised.generation_config
         model.to(torch.bfloat16).save_pretrained(partial)

@@ -101,7 +101,7 @@ def main() -> None:
         fit(model, packed(text, tokenizer), BASE_STEPS, BASE_LR, args.out / "base.jsonl")
         save(model, tokenizer, base)
 
-    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     rng = random.Random(args.seed + 1)
     chains = (arithmetic.draw(rng, rng.randint(2, 4)) for _ in itertools.count())
     worked = (p.prompt + p.demonstration for p in chains if not p.held_out)

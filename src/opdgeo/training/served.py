@@ -17,7 +17,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -74,7 +74,9 @@ class ServedTeacher:
         """
         room = self.model.get("max_model_len")
         if room is not None and type(room) is not int:
-            raise ConfigError(f"{self.url} says that its model takes {room!r} tokens; expected a whole number, as vLLM does.")
+            raise ConfigError(
+                f"{self.url} says that its model takes {room!r} tokens; expected a whole number, as vLLM does."
+            )
         if room is not None and room <= longest:
             raise ConfigError(
                 f"the teacher at {self.url} takes {room} tokens; expected {longest + 1}, the longest prompt and completion and one "
@@ -149,6 +151,8 @@ class ServedTeacher:
             try:
                 with _OPENER.open(Request(self.url + path, data, headers), timeout=SECONDS) as answer:
                     content = answer.read(LARGEST + 1)
+                    if answer.length and len(content) <= LARGEST:
+                        raise IncompleteRead(content, answer.length)
                 if len(content) <= LARGEST:
                     return json.loads(content)
                 why = f"an answer of more than {LARGEST >> 20} MiB"
