@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from opdgeo.errors import ConfigError
+from opdgeo.diagnostics.diagnostic import Settings, cut
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, rows_of_block
 from opdgeo.numerics.spectra import (
@@ -44,63 +43,6 @@ class cached(Generic[T]):
         return value
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the diagnostics are asked for; saved beside the results.
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    rank: int = 512  # principal angles, PAPER §2
-    top_k: int = 16  # singular triplets of ΔW: Hill exponent, subspace similarity
-    mask_rank: int = 64  # rank of W₀'s reconstruction behind the principal mask; principal energy
-    mask_share: tuple[float, ...] = (0.5, 0.3)
-    eta: float = 1e-3
-    nulls: int = 4  # draws per matrix
-    null: str = "gaussian"  # or "shuffled"
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "top_k", "mask_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
-        if self.nulls < 0:
-            raise ConfigError(f"nulls is {self.nulls}; expected 0 (none) or more draws.")
-        if self.null not in ("gaussian", "shuffled"):
-            raise ConfigError(f"null is {self.null!r}; expected 'gaussian' or 'shuffled'.")
-        if not 0 <= self.eta < 1:
-            raise ConfigError(f"eta is {self.eta}; expected a relative tolerance in [0, 1), such as 1e-3.")
-        if not self.mask_share or not all(0 < share < 1 for share in self.mask_share):
-            raise ConfigError(f"mask_share is {self.mask_share}; expected shares between 0 and 1, such as 0.5,0.3.")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number that knows what it is. `error` bounds |value − exact|; `reason` says why a row is not plain."""
-
-    value: float | None
-    error: float | None = None
-    method: str = ""
-    status: str = "computed"
-    reason: str | None = None
-
-
-def undefined(reason: str) -> Value:
-    """A quantity that has no value for this matrix."""
-    return Value(None, status="undefined", reason=reason)
-
-
-UNMOVED = "the matrix did not move"
-NO_VISIBLE = "no entry moved visibly in bf16"
-
-
-def undetermined(k: int) -> str:
-    return f"the gap between singular values {k} and {k + 1} vanishes, so the subspace is not determined"
-
-
 class Base:
     """W₀ of one (rows, cols) matrix as it is stored, and what every checkpoint and null draw shares of it.
 
@@ -122,8 +64,7 @@ class Base:
 
     def cut(self, rank: int) -> tuple[int, str | None]:
         """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
-        allowed = max(1, min(self.shape) // 2)
-        return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
+        return cut(rank, self.shape)
 
     @cached
     def factored_rank(self) -> int:

@@ -12,9 +12,9 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from opdgeo.report.charts import Chart, Group, Series, distribution, inline_svg, trajectory
+from opdgeo.report.charts import Chart, Group, Scale, Series, distribution, inline_svg, trajectory
 from opdgeo.report.data import _broken, _json, _table
-from opdgeo.report.glossary import Entry, clean, number
+from opdgeo.report.glossary import clean, number
 from opdgeo.report.page import _resource
 from opdgeo.report.terminal import _new_table
 
@@ -301,9 +301,8 @@ def _charts(prefix: str, table: pl.DataFrame, spectra: pl.DataFrame, found: Foun
                 )
             )
     if groups:
-        entry = Entry("alignment", "number", False, "", "", "", "")
         made.append(distribution(
-            f"{prefix}-alignment", "Alignment of right second moments", entry, groups, "1: the same up to size; grey: unrelated",
+            f"{prefix}-alignment", "Alignment of right second moments", Scale(), groups, "1: the same up to size; grey: unrelated",
             f"Alignment of right second moments, one dot a matrix (those with split-half reliability of {FAITHFUL:g} or more)",
         ))  # fmt: skip
     ranks = right.filter(quantity="effective_rank")
@@ -312,9 +311,10 @@ def _charts(prefix: str, table: pl.DataFrame, spectra: pl.DataFrame, found: Foun
         for o in dict.fromkeys(ranks["objective"])
     ]
     if groups:
-        entry = Entry("effective rank", "number", True, "", "", "", "")
         made.append(
-            distribution(f"{prefix}-rank", "Effective rank of right second moments, one dot a matrix", entry, groups)
+            distribution(
+                f"{prefix}-rank", "Effective rank of right second moments, one dot a matrix", Scale(log=True), groups
+            )
         )
     shown = []
     grid = np.linspace(0, 1, 60)
@@ -330,9 +330,8 @@ def _charts(prefix: str, table: pl.DataFrame, spectra: pl.DataFrame, found: Foun
                 )
             )
     if shown:
-        entry = Entry("spectrum", "number", True, "", "", "", "")
         title = "Eigenvalues of right second moments over their mean, averaged over matrices"
-        made.append(trajectory(f"{prefix}-spectra", title, entry, shown, "index, % of the directions"))
+        made.append(trajectory(f"{prefix}-spectra", title, Scale(log=True), shown, "index, % of the directions"))
     made += _mixture_chart(prefix, found)
     return made
 
@@ -347,7 +346,6 @@ def _mixture_chart(prefix: str, found: Found) -> list[Chart]:
         known = [(a, r) for a, r in rows if r is not None and r["low"] is not None]
         if known:
             value, low, high = ([r[c] for _, r in known] for c in ("value", "low", "high"))
-            series.append(Series(label, [a for a, _ in known], value, low, high, style=style))
-    entry = Entry("relative error", "share", False, "", "", "", "")
+            series.append(Series(label, [a for a, _ in known], value, low=low, high=high, style=style))
     title = "Mixture formula: relative Frobenius error, %, with 95 % intervals"
-    return [trajectory(f"{prefix}-mixture", title, entry, series, "α, the share of OPD")] if series else []
+    return [trajectory(f"{prefix}-mixture", title, Scale("share"), series, "α, the share of OPD")] if series else []

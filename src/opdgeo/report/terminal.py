@@ -12,7 +12,7 @@ from rich.text import Text
 
 from opdgeo.report.data import load_claims, load_summary, runs
 from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, incomplete
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, headlines, incomplete
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
 _VERDICT = {
@@ -196,13 +196,12 @@ def sentences(checkpoint: dict[str, Any]) -> list[str]:
     """The verdict in plain words, for a terminal."""
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
-    norm, sparsity = find(checkpoint, "relative_norm"), find(checkpoint, "update_sparsity", "bf16_eta")
-    lines = []
-    if norm and sparsity and norm.row["mean"] is not None and sparsity.row["mean"] is not None:
-        lines.append(
-            f"Size: the update has {number(norm.row['mean'], 'share')} of the weights' norm; "
-            f"{number(sparsity.row['mean'], 'share')} of the entries are unchanged in bf16."
-        )
+    said = [
+        d.headline.clause.format(number(found.row["mean"], found.unit))
+        for d, found in headlines(checkpoint)
+        if d.headline and d.headline.clause and found and found.row["mean"] is not None
+    ]
+    lines = [f"Size: {'; '.join(said)}."] if said else []
     groups = by_reading(checkpoint)
     for key, text in (
         ("geometry", "Differs from an isotropic update of that size"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opdgeo.report.glossary import GLOSSARY, entry, is_listed, label, variant_label
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
+from opdgeo.report.glossary import about, is_listed, label, position, variant_label
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Finding:
 
     @property
     def title(self) -> str:
-        return entry(self.diagnostic).title
+        return about(self.diagnostic).title
 
     @property
     def detail(self) -> str:
@@ -33,7 +34,7 @@ class Finding:
 
     @property
     def unit(self) -> str:
-        return entry(self.diagnostic).unit
+        return about(self.diagnostic).unit
 
     @property
     def null(self) -> dict[str, Any] | None:
@@ -44,11 +45,8 @@ class Finding:
     def reading(self) -> str | None:
         if not self.null:
             return None
-        if (
-            self.diagnostic == "subspace_similarity"
-            and self.variant.startswith("final")
-            and abs((self.row["mean"] or 0) - 1) < 1e-9
-        ):
+        itself = about(self.diagnostic).itself
+        if itself is not None and self.variant.startswith(itself) and abs((self.row["mean"] or 0) - 1) < 1e-9:
             return "by construction"  # the last checkpoint compared with itself
         reading: str | None = self.null.get("reading")
         return reading
@@ -60,14 +58,13 @@ class Finding:
 
 
 def findings(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Every listed row of a summary's checkpoint, in the order of the glossary, unknown diagnostics last."""
-    order = {name: i for i, name in enumerate(GLOSSARY)}
+    """Every listed row of a summary's checkpoint, in the order of the diagnostics, unknown ones last."""
     rows = [
         Finding(r["diagnostic"], r["variant"], r)
         for r in checkpoint["diagnostics"]
         if is_listed(r["diagnostic"], r["variant"])
     ]
-    return sorted(rows, key=lambda f: order.get(f.diagnostic, len(order)))
+    return sorted(rows, key=lambda f: position(f.diagnostic))
 
 
 def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
@@ -87,6 +84,12 @@ def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Find
     return None
 
 
+def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic[Any, Any, Any], Finding | None]]:
+    """The diagnostics of the first lines with their rows, the size of the update first; None for one that is not there."""
+    named = [(d, d.headline) for d in sorted(DIAGNOSTICS.values(), key=lambda d: not d.size)]
+    return [(d, find(checkpoint, d.name, headline.variant)) for d, headline in named if headline]
+
+
 def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
     """Findings whose mean leaves matrices out."""
     return [f for f in findings(checkpoint) if f.row["computed"] < f.row["total"]]
@@ -94,5 +97,5 @@ def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
 
 def did_not_move(checkpoint: dict[str, Any]) -> bool:
     """Whether every measured matrix is the same in both checkpoints."""
-    norm = find(checkpoint, "frobenius_norm") or find(checkpoint, "relative_norm")
-    return norm is not None and norm.row["mean"] == 0
+    size = next((f for f in findings(checkpoint) if about(f.diagnostic).size), None)
+    return size is not None and size.row["mean"] == 0
