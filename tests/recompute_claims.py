@@ -67,16 +67,20 @@ class Study:
             )
             cells: dict[tuple[str, int], list[float]] = {}
             sizes: dict[str, int] = {}
-            for matrix, step, value, rows, cols in part.select("matrix", "step", column, "rows", "cols").iter_rows():
-                cells.setdefault((matrix, step), [])
-                if value is not None:
-                    cells[matrix, step].append(value)
-                sizes[matrix] = rows * cols
+            whole = diagnostic == "frobenius_norm"  # read as a size, beside no null
+            for row in part.to_dicts():
+                here = cells.setdefault((row["matrix"], row["step"]), [])
+                pair = row["value"], row["null_mean"]
+                if row[column] is not None and (None not in pair or whole):
+                    here.append(row[column])
+                sizes[row["matrix"]] = row["rows"] * row["cols"]
             names = sorted(sizes)
             grid = np.array([[np.mean(cells.get((m, s)) or [np.nan]) for s in self.steps(arm)] for m in names])
             if diagnostic == "update_sparsity":
                 share = np.array([sizes[m] for m in names], float)
-                grid *= (share * len(share) / share.sum())[:, None]
+                for at in grid.T:
+                    there = np.isfinite(at)
+                    at *= share / (share[there].mean() if there.any() else 1.0)
             out.append(grid)
         self.cache[key] = np.stack(out)
         return self.cache[key]

@@ -281,6 +281,7 @@ def _survey_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: opdgeo-out)"
     )
+    command.add_argument("--overwrite", action="store_true", help="replace the result of another update in OUT")
     command.add_argument(
         "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
     )
@@ -367,7 +368,7 @@ def _follow(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         args.base, args.checkpoints[0], args.out, idle=args.idle,
         tell=lambda text: print(f"opdgeo: {text}", file=sys.stderr, flush=True),
         each=report,
-        **{name: wanted[name] for name in ("roles", "settings", "workers", "device", "cache")},
+        **{name: wanted[name] for name in ("roles", "settings", "workers", "device", "cache", "overwrite")},
     )  # fmt: skip
 
 
@@ -399,6 +400,7 @@ def _survey_arguments(args: argparse.Namespace) -> dict:
         cache=not args.no_cache,
         progress=sys.stderr.isatty(),
         out=args.out,
+        overwrite=args.overwrite,
     )
 
 

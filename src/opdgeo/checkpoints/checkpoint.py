@@ -89,6 +89,12 @@ class Checkpoint:
         return _step(self.name.rpartition("@")[2])
 
     @property
+    def place(self) -> str:
+        """Its path, or its name on the hub with the commit, as it stands in run.json."""
+        # The hub's cache names a folder by the commit.
+        return f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
+
+    @property
     def files(self) -> list[Path]:
         return sorted({file for stored in self.tensors.values() for file in stored.files})
 
@@ -119,9 +125,7 @@ class Checkpoint:
         dtypes = Counter(stored.dtype for stored in self.tensors.values())
         quantised = Counter(stored.quantised for stored in self.tensors.values() if stored.quantised)
         files = self.manifest_of(self.files)
-        # The hub's cache names a folder by the commit.
-        path = f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
-        manifest = {"path": path, "format": self.format, "dtypes": dict(dtypes), "files": files}
+        manifest = {"path": self.place, "format": self.format, "dtypes": dict(dtypes), "files": files}
         manifest |= {"quantised": dict(quantised)} if quantised else {}
         return manifest | ({"notes": list(self.notes)} if self.notes else {})
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Live
+from opdgeo.diagnostics.rows import compared
 from opdgeo.diagnostics.subspace_similarity import DIAGNOSTIC as SIMILARITY
 from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, parts, ranks
 
@@ -80,10 +81,8 @@ def measure(measurements: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _mean(table: pl.DataFrame, column: str) -> float | None:
-    import numpy as np
-
-    known = table[column].drop_nulls()
-    return float(np.average(known.to_numpy(), weights=np.ones(len(known)))) if len(known) else None
+    known = compared(table)[column].drop_nulls()
+    return float(known.to_numpy().mean()) if len(known) else None
 
 
 def _median_step(steps: list[int | None]) -> int | None:

@@ -1,8 +1,9 @@
 """Judging the claims (`rules.py`) on a study's data; the content of `claims.json`. `tests/recompute_claims.py` does it once more.
 
 **Values.** A quantity is a mean over rows of `measurements.parquet` for each arm, seed, matrix and checkpoint; its means over
-matrices are unweighted, except that sparsity is averaged over entries. The excess over the null is value − null for shares and
-value / null otherwise, matrix by matrix.
+matrices are unweighted, except those of a diagnostic that is averaged over entries. The excess over the null is value − null for shares and
+value / null otherwise, matrix by matrix (`excess_as` in claims.json). Value, null and excess are over the same rows: one without
+a null, as that of a matrix that did not move, counts only where the arm has no null at all.
 
 **Intervals.** 1,000 bootstrap resamples of seeds and of matrices, independently, with the same draws for every arm (the
 comparison is paired); with one seed, of matrices alone. Accuracies (S1): of seeds, and of the prompts as binomial counts.
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
@@ -58,6 +60,11 @@ class Data:
         self.table = measurements.with_columns(
             pl.col("checkpoint").str.extract(r"^(.+?)(?:-seed\d+)?/").alias("arm"),
             pl.col("checkpoint").str.extract(r"-seed(\d+)/").cast(pl.Int64).fill_null(0).alias("seed"),
+        )
+        value, null = pl.col("value"), pl.col("null_mean")
+        alone = null.is_null().all().over("arm", "diagnostic")
+        self.table = self.table.with_columns(
+            compared=pl.when(null.is_not_null() | alone).then(value), null_mean=pl.when(value.is_not_null()).then(null)
         )
         self.evals: dict[str, dict[int, list[dict[str, Any]]]] = {}
         self.outside: dict[str, dict[int, float]] = {}
@@ -102,10 +109,11 @@ class Data:
         for seed, name, step, value in rows.select("seed", "matrix", "step", column).iter_rows():
             if value is not None:
                 array[seeds.index(seed), names.index(name), steps.index(step)] = value
-        if q.diagnostic == "update_sparsity":  # averaged over entries, as the paper does
+        if DIAGNOSTICS[q.diagnostic].weighting == "entries":  # as the paper does
             sizes = dict(rows.select("matrix", "entries").iter_rows())
-            weight = np.array([sizes[m] for m in names], dtype=float)
-            array = array * (weight / weight.mean())[None, :, None]
+            weight = np.where(np.isnan(array), 0.0, np.array([sizes[m] for m in names], dtype=float)[None, :, None])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                array = array * weight / (weight.sum(axis=1) / (weight > 0).sum(axis=1))[:, None, :]
         return seeds, array
 
     def steps(self, arm: str) -> list[int]:
@@ -142,7 +150,7 @@ class Content:
 
     def _read(self, data: Data, q: Quantity, control: Control, group: dict[str, str], at: str) -> None:
         def arrays(arm: str) -> list[np.ndarray]:
-            columns = ((q, "value"), (q, "null_mean"), (NORM, "value"))
+            columns = ((q, "compared"), (q, "null_mean"), (NORM, "value"))
             return [data.values(arm, quantity, column, self.seeds) for quantity, column in columns]
 
         if control.read == "last":
@@ -303,6 +311,7 @@ def _entry(
         "diagnostic": claim.quantity.diagnostic,
         "variants": list(claim.quantity.variants),
         "unit": claim.quantity.unit,
+        "excess_as": "ratio" if claim.quantity.ratio else "difference",
         "at": claim.at,
         "controls": controls,
     }  # fmt: skip

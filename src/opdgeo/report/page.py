@@ -36,7 +36,7 @@ from opdgeo.report.glossary import (
     variant_label,
 )
 from opdgeo.report.terminal import OUTCOMES, control_name, unit_of
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, findings, headlines, incomplete
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, findings, headlines, incomplete, unmoved
 
 _MAX_LISTED = 60
 """Skipped matrices and unmatched tensors listed by name; the data files hold all."""
@@ -93,7 +93,6 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "mean": _arm_mean,
         "title_of": lambda name: about(name).title,
         "formula": _formula,
-        "say": _say,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     return environment.from_string(_resource("page.html.j2")).render(
@@ -159,11 +158,27 @@ def _formula(text: str) -> Markup:
     return Markup(found)
 
 
-def _say(clause: str, value: float, unit: str, strong: bool = True) -> Markup:
+def _lead(checkpoint: dict[str, Any]) -> Markup:
+    """The first sentence about one update: its headlines with their numbers."""
+    said: list[Markup] = []
+    for d, found in headlines(checkpoint):
+        if d.headline is None or not d.headline.clause or found is None or found.row["mean"] is None:
+            continue
+        clause = _say(d.headline.clause, Markup("<strong>{}</strong>").format(_shown(found.row["mean"], found.unit)))
+        null = found.null and found.null.get("mean")
+        if d.headline.beside and null is not None:
+            clause += ", " + _say(d.headline.beside, _shown(null, found.unit))
+        said.append(clause)
+    text = Markup("; ").join(said)
+    if unmoved(checkpoint):
+        return Markup("In the matrices that moved {}.").format(text)
+    return Markup("{}{}.").format(text[:1].upper(), text[1:])
+
+
+def _say(clause: str, number: Markup) -> Markup:
     """A part of a sentence with its number."""
     before, _, after = clause.partition("{}")
-    template = "{}<strong>{}</strong>{}" if strong else "{}{}{}"
-    return Markup(template).format(before, _shown(value, unit), after)
+    return Markup("{}{}{}").format(before, number, after)
 
 
 def _interval(low: float | None, high: float | None, unit: str = "number", signed: bool = False) -> Markup:
@@ -217,7 +232,10 @@ def _subject(arm: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
         "name": checkpoint["checkpoint"],
         "step": checkpoint.get("step"),
         "still": did_not_move(checkpoint),
+        "unmoved": unmoved(checkpoint),
+        "total": max((f.row["total"] for f in findings(checkpoint)), default=0),
         "headlines": headlines(checkpoint),
+        "lead": _lead(checkpoint),
         "groups": {key: _by_diagnostic(found) for key, found in groups.items()},
         "nulls": any(f.null for f in findings(checkpoint)),
         "incomplete": _incomplete(checkpoint),
@@ -236,11 +254,11 @@ def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """Findings whose mean leaves matrices out, grouped by how many are there; `every` where it is all diagnostics alike."""
     grouped: dict[tuple[int, int], list[Finding]] = {}
     for found in incomplete(checkpoint):
-        grouped.setdefault((found.row["computed"], found.row["total"]), []).append(found)
+        grouped.setdefault((found.over, found.row["total"]), []).append(found)
     most = max((len(g) for g in grouped.values()), default=0)
     return [
         {
-            "computed": c,
+            "over": c,
             "total": t,
             "every": len(group) == most and len(group) > len(findings(checkpoint)) / 2,
             "found": _by_diagnostic(group),
@@ -255,7 +273,7 @@ def _missing(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for subject in subjects:
         for part in subject["incomplete"]:
             key = (
-                part["computed"],
+                part["over"],
                 part["total"],
                 tuple((f.diagnostic, f.variant) for g in part["found"] for f in g["found"]),
             )
@@ -429,6 +447,7 @@ _AXIS = {"share": ", %", "degrees": ", degrees"}
 
 def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
     nulls = rows.filter(pl.col("null_mean").is_finite())
+    rows = rows if nulls.is_empty() else nulls  # as in the tables: matrices that did not move have no null
     return Group(
         name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style
     )

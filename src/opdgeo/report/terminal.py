@@ -12,7 +12,7 @@ from rich.text import Text
 
 from opdgeo.report.data import load_claims, load_summary, runs
 from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, headlines, incomplete
+from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, headlines, incomplete, unmoved
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
 _VERDICT = {
@@ -140,6 +140,8 @@ def _interval(mean: float | None, low: float | None, high: float | None, unit: s
 
 
 def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
+    if still := unmoved(checkpoint):
+        console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
     table = _new_table(checkpoint["checkpoint"])
     table.add_column("diagnostic")
     wide = console.width >= 100
@@ -159,7 +161,7 @@ def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
             Text(number(null.get("mean"), found.unit), style="dim"),
             Text(excess),
             _reading(found),
-            Text(f"{row['computed']}/{row['total']}", style="" if row["computed"] == row["total"] else "yellow"),
+            Text(f"{found.over}/{row['total']}", style="" if found.over == row["total"] else "yellow"),
         )
     console.print(table)
     for line in sentences(checkpoint):
@@ -214,11 +216,17 @@ def sentences(checkpoint: dict[str, Any]) -> list[str]:
         lines.append("Without null models nothing separates geometry from size.")
     left_out: dict[tuple[int, int], list[Finding]] = {}
     for found in incomplete(checkpoint):
-        left_out.setdefault((found.row["computed"], found.row["total"]), []).append(found)
-    for (computed, total), group in left_out.items():
+        left_out.setdefault((found.over, found.row["total"] - unmoved(checkpoint)), []).append(found)
+    for (over, total), group in left_out.items():
         what = "every diagnostic" if len(group) == len(findings(checkpoint)) else ", ".join(names(group))
-        lines.append(f"Computed for {computed} of {total} matrices: {what}.")
+        lines.append(f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}.")
     return lines
+
+
+def unmoved_text(still: int, checkpoint: dict[str, Any]) -> str:
+    """What is said first where `still` matrices did not move."""
+    total = max(found.row["total"] for found in findings(checkpoint))
+    return f"{still} of {total} matrices did not move; means, nulls and excesses are over the others."
 
 
 def names(found: list[Finding]) -> list[str]:
@@ -276,8 +284,8 @@ def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None
             cell = _cell(found, between)
             if found is not None and found.reading == "geometry":
                 cell.stylize("bold cyan", 0, len(number(found.row["mean"], found.unit)))
-            if found is not None and found.row["computed"] < found.row["total"]:
-                cell.append(f"{between}{found.row['computed']}/{found.row['total']}", style="yellow")
+            if found is not None and found.over < found.row["total"]:
+                cell.append(f"{between}{found.over}/{found.row['total']}", style="yellow")
             cells.append(cell)
         table.add_row(_name(column), *cells)
     console.print(table)

@@ -37,6 +37,12 @@ class Finding:
         return about(self.diagnostic).unit
 
     @property
+    def over(self) -> int:
+        """How many matrices the mean, the null and the excess are over."""
+        count: int = self.row.get("matrices", self.row["computed"])
+        return count
+
+    @property
     def null(self) -> dict[str, Any] | None:
         null: dict[str, Any] | None = self.row.get("null")
         return null
@@ -91,8 +97,13 @@ def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic[Any, Any, Any
 
 
 def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Findings whose mean leaves matrices out."""
-    return [f for f in findings(checkpoint) if f.row["computed"] < f.row["total"]]
+    """Findings whose mean leaves out matrices that moved."""
+    return [f for f in findings(checkpoint) if f.over < f.row["total"] - unmoved(checkpoint)]
+
+
+def unmoved(checkpoint: dict[str, Any]) -> int:
+    """How many matrices did not move while others did: no mean counts them."""
+    return 0 if did_not_move(checkpoint) else int(checkpoint.get("unmoved", 0))
 
 
 def did_not_move(checkpoint: dict[str, Any]) -> bool:

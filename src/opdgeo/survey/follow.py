@@ -29,6 +29,7 @@ from opdgeo.checkpoints.checkpoint import step_folders
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError
 from opdgeo.survey.measure import Job
+from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Stamp, inputs, stamp
 from opdgeo.survey.results import PARTS, Result
 from opdgeo.survey.run import _survey
@@ -112,7 +113,7 @@ class Seen:
 
 def follow(
     base: str | Path, run: str | Path, out: Path, *, roles: str = "all", settings: Settings | None = None,
-    workers: int | None = None, device: str = "cpu", cache: bool = True, idle: float = 30.0,
+    workers: int | None = None, device: str = "cpu", cache: bool = True, overwrite: bool = True, idle: float = 30.0,
     tell: Callable[[str], None] = lambda text: None, each: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
     """`track` of a run that is still going on; the data files in `out` are those of the checkpoints so far.
@@ -126,6 +127,8 @@ def follow(
         CheckpointError: the run ended, or waiting did, without a checkpoint. PairingError, ConfigError: as `track`.
     """
     before, run = open_checkpoint(base), Path(run)
+    check_folder(out, [], 0)
+    check_earlier(out, before, [], overwrite=overwrite, growing=run)
     seen, result, since, due = Seen(run, before, out), None, time.monotonic(), False
     told: set[str] = set()
     try:

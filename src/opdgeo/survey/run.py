@@ -23,6 +23,7 @@ from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
+from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Parts
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.results import Result, frames, summarise
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def compare(
     base: str | Path, tuned: str | Path, *, roles: str = "all", settings: Settings | None = None,
     engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
-    cache: bool = True, progress: bool = False, out: Path | None = None,
+    cache: bool = True, progress: bool = False, out: Path | None = None, overwrite: bool = True,
 ) -> Result:  # fmt: skip
     """Measure one update.
 
@@ -51,6 +52,7 @@ def compare(
         progress: show a progress bar on standard error.
         out: a results folder whose earlier work is gone on from: finished matrices are kept there until `Result.save`
             completes it, and of a complete one only what reads a changed setting is measured again.
+        overwrite: whether `out` may hold the result of another update, which `Result.save` then replaces.
 
     Raises:
         CheckpointError, PairingError, ConfigError: the request cannot be met.
@@ -58,14 +60,14 @@ def compare(
     before = open_checkpoint(base)
     return _survey(
         before, [open_checkpoint(tuned, before)], roles, settings, engine, ray_address, workers, device, cache, progress, out,
-        trajectory=False,
+        overwrite, trajectory=False,
     )  # fmt: skip
 
 
 def track(
     base: str | Path, checkpoints: str | Path | Sequence[str | Path], *, roles: str = "all", settings: Settings | None = None,
     engine: str = "local", ray_address: str | None = None, workers: int | None = None, device: str = "cpu",
-    cache: bool = True, progress: bool = False, out: Path | None = None,
+    cache: bool = True, progress: bool = False, out: Path | None = None, overwrite: bool = True,
 ) -> Result:  # fmt: skip
     """Measure a trajectory: every checkpoint against `base`, and the similarity of their update subspaces.
 
@@ -75,7 +77,7 @@ def track(
     before = open_checkpoint(base)
     opened = run_checkpoints([checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints), before)
     return _survey(
-        before, opened, roles, settings, engine, ray_address, workers, device, cache, progress, out,
+        before, opened, roles, settings, engine, ray_address, workers, device, cache, progress, out, overwrite,
         trajectory=True,
     )  # fmt: skip
 
@@ -83,7 +85,7 @@ def track(
 def _survey(
     base: Checkpoint, checkpoints: list[Checkpoint], roles: str, settings: Settings | None, engine: str,
     ray_address: str | None, workers: int | None, device: str, cache: bool, progress: bool, out: Path | None,
-    *, trajectory: bool, seen: Seen | None = None,
+    overwrite: bool = True, *, trajectory: bool, seen: Seen | None = None,
 ) -> Result:  # fmt: skip
     """`seen`: a run that is still growing, whose steps are kept one by one instead of matrices."""
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -95,6 +97,10 @@ def _survey(
     work = _in_all(pairings)
     if engine == "local":
         refuse_what_cannot_fit(work, [base, *checkpoints], job.settings)
+    if out:
+        check_folder(out, work, len(checkpoints))
+        if not seen:
+            check_earlier(out, base, checkpoints, overwrite=overwrite)
 
     parts = Parts(
         None if seen else out,

@@ -1,0 +1,86 @@
+"""Whether a results folder can take a run's files: asked before anything is measured, not after hours of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opdgeo.checkpoints import Checkpoint, Matrix
+from opdgeo.errors import ConfigError
+
+ROW, ROWS = 120, 80  # bytes of a row of the tables at most, and rows of a matrix at a checkpoint
+
+
+def check_folder(out: Path, work: Sequence[Matrix], checkpoints: int) -> None:
+    """Whether the data files of `work` at so many checkpoints can be written into `out`, which may not exist yet.
+
+    Raises:
+        ConfigError: `out` is a file, cannot be written, or its disk is full.
+    """
+    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; expected a folder for the results. Give -o another name.")
+    needed = checkpoints * sum(ROWS * ROW + 5 * 8 * min(m.rows, m.cols) for m in work)
+    try:
+        free = shutil.disk_usage(there).free
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror or error}); expected a folder for the results. Give -o another one."
+        ) from error
+    if free < needed:
+        raise ConfigError(
+            f"the disk of {out} has {free / 1e6:.1f} MB free; expected {needed / 1e6:.1f} MB for the results. Make room, or give "
+            "-o a folder on another disk."
+        )
+
+
+def check_earlier(
+    out: Path, base: Checkpoint, checkpoints: Sequence[Checkpoint], *, overwrite: bool, growing: Path | None = None
+) -> None:
+    """Whether what lies in `out` may be replaced: nothing, or a result of this base whose checkpoints are all measured again.
+
+    Another result needs `overwrite`; a study and signals are never replaced. `growing` is the folder of a run
+    that goes on, whose checkpoints are not known yet: then those of the result have to lie in it.
+
+    Raises:
+        ConfigError: it may not; the message says what lies there.
+    """
+    for name, what in (("claims.json", "a study"), ("arms", "a study"), ("signals.json", "signals")):
+        if (out / name).exists():
+            raise ConfigError(f"{out} holds {what}, which compare and track do not replace. Give -o another folder.")
+    path = out / "run.json"
+    if overwrite or not path.is_file():
+        return
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        before, after = run["base"], list(run["checkpoints"])
+        names = [str(Path(one["path"])) for one in (before, *after)]
+        if growing is not None:
+            same = all(Path(name).resolve().parent == growing.resolve() for name in names[1:])
+        else:
+            same = all(any(_is(one, c) for c in checkpoints) for one in after)
+        same = same and _is(before, base)
+        more = f" and {len(after) - 1} more" if len(after) > 1 else ""
+        what = f"the result of another update, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+        same, what = False, "a run.json that is not of compare or track, or damaged"
+    if not same:
+        raise ConfigError(f"{out} holds {what}. Give -o another folder, or add --overwrite to replace it.")
+
+
+def _is(recorded: dict[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether run.json's entry of a checkpoint means this one: by its place, and where that differs by its files' content."""
+    if recorded["path"] == checkpoint.place or Path(recorded["path"]).resolve() == checkpoint.path.resolve():
+        return True
+    if sorted(f["bytes"] for f in recorded["files"]) != sorted(f.stat().st_size for f in checkpoint.files):
+        return False
+    return sorted(f["sha256"] for f in recorded["files"]) == sorted(f["sha256"] for f in checkpoint.manifest()["files"])
