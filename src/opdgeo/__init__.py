@@ -5,9 +5,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opdgeo.api import Result, compare, track
     from opdgeo.checkpoints import open_checkpoint
     from opdgeo.diagnostics import Settings
-    from opdgeo.survey import Result, compare, track
     from opdgeo.training.channel import Channel
     from opdgeo.training.monitor import GeometryMonitor
 
@@ -16,11 +16,11 @@ __version__ = version("opdgeo")
 _HOMES = {
     "Channel": "opdgeo.training.channel",
     "GeometryMonitor": "opdgeo.training.monitor",
-    "Result": "opdgeo.survey",
+    "Result": "opdgeo.api",
     "Settings": "opdgeo.diagnostics",
-    "compare": "opdgeo.survey",
+    "compare": "opdgeo.api",
     "open_checkpoint": "opdgeo.checkpoints",
-    "track": "opdgeo.survey",
+    "track": "opdgeo.api",
 }
 __all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
 

@@ -64,11 +64,12 @@ class Result:
         """Matrices that could not be computed at some checkpoint."""
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
 
-    def save(self, out: Path, *, growing: bool = False) -> None:
+    def save(self, out: str | Path, *, growing: bool = False) -> None:
         """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
 
         A page that was made from other data goes first; the finished parts go last, unless the run is still growing.
         """
+        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("run.json", "report.html"):
             (out / stale).unlink(missing_ok=True)
@@ -78,13 +79,6 @@ class Result:
         write_json(out / "run.json", self.run)
         if not growing:
             shutil.rmtree(out / PARTS, ignore_errors=True)
-
-    def report(self, path: str | Path) -> Path:
-        """Write the data files and `report.html` into the folder `path`; returns the page's path."""
-        from opdgeo.report import write_report
-
-        self.save(Path(path))
-        return write_report(Path(path))
 
 
 def load_result(out: Path) -> Result:
