@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class cached(Generic[T]):
-    """`functools.cached_property` without its lock, which up to Python 3.11 makes all threads wait for each other."""
+    """`functools.cached_property` without its lock. Up to Python 3.11 that lock makes all threads wait for each other."""
 
     def __init__(self, work: Callable[[Any], T]):
         self.work, self.name, self.__doc__ = work, work.__name__, work.__doc__
@@ -63,7 +63,7 @@ class Base:
         return self.weights.double()
 
     def cut(self, rank: int) -> tuple[int, str | None]:
-        """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
+        """The rank that the matrix allows, and what the row says where that is less than the rank asked for."""
         return cut(rank, self.shape)
 
     @cached
@@ -112,11 +112,12 @@ class Base:
 class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
-    `tuned` is W₊ as it is stored, or ΔW in factors; then W₊ is their sum, formed only where its entries are asked for.
-    `directions` asks for so many singular triplets of ΔW, the vectors to full accuracy, which a trajectory compares (0: the
-    values of the leading `top_k`); `sampled` marks a draw
-    whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
-    near ΔW's leading right ones.
+    Args:
+        tuned: W₊ as it is stored, or ΔW in factors. Of factors, W₊ is formed only where its entries are asked for.
+        directions: how many singular triplets of ΔW a trajectory compares; their vectors are computed to full accuracy. With 0
+            only the leading `top_k` singular values are.
+        sampled: marks a draw of a null model. Its spread is far above rounding, so it is measured to three digits.
+        start: (cols, any) directions that are expected near ΔW's leading right ones.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class Update:
 
     @cached
     def delta_spectrum(self) -> Spectrum:
-        """The leading `top_k` singular triplets of ΔW, or `directions`; of a small matrix, all singular values."""
+        """The leading `top_k` singular triplets of ΔW, or `directions` of them. Of a small matrix, all singular values."""
         largest = max(1, min(self.shape) // 2)
         k = min(self.settings.top_k, largest)
         if self.sampled:

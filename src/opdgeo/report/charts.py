@@ -1,6 +1,7 @@
-"""Every chart, defined once: the same figure goes inline into the page (coloured by its style sheet) and to figures/ as SVG and PDF.
+"""Every chart, defined once. The same figure goes inline into the page and to figures/ as SVG and PDF. In the page its colours come
+from the style sheet.
 
-Colours are those of Okabe and Ito, told apart with any colour vision; arms differ in marker too. Null models are always grey.
+Colours are those of Okabe and Ito, which are told apart with any colour vision. Arms differ in marker too. Null models are grey.
 """
 
 from __future__ import annotations
@@ -100,8 +101,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a trajectory: `low`..`high` is its spread, `null` the value of the null at each x (None: no null), `null_std`
-    the null's standard deviation there.
+    """One line of a trajectory.
+
+    Attributes:
+        low, high: its spread.
+        null, null_std: mean and standard deviation of the null at each x; None: no null.
+        style: index of its colour and marker.
     """
 
     label: str
@@ -127,7 +132,8 @@ def style_of(arm: str, others: Sequence[str] = ()) -> int:
 def distribution(
     name: str, title: str, scale: Scale, groups: Sequence[Group], axis: str = "", caption: str = ""
 ) -> Chart:
-    """One dot a matrix, the mean as a black tick; beneath in grey the null of each matrix and their span with two standard deviations."""
+    """One dot a matrix, and their mean as a black tick. Beneath in grey: the null of each matrix, and the span of the nulls with two
+    standard deviations."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
         everything = [v for g in groups for v in (*g.values, *g.null_means)]
@@ -172,7 +178,7 @@ def distribution(
 def trajectory(
     name: str, title: str, scale: Scale, series: Sequence[Series], x_label: str = "step", walk: bool = False
 ) -> Chart:
-    """A diagnostic against the step; bands are the spread named in the caption, grey lines the null of the same size."""
+    """A diagnostic against the step. Bands are the spread that the caption names. Grey lines are the null."""
     with matplotlib.rc_context(_RC):
         many = len(series) > 1
         figure, axes = _frame(
@@ -260,9 +266,12 @@ def heatmap(
     limits: tuple[float, float] | None = None,
     excess: bool = False,
 ) -> Chart:
-    """Layers top to bottom, roles left to right. `cells` maps (layer, role) to a value and its tooltip; a missing cell stays open.
+    """A map with the layers from top to bottom and the roles from left to right.
 
-    `excess` centres a diverging scale on 0; `limits` share one scale between several charts.
+    Args:
+        cells: (layer, role) → a value and its tooltip. A missing cell stays open.
+        limits: the ends of the colour scale, so that several charts can share one.
+        excess: centres a diverging scale on 0.
     """
     with matplotlib.rc_context(_RC):
         row = 0.1 if len(layers) > 12 else 0.2

@@ -1,4 +1,4 @@
-"""The data files of one output folder, checked on the way in. The report knows nothing that is not in here."""
+"""The data files of one output folder, checked as they are read. The report knows nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML page: which numbers and charts go where. Every number shown passes through `_shown`, which keeps the exact value beside it."""
+"""The HTML page: which numbers and charts go where. Every number passes through `_shown`, which keeps the exact value beside it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _resource(name: str) -> str:
 
 
 def _main_arms(results: Results) -> Results:
-    """A study with controls, cut to its four main arms: the others are judged in the claims, and have rows in the data files."""
+    """A study with controls, cut to its four main arms. The other arms are judged in the claims, and the data files hold their rows."""
     kept = {arm for arm, _ in results.runs()} & set(ARMS)
     if results.kind != "reproduce" or not kept:
         return results
@@ -282,7 +282,7 @@ def _missing(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Across arms: which diagnostics read `geometry` in every arm, in some and in none. A reading shared by all marks no paradigm."""
+    """Which diagnostics read `geometry` in every arm, in some and in none. A reading that all arms share marks no paradigm."""
     readings: dict[tuple[str, str], list[bool]] = {}
     for subject in subjects if len(subjects) > 1 else []:
         for found in subject["findings"]:
@@ -507,7 +507,7 @@ def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dic
 def _cells(
     rows: pl.DataFrame, known: Diagnostic[Any, Any, Any], excess: bool
 ) -> dict[tuple[int | None, str], tuple[float, str]]:
-    """(layer, role) → value and tooltip. Where several matrices share a place, their mean gives the colour and the tooltip says so."""
+    """(layer, role) → value and tooltip. Several matrices may share a place: their mean gives the colour, and the tooltip says so."""
     gathered: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
     for row in rows.select("layer", "role", "matrix", "value", "null_mean").to_dicts():
         gathered.setdefault((row["layer"], row["role"]), []).append(row)
@@ -552,7 +552,7 @@ def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
-    """Each primary diagnostic against the step, with its null; a band is the range over seeds, or the middle 80 % of the matrices."""
+    """Each primary diagnostic against the step, with its null. A band is the range over seeds, or the middle 80 % of the matrices."""
     runs = results.runs()
     if max(len(c) for c in runs.values()) < 2:
         return []

@@ -15,13 +15,12 @@ from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_deci
 from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, headlines, incomplete, unmoved
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
-_VERDICT = {
-    "holds": "bold green", "still holds": "bold green", "fails": "bold red", "does not": "bold red", "inconclusive": "yellow",
-}  # fmt: skip
+_GOOD, _BAD = ("holds", "still holds"), ("fails", "does not")
+_VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") | {"inconclusive": "yellow"}
 
 
 def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console | None = None) -> None:
-    """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one line each; several arms side by side.
+    """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one table. Several arms stand side by side.
 
     Raises ConfigError when the folder has no readable summary.json.
     """
@@ -37,7 +36,7 @@ def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console 
 
 
 def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
-    """Print the claims table: verdict, and per arm the value with its interval and its null.
+    """Print the claims: their verdicts, and for each arm the value with its null.
 
     `claims` is the content of claims.json or the folder that holds it. Raises ConfigError when it has another shape.
     """
@@ -152,9 +151,10 @@ def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
     for found in findings(checkpoint):
         row, null = found.row, found.null or {}
         unit = "points" if found.unit == "share" else found.unit
-        excess = "" if found.reading == "by construction" else _interval(
-            null.get("excess"), null.get("low") if wide else None, null.get("high"), unit, signed=True
-        )  # fmt: skip
+        excess = ""
+        if found.reading != "by construction":
+            low = null.get("low") if wide else None
+            excess = _interval(null.get("excess"), low, null.get("high"), unit, signed=True)
         table.add_row(
             _name(found),
             number(row["mean"], found.unit),
@@ -242,7 +242,8 @@ def names(found: list[Finding]) -> list[str]:
 
 
 def _trajectory(checkpoints: list[dict[str, Any]], width: int) -> Table:
-    """Mean of each primary diagnostic by checkpoint, its null underneath; as many checkpoints as fit, evenly chosen, the ends included."""
+    """Mean of each primary diagnostic by checkpoint, its null underneath. Where not all checkpoints fit, some are chosen evenly, with
+    the first and the last."""
     room = max(2, (width - 30) // 13)
     if len(checkpoints) > room:
         checkpoints = [checkpoints[round(i * (len(checkpoints) - 1) / (room - 1))] for i in range(room)]

@@ -1,6 +1,6 @@
-"""The verdict: which diagnostics an isotropic update of the same size would show as well, and which it would not.
+"""The verdict: which values an isotropic update of the same size would have as well, and which it would not.
 
-No name of a paradigm is given to an update: its readings say how far it is from a null, not where it comes from.
+An update is given no name of a paradigm. Its readings say how far it is from a null, and not where it comes from.
 """
 
 from __future__ import annotations
