@@ -21,6 +21,7 @@ NAMES = (
     "relative_norm",
     "operator_norm",
     "stable_rank",
+    "effective_rank",
     "hill_exponent",
     "principal_angles",
     "spectral_shift",
