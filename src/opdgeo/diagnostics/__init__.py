@@ -35,9 +35,7 @@ NAMES = (
 CURVES = ("sigma_base", "sigma_tuned", "sigma_update", "angle_left", "angle_right")
 """The order of the curves in the data file. Other curves follow in the order of their diagnostics."""
 
-DIAGNOSTICS: dict[str, Diagnostic[Any, Any, Any]] = {
-    name: import_module(f"opdgeo.diagnostics.{name}").DIAGNOSTIC for name in NAMES
-}
+DIAGNOSTICS: dict[str, Diagnostic] = {name: import_module(f"opdgeo.diagnostics.{name}").DIAGNOSTIC for name in NAMES}
 """Every diagnostic by name."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from typing import Any
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
 
@@ -33,7 +32,7 @@ def clean(text: object, limit: int | None = None) -> str:
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
-def about(name: str) -> Diagnostic[Any, Any, Any]:
+def about(name: str) -> Diagnostic:
     """The diagnostic of that name. Data files may name one that this version does not know: it gets a bare one."""
     return DIAGNOSTICS.get(name) or Diagnostic(
         name=name,

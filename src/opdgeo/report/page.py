@@ -437,7 +437,7 @@ def _is_self_comparison(diagnostic: str, rows: pl.DataFrame) -> bool:
     return about(diagnostic).itself is not None and bool(((rows["value"] - 1).abs() < 1e-9).all())
 
 
-def _scale(known: Diagnostic[Any, Any, Any]) -> Scale:
+def _scale(known: Diagnostic) -> Scale:
     return Scale(known.unit, known.log)
 
 
@@ -504,9 +504,7 @@ def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dic
     return blocks
 
 
-def _cells(
-    rows: pl.DataFrame, known: Diagnostic[Any, Any, Any], excess: bool
-) -> dict[tuple[int | None, str], tuple[float, str]]:
+def _cells(rows: pl.DataFrame, known: Diagnostic, excess: bool) -> dict[tuple[int | None, str], tuple[float, str]]:
     """(layer, role) → value and tooltip. Several matrices may share a place: their mean gives the colour, and the tooltip says so."""
     gathered: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
     for row in rows.select("layer", "role", "matrix", "value", "null_mean").to_dicts():
@@ -535,7 +533,7 @@ def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
         table = results.measurements.filter(
             (pl.col("checkpoint") == checkpoint) & pl.col("matrix").str.contains(r"\.experts\.\d+\.")
         )
-        columns: dict[tuple[str, str], Diagnostic[Any, Any, Any]] = {}
+        columns: dict[tuple[str, str], Diagnostic] = {}
         found: dict[str, dict[str, Any]] = {}
         for row in table.to_dicts():
             key = (row["diagnostic"], row["variant"])
@@ -624,7 +622,7 @@ def _whole_runs(results: Results, made: _Charts) -> list[dict[str, Any]]:
 
 
 def _panels(
-    known: Diagnostic[Any, Any, Any], checkpoints: list[dict[str, Any]], ranks: list[int], made: _Charts
+    known: Diagnostic, checkpoints: list[dict[str, Any]], ranks: list[int], made: _Charts
 ) -> list[dict[str, Any]]:
     """The charts of one run that have a line for every K."""
     out = []

@@ -90,7 +90,7 @@ def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Find
     return None
 
 
-def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic[Any, Any, Any], Finding | None]]:
+def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic, Finding | None]]:
     """The diagnostics of the first lines with their rows, the size of the update first; None for one that is not there."""
     named = [(d, d.headline) for d in sorted(DIAGNOSTICS.values(), key=lambda d: not d.size)]
     return [(d, find(checkpoint, d.name, headline.variant)) for d, headline in named if headline]

@@ -140,7 +140,7 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
                 curves = {name: of(update) for d in updates if d.name in values_of for name, of in d.curves.items()}
                 if compared:
                     step.spectrum = update.delta_spectrum if update.moved else None
-                    values |= {d.name: d.measure(place) for d in along if d.name in values_of}
+                values |= {d.name: d.measure(place) for d in along if d.name in values_of}
             if any(d.name in nulls_of for d in trajectories):
                 with clock("read"):
                     last = _before(job, matrix, steps, before.weights) if last is None else last
@@ -174,16 +174,16 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     return out
 
 
-def _rows_of(trajectory: bool) -> list[Diagnostic[Any, Any, Any]]:
+def _rows_of(trajectory: bool) -> list[Diagnostic]:
     """The diagnostics that have rows."""
     return _all(diagnostics().values(), of_trajectories().values() if trajectory else ())
 
 
-def _all(*groups: Iterable[Diagnostic[Any, Any, Any]]) -> list[Diagnostic[Any, Any, Any]]:
+def _all(*groups: Iterable[Diagnostic]) -> list[Diagnostic]:
     return [d for group in groups for d in group]
 
 
-def _curves(updates: Iterable[Diagnostic[Any, Any, Any]]) -> list[tuple[str, str]]:
+def _curves(updates: Iterable[Diagnostic]) -> list[tuple[str, str]]:
     """Every curve with the name of the diagnostic that it is computed with, in the order of the file."""
     owners = {curve: d.name for d in updates for curve in d.curves}
     return [(curve, owners[curve]) for curve in dict.fromkeys((*CURVES, *owners))]
@@ -203,7 +203,7 @@ class _Old:
         rows = self.rows.get((checkpoint.name, diagnostic), {})
         return {variant: Value(*(row[f] for f in fields)) for variant, row in rows.items()}
 
-    def nulls(self, checkpoint: Checkpoint, diagnostic: Diagnostic[Any, Any, Any]) -> Null:
+    def nulls(self, checkpoint: Checkpoint, diagnostic: Diagnostic) -> Null:
         rows = self.rows.get((checkpoint.name, diagnostic.name), {})
         return {
             (diagnostic.name, variant): (row["null_mean"], row["null_std"])
@@ -224,9 +224,7 @@ def _factor(before: Base, cache: SpectrumCache, device: str, *, with_masks: bool
         cache.save(path, before.spectrum, before.thresholds)
 
 
-def _null(
-    update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collection[Diagnostic[Any, Any, Any]] | None = None
-) -> Null:
+def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collection[Diagnostic] | None = None) -> Null:
     """Mean and standard deviation of the wanted diagnostics (None: all) over null updates of the same Frobenius norm."""
     settings, wanted = update.settings, list(diagnostics().values()) if wanted is None else wanted
     if not update.moved or settings.nulls == 0 or not wanted:
@@ -248,7 +246,7 @@ def _null(
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
-def _walk(place: Trajectory, wanted: Iterable[Diagnostic[Any, Any, Any]]) -> Null:
+def _walk(place: Trajectory, wanted: Iterable[Diagnostic]) -> Null:
     """The null of the wanted diagnostics of a trajectory."""
     return {(d.name, variant): null for d in wanted for variant, null in d.null(place).items()}
 
@@ -272,7 +270,7 @@ def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor
 def _rows(
     checkpoint: Checkpoint,
     matrix: Matrix,
-    diagnostic: Diagnostic[Any, Any, Any],
+    diagnostic: Diagnostic,
     values: dict[str, Value],
     nulls: Null,
 ) -> list[dict[str, Any]]:

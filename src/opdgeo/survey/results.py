@@ -137,21 +137,18 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     return {"checkpoints": checkpoints} | {name: found for name, found in whole.items() if found}
 
 
-Known = Diagnostic[Any, Any, Any]
-
-
-def _weights(group: pl.DataFrame, diagnostic: Known) -> np.ndarray:
+def _weights(group: pl.DataFrame, diagnostic: Diagnostic) -> np.ndarray:
     if diagnostic.weighting == "entries":
         return (group["rows"] * group["cols"]).to_numpy().astype(float)
     return np.ones(len(group))
 
 
-def _mean(group: pl.DataFrame, column: str, diagnostic: Known) -> float | None:
+def _mean(group: pl.DataFrame, column: str, diagnostic: Diagnostic) -> float | None:
     known = group.filter(pl.col(column).is_not_null())
     return float(np.average(known[column].to_numpy(), weights=_weights(known, diagnostic))) if len(known) else None
 
 
-def _statistics(group: pl.DataFrame, diagnostic: Known) -> dict[str, Any]:
+def _statistics(group: pl.DataFrame, diagnostic: Diagnostic) -> dict[str, Any]:
     shown = compared(group)
     quantiles = np.quantile(shown["value"].to_numpy(), [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
     return {
@@ -165,7 +162,7 @@ def _statistics(group: pl.DataFrame, diagnostic: Known) -> dict[str, Any]:
     }
 
 
-def _against_null(group: pl.DataFrame, diagnostic: Known, kind: str) -> dict[str, Any] | None:
+def _against_null(group: pl.DataFrame, diagnostic: Diagnostic, kind: str) -> dict[str, Any] | None:
     known = compared(group)
     if not len(known) or known["null_mean"].null_count():
         return None

@@ -213,7 +213,7 @@ class GeometryMonitor(TrainerCallback):
             if name in earlier
         }
 
-    def _since(self, known: Diagnostic[Any, Any, Any], now: dict[str, Spectrum]) -> int | None:
+    def _since(self, known: Diagnostic, now: dict[str, Spectrum]) -> int | None:
         """What `track` would say of the whole run if training ended here: the step from which it has been as it is now."""
         pair = DIAGNOSTICS[known.of].pair if known.of else None
         if pair is None or known.since is None:
