@@ -283,7 +283,9 @@ def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> No
     table, whys = _new_table("Trajectory: mean over matrices, null underneath"), dict[str, list[Finding]]()
     table.add_column("diagnostic")
     for checkpoint in checkpoints:
-        table.add_column(Text(clean(checkpoint["checkpoint"].rpartition("/")[2], 11)), justify="right", no_wrap=True)
+        name, step = checkpoint["checkpoint"].rpartition("/")[2], checkpoint.get("step")
+        name = f"step {step}" if len(name) > 11 and step is not None else clean(name, 11)  # the step is what differs
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for column in findings(checkpoints[-1]):
         if is_primary(column.diagnostic, column.variant):
             cells = [find(c, column.diagnostic, column.variant) for c in checkpoints]
