@@ -38,7 +38,8 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_public_names() -> None:
-    assert opdgeo.__all__ == ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "open_checkpoint", "track"]
+    names = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "load", "open_checkpoint", "track"]
+    assert opdgeo.__all__ == names
     for name in opdgeo.__all__:
         assert getattr(opdgeo, name).__doc__
 

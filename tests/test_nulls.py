@@ -38,7 +38,9 @@ def test_large_updates_are_left_to_sampling() -> None:
     rng = np.random.default_rng(0)
     base = planted.weights(rng, 96, 96)
     weights = torch.from_numpy(base)
-    found = gaussian_null(Update(Base(weights, Settings()), weights + 0.02 * torch.randn(96, 96)), diagnostics().values(), "seed")
+    found = gaussian_null(
+        Update(Base(weights, Settings()), weights + 0.02 * torch.randn(96, 96)), diagnostics().values(), "seed"
+    )
     assert ("spectral_shift", "") not in found
     assert ("principal_angles", "left.max") not in found
     assert ("stable_rank", "") in found

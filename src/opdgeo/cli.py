@@ -409,6 +409,8 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
     from opdgeo.report.terminal import print_summary
 
     result.save(args.out)
+    for remark in result.run["remarks"]:
+        print(f"note: {clean(remark)}")
     print_summary(result.summary)
     if reused := result.run["reused"]:
         print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")

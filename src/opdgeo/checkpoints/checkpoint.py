@@ -181,6 +181,12 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
     if not found:
         if path.is_file():
             raise CheckpointError(f"{path} is not a file of weights that opdgeo knows; expected {_expected()}.")
+        if steps := step_folders(path):
+            some = ", ".join(steps[step].name for step in sorted(steps)[-2:])
+            raise CheckpointError(
+                f"{path} is a run and not one checkpoint: it holds {len(steps)}, such as {some}. Use opdgeo track BASE {path} for "
+                "all of one run, or give one of them."
+            )
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{path} holds no weights: expected {_expected()}, found {inside}.")
     (chosen, place), *others = found

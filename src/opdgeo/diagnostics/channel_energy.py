@@ -22,7 +22,7 @@ from opdgeo.diagnostics.diagnostic import (
     cut,
     skipped,
     undefined,
-    undetermined,
+    unresolved,
 )
 from opdgeo.diagnostics.subspace_similarity import SIDES, name
 
@@ -51,9 +51,9 @@ def share(update: Update, channel: Spectrum | None, k: int, side: str, reason: s
         return undefined(UNMOVED)
     if channel is None:
         return undefined("the earlier update did not move")
+    if problem := unresolved(channel, k, side):
+        return undefined(problem)
     lost = channel.subspace_error(k, side)
-    if lost >= 1:
-        return undefined(undetermined(k))
     delta = update.delta
     inside = delta @ channel.right[:, :k] if side == "right" else delta.T @ channel.left[:, :k]
     found = min(1.0, float(torch.linalg.vector_norm(inside / update.norm)) ** 2)

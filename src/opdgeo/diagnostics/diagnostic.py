@@ -90,6 +90,19 @@ def undetermined(k: int) -> str:
     return f"the gap between singular values {k} and {k + 1} vanishes, so the subspace is not determined"
 
 
+def unresolved(of: Spectrum, k: int, side: str) -> str | None:
+    """Why the top-k subspace of an update is not determined; None where it is."""
+    if k >= (of.left if side == "left" else of.right).shape[0]:  # the whole space
+        return None
+    if of.floor > 0 and float(of.sigma[k - 1]) <= of.floor:
+        rank = int((of.sigma > of.floor).sum())
+        return (
+            f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank "
+            f"{rank} only"
+        )
+    return undetermined(k) if of.subspace_error(k, side) >= 1 else None
+
+
 def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
     """The rank that a matrix of this shape allows, and what its row says where that is less than the rank asked for.
 
@@ -121,6 +134,10 @@ def _as_it_is(variant: str) -> str:
 
 def _every(variant: str) -> bool:
     return True
+
+
+Part = str | tuple[float | None, str]
+"""A part of a sentence: words, or a number with its unit."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +219,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
             is measured checkpoint by checkpoint, while ΔW is in memory.
         pair: its value for two updates, from the leading k directions of each; for the live monitor.
         of: a run's: the diagnostic that it is computed from.
+        answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
+            None where it has nothing to say.
         since: a run's: the step from which a curve of `of` stays at or above a threshold; for the live monitor.
     """
 
@@ -235,6 +254,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     at_the_end: bool = False
     pair: Callable[[Spectrum | None, Spectrum | None, int], Value] | None = None
     of: str | None = None
+    answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
     since: Callable[[list[int], list[float | None], float], int | None] | None = None
 
     @property

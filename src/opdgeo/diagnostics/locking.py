@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Live
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Live, Part
 from opdgeo.diagnostics.rows import compared
 from opdgeo.diagnostics.subspace_similarity import DIAGNOSTIC as SIMILARITY
-from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, parts, ranks
+from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, name, parts, ranks
 
 if TYPE_CHECKING:
     import polars as pl
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opdgeo.diagnostics.diagnostic import OfRun
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+TOLD = 0.8  # the threshold of the one sentence
 
 
 def locking_step(steps: Sequence[int], similarities: Sequence[float | None], threshold: float) -> int | None:
@@ -92,6 +93,41 @@ def _median_step(steps: list[int | None]) -> int | None:
     return known[half - 1] if 0 < half <= len(known) else None
 
 
+def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Part] | None:
+    """How early the final subspace is there, and from when on it stays: for K = 16, right, or the largest K below with a value.
+
+    `checkpoints` are those of one run in `summary.json`, `rows` what `measure` found of it.
+    """
+    unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
+    first = {d["variant"]: d for d in checkpoints[0]["diagnostics"] if d["diagnostic"] == SIMILARITY.name}
+    why = None
+    for row in sorted(rows, key=lambda r: -r["rank"]):
+        if row["side"] != "right" or row["rank"] > SHOWN or not row.get("steps"):
+            continue
+        entry = first.get(name("final", "right", row["rank"]), {})
+        if entry.get("mean") is None:
+            why = why or entry.get("reason")
+            continue
+        at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - TOLD))
+        chance = (entry["null"] or {}).get("mean")
+        said: list[Part] = [
+            "The final subspace, top ",
+            (row["rank"], "integer"),
+            f" right: at {unit} ",
+            (row["steps"][0], "integer"),
+        ]
+        said += [", the first checkpoint, ", (entry["mean"], "share"), " of it is there"]
+        said += [] if chance is None else [" (walk null: ", (chance, "share"), ")"]
+        said += [", and at least ", (row["thresholds"][at], "share"), *_from(unit, row["step"][at])]
+        said += [] if chance is None else [" (walk null:", *_from(unit, row["null_step"][at]), ")"]
+        return [*said, f". K = {SHOWN}: {why}." if why else "."]
+    return [f"How early the final subspace is there has no answer: {why}."] if why else None
+
+
+def _from(unit: str, step: int | None) -> list[Part]:
+    return [" not before the last checkpoint"] if step is None else [f" from {unit} ", (step, "integer"), " on"]
+
+
 def label(variant: str) -> str:
     side, _, k = variant.partition(".")
     return f"K = {k}, {side}"
@@ -110,6 +146,7 @@ DIAGNOSTIC: OfRun = Diagnostic(
     caveat="The null is the same step of the walk's curve, for a walk locks too. Only a lock well before the walk's says that the "
     "channel was found early. The threshold is a choice, so the step is given for all of them.",
     source=f"this program; {PAPER}, §1, L4, reads it off the curve of the similarity",
+    answer=answer,
     label=label,
     listed=lambda variant: variant == f"right.{SHOWN}",
     live=(Live("locked_since"),),

@@ -2,6 +2,8 @@
 vectors of ΔW. `final.K` compares with the last checkpoint, `previous.K` with the one before. `final.left.K` and
 `previous.left.K` do the same for the left singular vectors. One top-32 decomposition of ΔW serves every K.
 
+Of an update of lower rank than K, the K-th direction is one of rounding, and Sim_K is undefined.
+
 Its null is a walk of independent Gaussian increments with the observed norms. Checkpoints of one run share a prefix, and look
 alike for that reason alone.
 """
@@ -24,6 +26,7 @@ from opdgeo.diagnostics.diagnostic import (
     skipped,
     undefined,
     undetermined,
+    unresolved,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +81,9 @@ def similarity(
 
     if first is None or second is None:
         return undefined("one of the two updates did not move")
+    for of in (first, second):
+        if problem := unresolved(of, k, side):
+            return undefined(problem)
     lost = first.subspace_error(k, side) + second.subspace_error(k, side)
     if lost >= 1:
         return undefined(undetermined(k))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, overload
 
 import torch
@@ -193,7 +194,13 @@ class Update:
             return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
         if not self.directions:
             return leading(self.delta, k, angle=math.inf, start=self.start)
-        return leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+        found = leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+        return replace(found, floor=self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """How large the singular values are that the rounding of W₊ as it is stored gives to ΔW; factors have none."""
+        return 0.0 if self.factors else precision.rounding(*precision.squares(self.weights), self.weights.dtype)
 
     @cached
     def angles(self) -> dict[str, Tensor]:

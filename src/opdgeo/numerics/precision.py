@@ -1,6 +1,8 @@
-"""What survives the cast to bf16."""
+"""What survives the cast to bf16, and what the rounding of stored weights adds to an update."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -35,3 +37,28 @@ def unchanged(base: Tensor, tuned: Tensor, eta: float) -> tuple[Tensor, Tensor]:
             torch.le((w_hat - w).abs(), eta * torch.maximum(w.abs(), w_hat.abs()), out=within[block])
             within[block] |= same_bits[block]
     return within, same_bits
+
+
+def squares(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared norms of the rows, (rows,), and of the columns, (cols,), in float64, a block at a time."""
+    of_rows, of_cols = [], torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
+    for block in weights.split(rows_of_block(weights.shape[1])):
+        block = block.double().square_()
+        of_rows.append(block.sum(1))
+        of_cols += block.sum(0)
+    return torch.cat(of_rows) if of_rows else of_cols[:0], of_cols
+
+
+def rounding(of_rows: Tensor, of_cols: Tensor, dtype: torch.dtype) -> float:
+    """How large the singular values of the rounding errors of weights are that were stored as `dtype`.
+
+    An entry w is off by at most half a spacing, ε|w|/2, which has the variance (ε|w|)²/12 where it falls anywhere within; the
+    errors of different entries are independent. The norm of such a random matrix is about its largest row's norm plus its
+    largest column's (Bandeira and van Handel, Ann. Probab. 44, 2016). Takes the squared norms of W's rows and columns.
+    """
+    info = torch.finfo(dtype)
+    spacing = info.eps * (math.sqrt(float(of_rows.max())) + math.sqrt(float(of_cols.max())))
+    least = (
+        info.smallest_normal * info.eps * (math.sqrt(len(of_rows)) + math.sqrt(len(of_cols)))
+    )  # among subnormal numbers
+    return (spacing + least) / math.sqrt(12)

@@ -50,6 +50,7 @@ class Spectrum:
         residual: absolute part of the noise in the vectors.
         gram: γ, noise in the vectors relative to σ₁² of the squared matrix.
         rest: a bound on every singular value that `sigma` does not list.
+        floor: what the rounding of the stored weights alone gives; the vectors of values up to here are of that rounding.
     """
 
     sigma: Tensor
@@ -61,6 +62,7 @@ class Spectrum:
     residual: float
     gram: float = 0.0
     rest: float = 0.0
+    floor: float = 0.0
 
     def below(self, k: int) -> float:
         """σₖ₊₁, or a bound on it where it is not listed."""

@@ -94,6 +94,14 @@ def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
     return summary_of(_json(path), path)
 
 
+def load_whole_runs(source: Path | str | dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a summary tells of whole runs; it is given as the object itself or as the folder that holds summary.json."""
+    if isinstance(source, dict):
+        return whole_runs(source, Path("summary"))
+    path = Path(source) / "summary.json"
+    return whole_runs(_json(path), path)
+
+
 def load_claims(source: Path | str | dict[str, Any]) -> dict[str, Any]:
     """The claims given as the object itself or as the folder that holds claims.json."""
     if isinstance(source, dict):

@@ -36,7 +36,7 @@ from opdgeo.report.glossary import (
     variant_label,
 )
 from opdgeo.report.terminal import OUTCOMES, control_name, unit_of
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, findings, headlines, incomplete, unmoved
+from opdgeo.report.verdict import Finding, answers, by_reading, did_not_move, findings, headlines, incomplete, unmoved
 
 _MAX_LISTED = 60
 """Skipped matrices and unmatched tensors listed by name; the data files hold all."""
@@ -49,7 +49,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     runs = results.runs()
     arms = list(dict.fromkeys(arm for arm, _ in runs))
     subjects = [
-        _subject(arm, checkpoints[-1])
+        _subject(arm, checkpoints)
         for (arm, seed), checkpoints in runs.items()
         if seed == min(s for a, s in runs if a == arm)
     ]
@@ -59,6 +59,9 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "run": results.run,
         "title": _title(results),
         "subjects": subjects,
+        "answers": answers(next(iter(runs.values())), results.whole) if results.kind == "track" else [],
+        "checkpoints": [c["checkpoint"] for c in next(iter(runs.values()))] if results.kind == "track" else [],
+        "remarks": results.run.get("remarks") or [],
         "shared": _shared(subjects),
         "missing": _missing(subjects),
         "claims": _claims(results, made),
@@ -93,6 +96,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "mean": _arm_mean,
         "title_of": lambda name: about(name).title,
         "formula": _formula,
+        "said": lambda part: clean(part) if isinstance(part, str) else _shown(*part),
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     return environment.from_string(_resource("page.html.j2")).render(
@@ -224,14 +228,16 @@ def _stem(path: str) -> str:
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
 
 
-def _subject(arm: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What the verdict says about one update."""
+def _subject(arm: str, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the verdict says about the last update of a run."""
+    *earlier, checkpoint = checkpoints
     groups = by_reading(checkpoint)
     return {
         "arm": arm,
         "name": checkpoint["checkpoint"],
         "step": checkpoint.get("step"),
         "still": did_not_move(checkpoint),
+        "still_moved": did_not_move(checkpoint) and not all(map(did_not_move, earlier)),
         "unmoved": unmoved(checkpoint),
         "total": max((f.row["total"] for f in findings(checkpoint)), default=0),
         "headlines": headlines(checkpoint),

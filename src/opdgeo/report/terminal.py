@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opdgeo.report.data import load_claims, load_summary, runs
+from opdgeo.report.data import load_claims, load_summary, load_whole_runs, runs
 from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, find, findings, headlines, incomplete, unmoved
+from opdgeo.report.verdict import (
+    Finding,
+    answers,
+    by_reading,
+    did_not_move,
+    find,
+    findings,
+    headlines,
+    incomplete,
+    unmoved,
+)
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
 _GOOD, _BAD = ("holds", "still holds"), ("fails", "does not")
@@ -31,8 +42,11 @@ def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console 
         return
     for checkpoints in grouped.values():
         if len(checkpoints) > 1:
-            console.print(_trajectory(checkpoints, console.width))
-        _print_full(checkpoints[-1], console)
+            for said in answers(checkpoints, load_whole_runs(out_or_summary)):
+                parts = (clean(part) if isinstance(part, str) else number(*part) for part in said)
+                console.print(Text("".join(parts), style="bold"))
+            _print_trajectory(checkpoints, console)
+        _print_full(checkpoints[-1], console, earlier=checkpoints[:-1])
 
 
 def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
@@ -138,7 +152,7 @@ def _interval(mean: float | None, low: float | None, high: float | None, unit: s
     return f"{shown[0]} [{shown[1]}, {shown[2]}]{SUFFIX.get(unit, '')}"
 
 
-def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
+def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]] = ()) -> None:
     if still := unmoved(checkpoint):
         console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
     table = _new_table(checkpoint["checkpoint"])
@@ -164,7 +178,7 @@ def _print_full(checkpoint: dict[str, Any], console: Console) -> None:
             Text(f"{found.over}/{row['total']}", style="" if found.over == row["total"] else "yellow"),
         )
     console.print(table)
-    for line in sentences(checkpoint):
+    for line in sentences(checkpoint, earlier):
         console.print(Text(line))
 
 
@@ -194,8 +208,13 @@ def _reading(found: Finding) -> Text:
     return Text(clean(found.reading) + side, style=_STYLE.get(found.reading, ""))
 
 
-def sentences(checkpoint: dict[str, Any]) -> list[str]:
-    """The verdict in plain words, for a terminal."""
+def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """The verdict in plain words, for a terminal; `earlier` are the checkpoints of the run before this one."""
+    if did_not_move(checkpoint) and not all(map(did_not_move, earlier)):
+        return [
+            f"{clean(checkpoint['checkpoint'])}, the last checkpoint, holds the weights of BASE; earlier checkpoints do not. "
+            "Is BASE the checkpoint where training started?"
+        ]
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
     said = [
@@ -214,12 +233,15 @@ def sentences(checkpoint: dict[str, Any]) -> list[str]:
             lines.append(f"{text}: {', '.join(names(groups[key]))}.")
     if groups.get("no null"):
         lines.append("Without null models nothing separates geometry from size.")
-    left_out: dict[tuple[int, int], list[Finding]] = {}
+    left_out: dict[tuple[int, int, str | None], list[Finding]] = {}
     for found in incomplete(checkpoint):
-        left_out.setdefault((found.over, found.row["total"] - unmoved(checkpoint)), []).append(found)
-    for (over, total), group in left_out.items():
+        total = found.row["total"] - unmoved(checkpoint)
+        left_out.setdefault((found.over, total, found.row.get("reason")), []).append(found)
+    for (over, total, reason), group in left_out.items():
         what = "every diagnostic" if len(group) == len(findings(checkpoint)) else ", ".join(names(group))
-        lines.append(f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}.")
+        lines.append(
+            f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
+        )
     return lines
 
 
@@ -241,21 +263,33 @@ def names(found: list[Finding]) -> list[str]:
     ]
 
 
-def _trajectory(checkpoints: list[dict[str, Any]], width: int) -> Table:
-    """Mean of each primary diagnostic by checkpoint, its null underneath. Where not all checkpoints fit, some are chosen evenly, with
-    the first and the last."""
-    room = max(2, (width - 30) // 13)
+def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> None:
+    """Mean of each primary diagnostic by checkpoint, its null underneath; then what is not shown, and why.
+
+    Where not all checkpoints fit, some are chosen evenly, with the first and the last.
+    """
+    room, every = max(2, (console.width - 30) // 13), checkpoints
     if len(checkpoints) > room:
         checkpoints = [checkpoints[round(i * (len(checkpoints) - 1) / (room - 1))] for i in range(room)]
-    table = _new_table("Trajectory: mean over matrices, null underneath")
+    table, whys = _new_table("Trajectory: mean over matrices, null underneath"), dict[str, list[Finding]]()
     table.add_column("diagnostic")
     for checkpoint in checkpoints:
-        table.add_column(Text(clean(checkpoint["checkpoint"].rpartition("/")[2], 11)), justify="right", no_wrap=True)
+        name, step = checkpoint["checkpoint"].rpartition("/")[2], checkpoint.get("step")
+        name = f"step {step}" if len(name) > 11 and step is not None else clean(name, 11)  # the step is what differs
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for column in findings(checkpoints[-1]):
         if is_primary(column.diagnostic, column.variant):
             cells = [find(c, column.diagnostic, column.variant) for c in checkpoints]
             table.add_row(_name(column), *(_cell(found, "\n") for found in cells))
-    return table
+            for found in cells:
+                if found is None or found.row["mean"] is None:
+                    whys.setdefault((found and found.row.get("reason")) or "not measured", []).append(column)
+    console.print(table)
+    if left := [c for c in every if not any(c is shown for shown in checkpoints)]:
+        names_ = ", ".join(clean(c["checkpoint"].rpartition("/")[2]) for c in left)
+        console.print(Text(f"Not shown, for want of room: {names_}. summary.json and the page have all {len(every)}."))
+    for why, columns in whys.items():
+        console.print(Text(f"–: {clean(why)} ({', '.join(names(list({id(c): c for c in columns}.values())))})"))
 
 
 def _cell(found: Finding | None, between: str = " ") -> Text:

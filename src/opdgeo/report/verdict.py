@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
+from opdgeo.diagnostics.diagnostic import Part
 from opdgeo.report.glossary import about, is_listed, label, position, variant_label
 
 
@@ -104,6 +105,12 @@ def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
 def unmoved(checkpoint: dict[str, Any]) -> int:
     """How many matrices did not move while others did: no mean counts them."""
     return 0 if did_not_move(checkpoint) else int(checkpoint.get("unmoved", 0))
+
+
+def answers(checkpoints: list[dict[str, Any]], whole: dict[str, list[dict[str, Any]]]) -> list[list[Part]]:
+    """What the diagnostics of whole runs say of a run of these checkpoints, a sentence each."""
+    found = (d.answer(checkpoints, whole.get(name, [])) for name, d in of_runs().items() if d.answer)
+    return [said for said in found if said]
 
 
 def did_not_move(checkpoint: dict[str, Any]) -> bool:

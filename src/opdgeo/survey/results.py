@@ -47,6 +47,7 @@ CURVES: dict[str, Any] = {
 
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP = 2000
+_PANDAS = {"String": "string", "Int64": "Int64", "Int32": "Int32", "Float64": "float64"}  # an absent step stays absent
 PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
@@ -63,6 +64,22 @@ class Result:
     def skipped(self) -> list[str]:
         """Matrices that could not be computed at some checkpoint."""
         return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
+
+    def to_pandas(self) -> Any:
+        """`measurements` as a pandas table.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError(
+                "to_pandas needs the package pandas, which is not installed; `pip install pandas`, or use `.measurements`, a "
+                "polars table, or pandas.read_parquet on measurements.parquet elsewhere."
+            ) from error
+        columns = {c.name: pandas.Series(c.to_list(), dtype=_PANDAS[str(c.dtype)]) for c in self.measurements}
+        return pandas.DataFrame(columns)
 
     def save(self, out: str | Path, *, growing: bool = False) -> None:
         """Write the four data files, each in one atomic step; `run.json`, written last, marks a complete folder.
@@ -81,12 +98,13 @@ class Result:
             shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
-def load_result(out: Path) -> Result:
-    """Read a folder written by `Result.save`.
+def load_result(out: str | Path) -> Result:
+    """The result in a folder: what `opdgeo compare -o`, `track -o` or `Result.save` wrote.
 
     Raises:
         ConfigError: a file is missing or unreadable.
     """
+    out = Path(out)
     try:
         return Result(
             pl.read_parquet(out / "measurements.parquet"),
@@ -111,7 +129,7 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
 
     `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
     mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
-    `unmoved` counts these.
+    `unmoved` counts these; `reason` is the most frequent one of moved matrices without a value.
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
@@ -126,6 +144,7 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
             diagnostic = DIAGNOSTICS[str(name)]
             entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
             entry["null"] = _against_null(group, diagnostic, "walk" if diagnostic.scope == "trajectory" else null)
+            entry["reason"] = _why(group)
             entry["roles"] = {
                 str(role): _statistics(part, diagnostic) | {"null_mean": _mean(compared(part), "null_mean", diagnostic)}
                 for (role,), part in group.group_by("role", maintain_order=True)
@@ -141,6 +160,14 @@ def _weights(group: pl.DataFrame, diagnostic: Diagnostic) -> np.ndarray:
     if diagnostic.weighting == "entries":
         return (group["rows"] * group["cols"]).to_numpy().astype(float)
     return np.ones(len(group))
+
+
+def _why(group: pl.DataFrame) -> str | None:
+    """The most frequent reason of matrices without a value, of those that moved if any did."""
+    lacking = group.filter(pl.col("value").is_null() & pl.col("reason").is_not_null())
+    moved = lacking.filter("moved") if group["moved"].any() else lacking
+    reasons: list[str] = moved["reason"].to_list()
+    return max(dict.fromkeys(reasons), key=reasons.count, default=None)
 
 
 def _mean(group: pl.DataFrame, column: str, diagnostic: Diagnostic) -> float | None:

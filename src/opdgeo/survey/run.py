@@ -21,6 +21,7 @@ from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
+from opdgeo.survey.kinship import remarks
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
@@ -158,6 +159,7 @@ def _survey(
         "seconds_by_shape": dict(by_shape),
         "reused": dict(reused),
         "inputs": parts.inputs,
+        "remarks": remarks(base, checkpoints),
     }
     return Result(*tables, summarise(tables[0], job.settings.null), run)
 
@@ -195,7 +197,8 @@ def plan_text(
     work = _in_all(pairings)
     refuse_what_cannot_fit(work, [before, *after], settings)
     text = describe(plan(work, [before, *after], settings, workers), pairings[0], len(after), workers)
-    return "\n".join([text, *dict.fromkeys(f"note: {note}" for c in (before, *after) for note in c.notes)])
+    notes = [*remarks(before, after), *(note for c in (before, *after) for note in c.notes)]
+    return "\n".join([text, *dict.fromkeys(f"note: {note}" for note in notes)])
 
 
 def provenance(started: datetime, seconds: float, device: str, cores: int) -> dict[str, Any]:

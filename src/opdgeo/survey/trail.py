@@ -20,6 +20,7 @@ from opdgeo.survey.measure import Step
 from opdgeo.survey.results import write_atomically
 
 FIELDS = ("rows", "curves", "increment", "finite")
+SPECTRUM = (*NUMBERS, "floor")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Trail:
         of = step.spectrum
         tensors = {t: getattr(of, t).cpu().contiguous() for t in TENSORS} if of else {"empty": torch.empty(0)}
         about = {f: getattr(step, f) for f in FIELDS}
-        about["spectrum"] = {n: getattr(of, n) for n in NUMBERS} if of else None
+        about["spectrum"] = {n: getattr(of, n) for n in SPECTRUM} if of else None
         path = self._path(matrix, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda p: save_file(tensors, p, metadata={"step": json.dumps(about)}))

@@ -51,7 +51,7 @@ from opdgeo.diagnostics import (
 )
 from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.numerics import subspaces
+from opdgeo.numerics import precision, subspaces
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import Difference, Spectrum, leading
 from opdgeo.training.constrain import parameter_name
@@ -80,7 +80,7 @@ class GeometryMonitor(TrainerCallback):
         lock: the similarity from which the channel counts as locked.
 
     Attributes:
-        rows: step, matrix, diagnostic, variant, value of everything measured.
+        rows: step, matrix, diagnostic, variant, value of everything measured; of a value None the reason.
 
     Raises:
         ConfigError: a rule that cannot be read, a name that is not in the model, a base that does not fit.
@@ -100,7 +100,7 @@ class GeometryMonitor(TrainerCallback):
         self._subjects: list[_Subject] = []
         self._history: list[tuple[int, dict[str, Spectrum]]] = []
         self._pending: dict[str, float] = {}
-        self._alerted = False
+        self._alerted = self._told = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -178,10 +178,11 @@ class GeometryMonitor(TrainerCallback):
             for diagnostic, variants in found.items():
                 for variant, value in variants.items():
                     row = {"step": step, "matrix": subject.name, "diagnostic": diagnostic, "variant": variant}
-                    self.rows.append(row | {"value": value.value})
+                    self.rows.append(row | {"value": value.value, "reason": value.reason})
                     if value.value is not None:
                         values.setdefault((diagnostic, variant), []).append(value.value)
             subject.near = now[subject.name].right if subject.name in now else subject.near
+        self._say_what_is_undefined(step)
         means = {name: sum(found) / len(found) for name, found in values.items()}
         logs = self._logged(means, now)
         self._remember(step, now)
@@ -201,6 +202,14 @@ class GeometryMonitor(TrainerCallback):
         if OUTSIDE in means:
             logs[PREFIX + "outside"] = means[OUTSIDE]
         return logs
+
+    def _say_what_is_undefined(self, step: int) -> None:
+        """Warn once where no matrix has a value of a diagnostic that compares checkpoints, with the reason of the first."""
+        for name, d in of_trajectories().items():
+            rows = [r for r in self.rows if r["step"] == step and r["diagnostic"] == name]
+            if rows and not self._told and all(r["value"] is None for r in rows):
+                log.warning("step %d: no %s is logged: %s.", step, d.title.lower(), rows[0]["reason"])
+                self._told = True
 
     def _earlier(self) -> dict[str, tuple[int, dict[str, Spectrum]]]:
         return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
@@ -289,6 +298,13 @@ class _MonitoredUpdate(Update):
     @property
     def delta(self) -> Difference:
         return _difference(self.base.weights, self.weights, self.norm, self.base.rows)
+
+    @property
+    def rounding(self) -> float:
+        of_rows, of_cols = precision.squares(self.weights)
+        if rows := self.base.rows:
+            of_rows, of_cols = rows.whole(of_rows[:, None])[:, 0], rows.sum(of_cols)
+        return precision.rounding(of_rows, of_cols, self.weights.dtype)
 
 
 def _norm(before: Tensor, after: Tensor, rows: Rows | None) -> float:
@@ -456,7 +472,7 @@ def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) ->
         for name, of in spectra.items():
             k = of.right.shape[1]
             tensors |= {f"{i} {name} right": of.right.contiguous(), f"{i} {name} sigma": of.sigma[: k + 1].contiguous()}
-            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "rest")}
+            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "rest", "floor")}
             facts.append({"place": i, "step": step, "matrix": name, **numbers})
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"history": json.dumps(facts)})

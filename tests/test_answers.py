@@ -1,0 +1,199 @@
+"""What a user asks first is answered in words: how early the channel is there, whether the order of the pair makes sense, why a
+number is missing; and a saved result comes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+import opdgeo
+import planted
+from opdgeo.checkpoints import open_checkpoint
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.report import write_report
+from opdgeo.report.terminal import print_summary
+from opdgeo.survey.kinship import remarks
+from report_data import build
+from test_compare import program
+
+NAME = planted.tensor_name(0, "mlp.up_proj")
+FAST = ("--nulls", 1, "--no-cache")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two runs from it, `opd` of six steps and `rlvr` of one, as `opdgeo train` leaves them."""
+    folder = tmp_path_factory.mktemp("answers")
+    rng = np.random.default_rng(0)
+    base = planted.weights(rng, 80, 64)
+    planted.write_checkpoint(folder / "base", {NAME: base}, "float32")
+    for run, steps in (("opd", (10, 20, 30, 40, 50, 60)), ("rlvr", (10,))):
+        weights = base
+        for step in steps:
+            weights = weights + 1e-3 * rng.standard_normal(base.shape)
+            planted.write_checkpoint(folder / run / f"step-{step:06d}", {NAME: weights}, "float32")
+        (folder / run / "config.json").write_text(json.dumps({"arm": run, "origin": str(folder / "base")}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trajectory(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("trajectory") / "out"
+    done = program("track", runs / "base", runs / "opd", "-o", out, *FAST, COLUMNS="70")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def words(text: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", "", text).split())
+
+
+def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
+    out, said = trajectory
+    summary = json.loads((out / "summary.json").read_text())
+    (locked,) = (r for r in summary["locking"] if (r["side"], r["rank"]) == ("right", 16))
+    (first,) = (
+        r
+        for r in summary["checkpoints"][0]["diagnostics"]
+        if (r["diagnostic"], r["variant"]) == ("subspace_similarity", "final.16")
+    )
+    at = locked["thresholds"].index(0.8)
+
+    def since(step: int | None) -> str:
+        return "not before the last checkpoint" if step is None else f"from step {step} on"
+
+    expected = (
+        f"The final subspace, top 16 right: at step 10, the first checkpoint, {100 * first['mean']:.1f} % of it is there (walk null: "
+        f"{100 * first['null']['mean']:.1f} %), and at least 80.0 % {since(locked['step'][at])} (walk null: "
+        f"{since(locked['null_step'][at])})."
+    )
+    assert words(said).startswith(expected), said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert expected in words(page.partition('id="verdict"')[2].partition("<h2>")[0])
+    assert page.index('id="early"') < page.index('id="diagnostics"')
+
+
+def test_every_checkpoint_is_listed_or_said_to_be_left_out(trajectory: tuple[Path, str]) -> None:
+    out, said = trajectory
+    names = [f"step-{s:06d}" for s in (10, 20, 30, 40, 50, 60)]
+    assert all(name in words(said) for name in names)
+    assert re.search(r"Not shown, for want of room: step-0000\d0.*has? all 6|have all 6", words(said)), said
+    page = words((out / "report.html").read_text(encoding="utf-8"))
+    assert f"Checkpoints: {', '.join(names)}." in page
+    assert "–: there is no earlier checkpoint (" in words(said), "the dash is decoded"
+
+
+def test_a_run_whose_last_checkpoint_is_its_base(runs: Path, tmp_path: Path) -> None:
+    base = runs / "opd" / "step-000030"
+    result = opdgeo.track(base, runs / "opd", settings=opdgeo.Settings(nulls=1), cache=False)
+    assert any("swapped" in r for r in result.run["remarks"]), "BASE's step is later than that of a checkpoint"
+    at = open_checkpoint(runs / "opd" / "step-000010"), open_checkpoint(runs / "opd" / "step-000060")
+    assert remarks(at[0], [at[1]]) == []
+    result = opdgeo.track(runs / "rlvr" / "step-000010", [runs / "base", runs / "rlvr" / "step-000010"], cache=False)
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(result.summary, console)
+    text = words(console.file.getvalue())  # type: ignore[attr-defined]
+    assert "the last checkpoint, holds the weights of BASE; earlier checkpoints do not" in text
+    assert "The weights did not move" not in text
+    page = words(result.report(tmp_path / "out").read_text(encoding="utf-8"))
+    assert "The last checkpoint holds the weights of the base" in page and "The weights did not move" not in page
+    assert any("look swapped" in r for r in result.run["remarks"])
+    assert "look swapped" in page
+
+
+def test_two_siblings_are_said_to_be_siblings(runs: Path, tmp_path: Path) -> None:
+    pair = runs / "opd" / "step-000010", runs / "rlvr" / "step-000010"
+    done = program("compare", *pair, "-o", tmp_path / "out", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert f"were both trained from {runs / 'base'}: what is measured is the difference between the two" in done.stdout
+    assert "were both trained from" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    plan = program("compare", *pair, "--plan")
+    assert "were both trained from" in plan.stdout
+    assert remarks(open_checkpoint(runs / "base"), [open_checkpoint(pair[0])]) == []
+    swapped = remarks(open_checkpoint(pair[0]), [open_checkpoint(runs / "base")])
+    assert len(swapped) == 1 and "look swapped" in swapped[0]
+    back = remarks(open_checkpoint(runs / "opd" / "step-000060"), [open_checkpoint(pair[0])])
+    assert back == ["BASE is step 60 and step-000010 step 10 of the same run: they look swapped."]
+
+
+def test_siblings_by_the_name_that_transformers_keeps(runs: Path, tmp_path: Path) -> None:
+    opened = []
+    for name, origin in (("a", "Qwen/Qwen3-8B-Base"), ("b", "Qwen/Qwen3-8B-Base"), ("c", "other/model")):
+        folder = planted.write_checkpoint(tmp_path / name, {NAME: np.eye(4)}, "float32")
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": origin}))
+        opened.append(open_checkpoint(folder))
+    (said,) = remarks(opened[0], [opened[1]])
+    assert "both trained from Qwen/Qwen3-8B-Base" in said
+    assert remarks(opened[0], [opened[2]]) == []
+
+
+def test_a_run_in_the_place_of_a_checkpoint(runs: Path) -> None:
+    done = program("compare", runs / "base", runs / "opd")
+    assert done.returncode == 2 and "is a run and not one checkpoint: it holds 6" in done.stderr, done.stderr
+    assert f"opdgeo track BASE {runs / 'opd'}" in done.stderr and "*" not in done.stderr
+    with pytest.raises(CheckpointError, match="is a run and not one checkpoint"):
+        opdgeo.track(runs / "base", [runs / "opd", runs / "rlvr"])
+
+
+def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = planted.weights(rng, 64, 48)
+    planted.write_checkpoint(tmp_path / "base", {NAME: base}, "float32")
+    names = ("lora_A", "lora_B")
+    from safetensors.numpy import save_file
+
+    (tmp_path / "lora").mkdir()
+    shapes = {"lora_A": (3, 48), "lora_B": (64, 3)}
+    key = f"base_model.model.{NAME.removesuffix('.weight')}"
+    tensors = {f"{key}.{n}.weight": rng.standard_normal(shapes[n]).astype("float32") for n in names}
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["up_proj"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    result = opdgeo.compare(tmp_path / "base", tmp_path / "lora", settings=opdgeo.Settings(nulls=1), cache=False)
+    row = result.measurements.filter(diagnostic="hill_exponent").row(0, named=True)
+    assert row["status"] == "undefined"
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(result.summary, console)
+    assert f"Over 0 of 1 matrices: Hill exponent (top 16) ({row['reason']})." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_summary_without_the_newer_keys_still_prints(tmp_path: Path) -> None:
+    out = build("track", tmp_path / "out")
+    write_report(out)
+    console = Console(file=io.StringIO(), width=100)
+    print_summary(out, console)
+    assert "The final subspace" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_saved_result_comes_back(
+    trajectory: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = trajectory
+    result = opdgeo.load(str(out))
+    assert isinstance(result, opdgeo.Result) and result.measurements.equals(
+        pl.read_parquet(out / "measurements.parquet")
+    )
+    result.save(str(tmp_path / "copy"))
+    again = opdgeo.load(tmp_path / "copy")
+    assert again.measurements.equals(result.measurements) and again.curves.equals(result.curves)
+    assert (again.summary, again.run) == (result.summary, result.run)
+    with pytest.raises(ConfigError, match="not a complete results folder"):
+        opdgeo.load(tmp_path)
+    pandas = pytest.importorskip("pandas")
+    table: Any = result.to_pandas()
+    assert list(table.columns) == result.measurements.columns and len(table) == len(result.measurements)
+    assert table["value"].dropna().tolist() == result.measurements["value"].drop_nulls().to_list()
+    assert table["value"].isna().sum() == result.measurements["value"].null_count()
+    assert str(table["step"].dtype) == "Int64" and isinstance(table, pandas.DataFrame)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        result.to_pandas()
