@@ -117,6 +117,13 @@ def hill_exponent(spectrum: Matrix, top_k: int) -> float | None:
     return (len(top) - 1) / total if total > 1e-12 else None
 
 
+def effective_rank(spectrum: Matrix) -> float:
+    """exp(−Σ p log p) with the energy shares p = σ²/Σσ²."""
+    energy = (spectrum / spectrum.max()) ** 2
+    shares = energy[energy > 0] / energy.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def subspace_similarity(delta: Matrix, other: Matrix, top_k: int = 16) -> float | None:
     """‖V_K(Δ)ᵀ V_K(Δ′)‖²_F / K for the top-K right singular vectors of two updates; for the left ones, of the transposes."""
     k = cut(top_k, *delta.shape)
@@ -172,6 +179,7 @@ def measure(
     values["relative_norm", ""] = (frobenius / size if size > 0 else None) if moved else 0.0
     values["operator_norm", ""] = operator
     values["stable_rank", ""] = (frobenius / operator) ** 2 if moved else None
+    values["effective_rank", ""] = effective_rank(update.s) if moved else None
     values["hill_exponent", str(top_k)] = hill_exponent(update.s, top_k) if moved else None
 
     k = cut(rank, rows, cols)

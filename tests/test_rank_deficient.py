@@ -83,7 +83,7 @@ def test_the_monitor(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> No
     assert logged["geometry/stable_rank"] < 5.5
     similar = [r for r in monitor.rows if r["diagnostic"] == "subspace_similarity"]
     assert len(similar) == 4 and all(r["value"] is None and "rank 5 only" in r["reason"] for r in similar)
-    warned = [m for m in caplog.messages if "no similarity is logged" in m]
+    warned = [m for m in caplog.messages if "no subspace similarity is logged" in m]
     assert len(warned) == 1 and "rounding of the stored weights" in warned[0]
 
 

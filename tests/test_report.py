@@ -200,7 +200,7 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<img" not in text and "\x1b" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    entry_ = charts.Entry("", "number", False, "", "", "", "")
+    scale = charts.Scale()
     for name in (
         HOSTILE,
         'font: 9px x id="',
@@ -210,10 +210,10 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
     ):
         cells = {(0, name): (1.0, name)}
         for chart in (
-            charts.heatmap("h", name, entry_, cells, [name], [0]),
-            charts.distribution("d", name, entry_, [charts.Group(name, [1.0, 2.0], [1.5, 1.5], [0.1, 0.1])]),
+            charts.heatmap("h", name, scale, cells, roles=[name], layers=[0]),
+            charts.distribution("d", name, scale, [charts.Group(name, [1.0, 2.0], [1.5, 1.5], [0.1, 0.1])]),
             charts.trajectory(
-                "t", name, entry_, [charts.Series(name, [0, 1], [1.0, 2.0]), charts.Series("b", [0, 1], [1.0, 2.0])]
+                "t", name, scale, [charts.Series(name, [0, 1], [1.0, 2.0]), charts.Series("b", [0, 1], [1.0, 2.0])]
             ),
         ):
             svg = Page(charts.inline_svg(chart))

@@ -21,7 +21,7 @@ import opdgeo
 import planted
 from opdgeo.checkpoints import open_checkpoint
 from opdgeo.commands import main
-from opdgeo.diagnostics import Base, Settings, Update, diagnostics
+from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Update, diagnostics, of_trajectories
 from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.errors import CheckpointError
 from opdgeo.survey import engines
@@ -157,10 +157,10 @@ def test_every_diagnostic_says_which_settings_it_reads(relative: float) -> None:
         settings = Watched(rank=6, top_k=4, mask_rank=8, nulls=2)
         settings.__dict__["read"] = set()
         diagnostic.measure(Update(Base(before, settings), after))
-        assert settings.__dict__["read"] == set(diagnostic.READS), name
+        assert settings.__dict__["read"] == set(diagnostic.reads), name
         settings.__dict__["read"] = set()
-        gaussian_null(Update(Base(before, settings), after), [name], "seed")
-        assert settings.__dict__["read"] <= {*diagnostic.READS, "nulls", "null"}, name
+        gaussian_null(Update(Base(before, settings), after), [diagnostic], "seed")
+        assert settings.__dict__["read"] <= {*diagnostic.reads, "nulls", "null"}, name
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +197,12 @@ def test_a_changed_setting_measures_exactly_what_reads_it(
             (sampled if update.sampled else measured).add(name)
             return original(update)
 
-        monkeypatch.setattr(diagnostic, "measure", traced)
+        monkeypatch.setitem(DIAGNOSTICS, name, replace(diagnostic, measure=traced))
     again = opdgeo.track(base, run, settings=then, cache=False, out=tmp_path / "out")
-    reading = {name for name, d in diagnostics().items() if setting in d.READS}
+    reading = {name for name, d in diagnostics().items() if setting in d.reads}
     assert measured == reading
     assert setting in ("nulls", "null") or sampled <= reading
-    similar = set() if setting == "top_k" else {"subspace_similarity", "channel_energy"}
+    similar = {name for name, d in of_trajectories().items() if setting not in d.reads}
     assert set(again.run["reused"]) == set(diagnostics()) - reading | similar
     assert set(again.run["reused"].values()) == {3}
     again.save(tmp_path / "out")

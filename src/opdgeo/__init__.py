@@ -5,10 +5,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opdgeo.api import Result, compare, load, track
     from opdgeo.checkpoints import open_checkpoint
     from opdgeo.diagnostics import Settings
-    from opdgeo.survey import Result, compare, track
-    from opdgeo.survey import load_result as load
     from opdgeo.training.channel import Channel
     from opdgeo.training.monitor import GeometryMonitor
 
@@ -17,20 +16,19 @@ __version__ = version("opdgeo")
 _HOMES = {
     "Channel": "opdgeo.training.channel",
     "GeometryMonitor": "opdgeo.training.monitor",
-    "Result": "opdgeo.survey",
+    "Result": "opdgeo.api",
     "Settings": "opdgeo.diagnostics",
-    "compare": "opdgeo.survey",
-    "load": "opdgeo.survey:load_result",
+    "compare": "opdgeo.api",
+    "load": "opdgeo.api",
     "open_checkpoint": "opdgeo.checkpoints",
-    "track": "opdgeo.survey",
+    "track": "opdgeo.api",
 }
 __all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "load", "open_checkpoint", "track"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        home, _, there = _HOMES[name].partition(":")
-        return getattr(import_module(home), there or name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'opdgeo' has no attribute {name!r}")
 
 

@@ -1,45 +1,84 @@
-"""The diagnostics, one short file each: a formula, its source, and what it asks of `numerics`.
+"""The diagnostics, one short file each. Each file defines one `Diagnostic`: what it is, how it is computed, how it is read.
 
-A diagnostic module has `variants(settings)`, the names of its rows, `measure(update)`, a value for each of them, and `READS`,
-the settings that its values depend on (whatever asks for W₀'s or W₊'s spectrum: `rank` and `mask_rank`; for ΔW's: `top_k`).
-To add one: write the module and name it in `MODULES`.
+To add one, write the file and put its name into `NAMES`. The order of the names is the order of the tables and of the page.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from opdgeo.diagnostics.update import Base, Settings, Update, Value
+from opdgeo.diagnostics.diagnostic import Diagnostic, Settings, Value
 
-MODULES = (
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfRun, OfTrajectory, OfUpdate
+    from opdgeo.diagnostics.trajectory import Point, Trajectory
+    from opdgeo.diagnostics.update import Base, Update
+
+NAMES = (
     "update_sparsity",
     "frobenius_norm",
     "relative_norm",
     "operator_norm",
     "stable_rank",
+    "effective_rank",
     "hill_exponent",
     "principal_angles",
     "spectral_shift",
     "mask_overlap",
     "principal_energy",
+    "subspace_similarity",
+    "channel_energy",
+    "locking",
     "bound_ratio",
 )
+CURVES = ("sigma_base", "sigma_tuned", "sigma_update", "angle_left", "angle_right")
+"""The order of the curves in the data file. Other curves follow in the order of their diagnostics."""
+
+DIAGNOSTICS: dict[str, Diagnostic] = {name: import_module(f"opdgeo.diagnostics.{name}").DIAGNOSTIC for name in NAMES}
+"""Every diagnostic by name."""
 
 
-class Diagnostic(Protocol):
-    """What every module of `MODULES` offers."""
-
-    READS: tuple[str, ...]
-
-    def variants(self, settings: Settings) -> list[str]: ...
-
-    def measure(self, update: Update) -> dict[str, Value]: ...
+def _of_scope(scope: str) -> dict[str, Any]:
+    return {name: d for name, d in DIAGNOSTICS.items() if d.scope == scope}
 
 
-def diagnostics() -> dict[str, Diagnostic]:
+def diagnostics() -> dict[str, OfUpdate]:
     """Every diagnostic of a single update, by name and in the order of the tables."""
-    return {name: cast(Diagnostic, import_module(f"opdgeo.diagnostics.{name}")) for name in MODULES}
+    return cast("dict[str, OfUpdate]", _of_scope("update"))
 
 
-__all__ = ["MODULES", "Base", "Diagnostic", "Settings", "Update", "Value", "diagnostics"]
+def of_trajectories() -> dict[str, OfTrajectory]:
+    """Every diagnostic that compares the checkpoints of a trajectory."""
+    return cast("dict[str, OfTrajectory]", _of_scope("trajectory"))
+
+
+def of_runs() -> dict[str, OfRun]:
+    """Every diagnostic of the table of a whole run."""
+    return cast("dict[str, OfRun]", _of_scope("run"))
+
+
+_WITH_TORCH = {"Base": "update", "Update": "update", "Point": "trajectory", "Trajectory": "trajectory"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCH:
+        return getattr(import_module(f"opdgeo.diagnostics.{_WITH_TORCH[name]}"), name)
+    raise AttributeError(f"module 'opdgeo.diagnostics' has no attribute {name!r}")
+
+
+__all__ = [
+    "CURVES",
+    "DIAGNOSTICS",
+    "NAMES",
+    "Base",
+    "Diagnostic",
+    "Point",
+    "Settings",
+    "Trajectory",
+    "Update",
+    "Value",
+    "diagnostics",
+    "of_runs",
+    "of_trajectories",
+]

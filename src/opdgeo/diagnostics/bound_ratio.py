@@ -1,4 +1,4 @@
-"""Measured movement over its worst case (PAPER §3, gate II); never above 1 but for rounding.
+"""Measured movement over its worst case (PAPER §3, gate II). It is never above 1 but for rounding.
 
 `mirsky`: ‖σ(W₊) − σ(W₀)‖₂ / ‖ΔW‖_F. `weyl`: maxᵢ |σᵢ(W₊) − σᵢ(W₀)| / ‖ΔW‖₂. `wedin`: the largest sine of the principal
 angles, left and right, over ‖ΔW‖₂ / (σₖ(W₊) − σₖ₊₁(W₀)) with k = `rank`; undefined where that gap is not positive.
@@ -7,20 +7,35 @@ angles, left and right, over ‖ΔW‖₂ / (σₖ(W₊) − σₖ₊₁(W₀)) 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+from opdgeo.diagnostics.diagnostic import (
+    PAPER,
+    UNMOVED,
+    Diagnostic,
+    Null,
+    Settings,
+    Value,
+    mean_std,
+    undefined,
+    undetermined,
+)
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, undetermined
-from opdgeo.numerics.spectra import angle_error
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
 
-READS = ("rank", "mask_rank", "top_k")
+LABELS = {"mirsky": "Mirsky", "weyl": "Weyl", "wedin": "Wedin"}
 
 
 def variants(settings: Settings) -> list[str]:
-    return ["mirsky", "weyl", "wedin"]
+    return list(LABELS)
 
 
 def measure(update: Update) -> dict[str, Value]:
+    import torch
+
     if not update.moved:
         return {name: undefined(UNMOVED) for name in variants(update.settings)}
     before, after, largest = update.base.spectrum, update.tuned_spectrum, float(update.delta_spectrum.sigma[0])
@@ -42,6 +57,8 @@ def measure(update: Update) -> dict[str, Value]:
 
 
 def _wedin(update: Update, largest: float) -> Value:
+    from opdgeo.numerics.spectra import angle_error
+
     k, reason = update.base.cut(update.settings.rank)
     before, after = update.base.spectrum, update.tuned_spectrum
     below = float(before.sigma[k]) if k < len(before.sigma) else 0.0
@@ -55,3 +72,37 @@ def _wedin(update: Update, largest: float) -> Value:
     sine = max(math.sin(float(angles.max())) for angles in update.angles.values())
     slack = uncertain * gap / largest + sine * error / largest + sine * gap * update.delta_spectrum.error / largest**2
     return Value(sine * gap / largest, 1.1 * slack, after.method, reason=reason)
+
+
+def null(isotropic: Isotropic) -> Null:
+    """From draws of the first-order changes of W₀'s singular values and subspaces, where the update is small enough."""
+    shifts, norms = isotropic.shifts, isotropic.shift_norms
+    if shifts is None or norms is None:
+        return {}
+    largest = float(isotropic.spectra[:, 0].mean())
+    found = {"mirsky": mean_std(norms / isotropic.norm), "weyl": mean_std(shifts.abs().amax(dim=1) / largest)}
+    k, _ = isotropic.base.cut(isotropic.settings.rank)
+    sigma = isotropic.base.spectrum.sigma
+    wedin = []
+    for draw, turned in enumerate(isotropic.turns):
+        gap = float(sigma[k - 1] + shifts[draw % len(shifts), k - 1] - sigma[k])
+        if gap > 0:
+            wedin.append(math.sin(max(float(theta.max()) for theta in turned.values())) * gap / largest)
+    return found | ({"wedin": mean_std(wedin)} if wedin else {})
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="bound_ratio",
+    scope="update",
+    reads=("rank", "mask_rank", "top_k"),
+    variants=variants,
+    measure=measure,
+    null=null,
+    title="Bound ratio",
+    formula="measured / bound: Mirsky (σ shift ≤ ‖ΔW‖_F), Weyl and Wedin (≤ ‖ΔW‖₂)",
+    meaning="How much of what perturbation theory allows was used. It is never above 1 beyond rounding.",
+    caveat="Close to the bound, the update is aligned with the singular vectors of the matrix. Wedin's ratio is undefined where "
+    "the gap between the two spectra at the cut is not positive.",
+    source=f"{PAPER}, §3, gate II",
+    label=lambda variant: LABELS.get(variant, variant),
+)

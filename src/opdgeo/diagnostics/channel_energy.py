@@ -4,28 +4,49 @@ the first one; `previous.left.K` and `first.left.K` the left vectors, ‖U_K U_K
 
 Unlike the similarity it weighs the directions: it asks how much of the update a training held in that channel would keep.
 Its null is that of the similarity, a walk S + R of independent increments. The energy of S + R in S's own top K is, on
-average, that of a Gaussian in its own top K, and chance for R: a closed form.
+average, that of a Gaussian in its own top K, and chance for R. That is a closed form.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-
+from opdgeo.diagnostics.diagnostic import (
+    PAPER,
+    UNMOVED,
+    Diagnostic,
+    Null,
+    Settings,
+    Value,
+    cut,
+    skipped,
+    undefined,
+    unresolved,
+)
 from opdgeo.diagnostics.subspace_similarity import SIDES, name
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined, unresolved
-from opdgeo.numerics.spectra import Spectrum
 
-READS = ("top_k",)
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfTrajectory
+    from opdgeo.diagnostics.trajectory import Trajectory
+    from opdgeo.diagnostics.update import Update
+    from opdgeo.numerics.spectra import Spectrum
 
 
 def variants(settings: Settings) -> list[str]:
     return [name(other, side, settings.top_k) for other in ("first", "previous") for side in SIDES]
 
 
+def label(variant: str) -> str:
+    other, _, rest = variant.partition(".")
+    side, _, k = rest.rpartition(".")
+    return f"{other} checkpoint's{' ' + side if side else ''} top {k}"
+
+
 def share(update: Update, channel: Spectrum | None, k: int, side: str, reason: str | None = None) -> Value:
-    """The share of `update` inside the top-k vectors of `channel`, an earlier update; None: that one did not move."""
+    """The share of `update` inside the top-k vectors of `channel`, an earlier update. None: that one did not move."""
+    import torch
+
     if not update.moved:
         return undefined(UNMOVED)
     if channel is None:
@@ -40,7 +61,59 @@ def share(update: Update, channel: Spectrum | None, k: int, side: str, reason: s
     return Value(found, min(1.0, error), channel.method, reason=reason)
 
 
-def null(own: tuple[float, float], chance: float, angle: float) -> tuple[float, float]:
-    """Mean and standard deviation under the walk: `own` is a Gaussian's energy in its own top K, `chance` is K/dimension."""
-    kept = math.cos(angle) ** 2
-    return kept * own[0] + (1 - kept) * chance, kept * own[1]
+def earlier(trajectory: Trajectory) -> tuple[tuple[str, int], ...]:
+    """The channels that an update is measured against, and their places. The first checkpoint has none."""
+    return (("first", 0), ("previous", trajectory.index - 1)) if trajectory.index else ()
+
+
+def measure(trajectory: Trajectory) -> dict[str, Value]:
+    assert trajectory.update is not None
+    k, reason = cut(trajectory.settings.top_k, trajectory.shape)
+    values = dict.fromkeys(variants(trajectory.settings), undefined("there is no earlier checkpoint"))
+    for other, index in earlier(trajectory):
+        point = trajectory.points[index]
+        for side in SIDES:
+            values[name(other, side, trajectory.settings.top_k)] = (
+                share(trajectory.update, point.spectrum, k, side, reason)
+                if point.finite
+                else skipped("non-finite entries in the earlier checkpoint")
+            )
+    return values
+
+
+def null(trajectory: Trajectory) -> Null:
+    """Under the walk the update keeps cos²θ of its energy from the earlier point, and gains chance, K/dimension, elsewhere."""
+    from opdgeo.numerics.nulls import own_energy
+
+    rows, cols = trajectory.shape
+    k, _ = cut(trajectory.settings.top_k, trajectory.shape)
+    found = {}
+    for other, index in earlier(trajectory):
+        angle = trajectory.angle(index)
+        if angle is None:
+            continue
+        kept, own = math.cos(angle) ** 2, own_energy(rows, cols, k)
+        for side, size in (("right", cols), ("left", rows)):
+            found[name(other, side, trajectory.settings.top_k)] = kept * own[0] + (1 - kept) * (k / size), kept * own[1]
+    return found
+
+
+DIAGNOSTIC: OfTrajectory = Diagnostic(
+    name="channel_energy",
+    scope="trajectory",
+    unit="share",
+    reads=("top_k",),
+    variants=variants,
+    measure=measure,
+    null=null,
+    title="Energy in the earlier channel",
+    formula="‖ΔW_t V_K(s)‖_F² / ‖ΔW_t‖_F², s the first checkpoint or the one before t",
+    meaning="The share of the update that lies in the top-K right subspace of an earlier checkpoint's update.",
+    caveat="This is what training held in that channel would have kept. The null is a walk of independent increments with the "
+    "observed norms. It keeps what it had, and gains chance, K/cols, in every new increment.",
+    source=f"this program; the subspaces are those of {PAPER}, §2, subspace similarity",
+    label=label,
+    listed=lambda variant: ".left." not in variant,
+    charted=("previous",),
+    directions=lambda settings: settings.top_k,
+)

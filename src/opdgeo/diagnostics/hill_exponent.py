@@ -6,10 +6,14 @@ A small exponent is a heavy tail: few directions far above the rest.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined
+from opdgeo.diagnostics.diagnostic import PAPER, UNMOVED, Diagnostic, Null, Settings, Value, mean_std, undefined
 
-READS = ("top_k",)
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
 
 
 def variants(settings: Settings) -> list[str]:
@@ -34,3 +38,33 @@ def measure(update: Update) -> dict[str, Value]:
         return {name: undefined(f"the top {k} singular values are equal within rounding")}
     value = (k - 1) / total
     return {name: Value(value, (k - 1) / (total - loose) - value, update.delta_spectrum.method, reason=reason)}
+
+
+def null(isotropic: Isotropic) -> Null:
+    import numpy as np
+
+    draws = isotropic.spectra
+    k = draws.shape[1]
+    if k < 2:
+        return {}
+    logs = np.log(draws[:, :-1] / draws[:, -1:]).sum(axis=1)
+    return {str(isotropic.settings.top_k): mean_std((k - 1) / logs)}
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="hill_exponent",
+    scope="update",
+    reads=("top_k",),
+    variants=variants,
+    measure=measure,
+    null=null,
+    title="Hill exponent",
+    formula="[ (1/(k−1)) Σ_{i<k} log(σ_i/σ_k) ]^{−1} over the top-k singular values of ΔW",
+    meaning="How steeply the largest singular values of the update fall. A small exponent is a heavy tail: one or a few directions "
+    "stand far above the rest.",
+    caveat="The paper does not give its k; the k used here is in the variant. A flat spectrum, as the null has, gives a large "
+    "exponent.",
+    source=f"{PAPER}, §2, Hill exponent",
+    label=lambda variant: f"top {variant}",
+    charted=("",),
+)

@@ -1,21 +1,33 @@
-"""The locking step of a trajectory: the first step from which Sim_K stays at or above a threshold.
+"""The locking step of a run: the first step from which Sim_K to the final update stays at or above a threshold.
 
-The paper reads locking off a curve by eye (PAPER §1, L4); the step depends on the threshold, so it is given over
-`THRESHOLDS`, and again for the curve of the walk null, which locks too: later points of a walk look alike.
+The paper reads locking off a curve by eye (PAPER §1, L4). The step depends on the threshold, so it is given over `THRESHOLDS`.
+It is given again for the curve of the walk null, which locks too: later points of a walk look alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Live, Part
+from opdgeo.diagnostics.rows import compared
+from opdgeo.diagnostics.subspace_similarity import DIAGNOSTIC as SIMILARITY
+from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, name, parts, ranks
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from opdgeo.diagnostics.diagnostic import OfRun
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+TOLD = 0.8  # the threshold of the one sentence
 
 
 def locking_step(steps: Sequence[int], similarities: Sequence[float | None], threshold: float) -> int | None:
     """The earliest of `steps`, in order of training, from which no similarity is below `threshold`; None if there is none.
 
-    Of the similarity to the last point itself, which is 1, the caller leaves the last point out: it says nothing. An unknown
-    similarity counts as below.
+    The similarity of the last point to itself is 1 and says nothing, so the caller leaves it out. An unknown similarity counts
+    as below.
 
     >>> locking_step([10, 20, 30, 40], [0.9, 0.6, 0.8, 0.95], 0.7)
     30
@@ -26,3 +38,117 @@ def locking_step(steps: Sequence[int], similarities: Sequence[float | None], thr
             break
         locked = step
     return locked
+
+
+def measure(measurements: pl.DataFrame) -> list[dict[str, Any]]:
+    """Where every run's Sim_K to its final checkpoint locks, for every K and side, over a range of thresholds.
+
+    `step`: of the mean over matrices. `null_step`: of the mean of their walk nulls. `median_step`: the step by which half of
+    the matrices have locked, one by one. None: not before the last checkpoint. A checkpoint without a step counts as its place.
+    """
+    import polars as pl
+
+    final = measurements.filter(
+        (pl.col("diagnostic") == SIMILARITY.name) & pl.col("variant").str.starts_with("final.")
+    ).with_columns(run=pl.col("checkpoint").str.extract(r"^(.+)/", 1).fill_null(""))
+    found = []
+    for (run, variant), rows in final.group_by("run", "variant", maintain_order=True):
+        names = rows["checkpoint"].unique(maintain_order=True).to_list()
+        steps = [rows.filter(checkpoint=n)["step"][0] for n in names]
+        if None in steps:
+            steps = list(range(1, len(names) + 1))
+        order = sorted(range(len(names)), key=lambda i: steps[i])[:-1]  # the last one equals itself
+        if not order:
+            continue
+        tables = [rows.filter(checkpoint=names[i]) for i in order]
+        steps = [steps[i] for i in order]
+        curve, chance = ([_mean(table, column) for table in tables] for column in ("value", "null_mean"))
+        known = [dict(zip(table["matrix"], table["value"], strict=True)) for table in tables]
+        alone = [[values.get(matrix) for values in known] for matrix in tables[-1]["matrix"]]
+        _, side, k = parts(str(variant))
+        found.append(
+            {
+                "run": run,
+                "side": side,
+                "rank": k,
+                "steps": steps,
+                "thresholds": list(THRESHOLDS),
+                "step": [locking_step(steps, curve, t) for t in THRESHOLDS],
+                "null_step": [locking_step(steps, chance, t) for t in THRESHOLDS],
+                "median_step": [_median_step([locking_step(steps, a, t) for a in alone]) for t in THRESHOLDS],
+            }
+        )
+    return found
+
+
+def _mean(table: pl.DataFrame, column: str) -> float | None:
+    known = compared(table)[column].drop_nulls()
+    return float(known.to_numpy().mean()) if len(known) else None
+
+
+def _median_step(steps: list[int | None]) -> int | None:
+    """The step by which at least half have locked."""
+    known = sorted(s for s in steps if s is not None)
+    half = (len(steps) + 1) // 2
+    return known[half - 1] if 0 < half <= len(known) else None
+
+
+def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Part] | None:
+    """How early the final subspace is there, and from when on it stays: for K = 16, right, or the largest K below with a value.
+
+    `checkpoints` are those of one run in `summary.json`, `rows` what `measure` found of it.
+    """
+    unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
+    first = {d["variant"]: d for d in checkpoints[0]["diagnostics"] if d["diagnostic"] == SIMILARITY.name}
+    why = None
+    for row in sorted(rows, key=lambda r: -r["rank"]):
+        if row["side"] != "right" or row["rank"] > SHOWN or not row.get("steps"):
+            continue
+        entry = first.get(name("final", "right", row["rank"]), {})
+        if entry.get("mean") is None:
+            why = why or entry.get("reason")
+            continue
+        at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - TOLD))
+        chance = (entry["null"] or {}).get("mean")
+        said: list[Part] = [
+            "The final subspace, top ",
+            (row["rank"], "integer"),
+            f" right: at {unit} ",
+            (row["steps"][0], "integer"),
+        ]
+        said += [", the first checkpoint, ", (entry["mean"], "share"), " of it is there"]
+        said += [] if chance is None else [" (walk null: ", (chance, "share"), ")"]
+        said += [", and at least ", (row["thresholds"][at], "share"), *_from(unit, row["step"][at])]
+        said += [] if chance is None else [" (walk null:", *_from(unit, row["null_step"][at]), ")"]
+        return [*said, f". K = {SHOWN}: {why}." if why else "."]
+    return [f"How early the final subspace is there has no answer: {why}."] if why else None
+
+
+def _from(unit: str, step: int | None) -> list[Part]:
+    return [" not before the last checkpoint"] if step is None else [f" from {unit} ", (step, "integer"), " on"]
+
+
+def label(variant: str) -> str:
+    side, _, k = variant.partition(".")
+    return f"K = {k}, {side}"
+
+
+DIAGNOSTIC: OfRun = Diagnostic(
+    name="locking",
+    scope="run",
+    of=SIMILARITY.name,
+    variants=lambda settings: [f"{side}.{k}" for side in SIDES for k in ranks(settings)],
+    measure=measure,
+    title="Locking step",
+    formula="min { t : Sim_K(s, end) ≥ threshold for all checkpoints s from t on }",
+    meaning="The locking step is the first checkpoint from which Sim_K to the final update stays at or above the threshold, of the "
+    "mean over matrices. The last checkpoint is left out, as it equals itself.",
+    caveat="The null is the same step of the walk's curve, for a walk locks too. Only a lock well before the walk's says that the "
+    "channel was found early. The threshold is a choice, so the step is given for all of them.",
+    source=f"this program; {PAPER}, §1, L4, reads it off the curve of the similarity",
+    answer=answer,
+    label=label,
+    listed=lambda variant: variant == f"right.{SHOWN}",
+    live=(Live("locked_since"),),
+    since=locking_step,
+)

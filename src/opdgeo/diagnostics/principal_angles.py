@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.update import Settings, Update, Value, undefined, undetermined
-from opdgeo.numerics.spectra import angle_error
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Settings, Value, mean_std, undefined, undetermined
 
-READS = ("rank", "mask_rank")
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
+
+STATISTICS = {"max": "largest", "mean": "mean"}
 
 
 def variants(settings: Settings) -> list[str]:
-    return ["left.max", "left.mean", "right.max", "right.mean"]
+    return [f"{side}.{statistic}" for side in ("left", "right") for statistic in STATISTICS]
+
+
+def label(variant: str) -> str:
+    side, _, statistic = variant.partition(".")
+    return f"{side} {STATISTICS.get(statistic, statistic)}"
 
 
 def measure(update: Update) -> dict[str, Value]:
+    from opdgeo.numerics.spectra import angle_error
+
     if not update.moved:
         return {name: Value(0.0, 0.0, "count") for name in variants(update.settings)}
     k, reason = update.base.cut(update.settings.rank)
@@ -29,3 +41,42 @@ def measure(update: Update) -> dict[str, Value]:
                 else undefined(undetermined(k))
             )
     return values
+
+
+def null(isotropic: Isotropic) -> Null:
+    """From draws of the first-order turn of W₀'s top-k subspaces, where the update is small enough for that."""
+    angles: dict[str, list[float]] = {}
+    for turned in isotropic.turns:
+        for side, theta in turned.items():
+            angles.setdefault(f"{side}.max", []).append(math.degrees(float(theta.max())))
+            angles.setdefault(f"{side}.mean", []).append(math.degrees(float(theta.mean())))
+    return {name: mean_std(values) for name, values in angles.items()}
+
+
+def curve(side: str, update: Update) -> list[float] | None:
+    """All angles of a side, ascending."""
+    if not update.moved:
+        return None
+    values: list[float] = update.angles[side].rad2deg().tolist()
+    return values
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="principal_angles",
+    scope="update",
+    unit="degrees",
+    reads=("rank", "mask_rank"),
+    variants=variants,
+    measure=measure,
+    null=null,
+    title="Principal angles",
+    formula="cos θ_i = σ_i(U₀ᵀU₊), top-k singular subspaces; the same for V",
+    meaning="How far the leading singular subspaces of the matrix turned, left (outputs) and right (inputs).",
+    caveat="The largest angle depends on the gap between the singular values at the cut. So an isotropic update turns it too. "
+    "The column “error” of the data file says how well the angle is determined.",
+    source=f"{PAPER}, §2, principal-angle rotation",
+    log=True,
+    label=label,
+    charted=("right.max",),
+    curves={"angle_left": lambda update: curve("left", update), "angle_right": lambda update: curve("right", update)},
+)

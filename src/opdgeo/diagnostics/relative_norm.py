@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from opdgeo.diagnostics.update import Settings, Update, Value, undefined
+from typing import TYPE_CHECKING
 
-READS: tuple[str, ...] = ()
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Value, undefined
 
-
-def variants(settings: Settings) -> list[str]:
-    return [""]
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
 
 
 def measure(update: Update) -> dict[str, Value]:
@@ -18,3 +19,27 @@ def measure(update: Update) -> dict[str, Value]:
         return {"": undefined("the base matrix is zero")}
     ratio = update.norm / update.base.norm
     return {"": Value(ratio, 2 * ratio * update.norm_error, update.norm_method)}
+
+
+def null(isotropic: Isotropic) -> Null:
+    size = isotropic.base.norm
+    return {"": (isotropic.norm / size, 0.0)} if size > 0 else {}
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="relative_norm",
+    scope="update",
+    unit="share",
+    measure=measure,
+    null=null,
+    title="Relative norm",
+    formula="‖ΔW‖_F / ‖W₀‖_F",
+    meaning="The length of the update, relative to the length of the matrix it started from.",
+    caveat="This is the size of the move, comparable between matrices. The null has the same value by construction.",
+    source=f"this program; the norms are those of {PAPER}, §2",
+    log=True,
+    size=True,
+    charted=("",),
+    headline=Headline("", "relative norm", "the update has {} of the norm of the weights it started from"),
+    live=(Live("relative_norm"),),
+)

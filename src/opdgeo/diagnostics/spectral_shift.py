@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.update import Settings, Update, Value, undefined
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Value, mean_std, undefined
 
-READS = ("rank", "mask_rank")
-
-
-def variants(settings: Settings) -> list[str]:
-    return [""]
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
 
 
 def measure(update: Update) -> dict[str, Value]:
+    import torch
+
     if not update.moved:
         return {"": Value(0.0, 0.0, "count")}
     if update.base.norm == 0:
@@ -22,3 +23,28 @@ def measure(update: Update) -> dict[str, Value]:
     shift = float(torch.linalg.vector_norm(after.sigma - before.sigma)) / update.base.norm
     error = float(torch.linalg.vector_norm(before.errors + after.errors)) / update.base.norm
     return {"": Value(shift, error, after.method)}
+
+
+def null(isotropic: Isotropic) -> Null:
+    norms = isotropic.shift_norms
+    return {} if norms is None else {"": mean_std(norms / isotropic.base.norm)}
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="spectral_shift",
+    scope="update",
+    reads=("rank", "mask_rank"),
+    measure=measure,
+    null=null,
+    title="Normalised spectral shift",
+    formula="‖σ(W₊) − σ(W₀)‖₂ / ‖σ(W₀)‖₂",
+    meaning="How far the singular values of the matrix moved, relative to all of them.",
+    caveat="It is never above the relative norm (Mirsky). It grows with the size of the update: read it against the null.",
+    source=f"{PAPER}, §2, normalised spectral shift",
+    log=True,
+    charted=("",),
+    curves={
+        "sigma_base": lambda update: update.base.spectrum.sigma.tolist(),
+        "sigma_tuned": lambda update: update.tuned_spectrum.sigma.tolist(),
+    },
+)

@@ -1,14 +1,15 @@
-"""Stable rank ‖ΔW‖_F² / ‖ΔW‖₂² (PAPER §2): how many directions carry the update; between 1 and the rank."""
+"""Stable rank ‖ΔW‖_F² / ‖ΔW‖₂² (PAPER §2): how many directions carry the update. It lies between 1 and the rank."""
 
 from __future__ import annotations
 
-from opdgeo.diagnostics.update import UNMOVED, Settings, Update, Value, undefined
+from typing import TYPE_CHECKING
 
-READS = ("top_k",)
+from opdgeo.diagnostics.diagnostic import PAPER, UNMOVED, Diagnostic, Headline, Live, Null, Value, mean_std, undefined
 
-
-def variants(settings: Settings) -> list[str]:
-    return [""]
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
 
 
 def measure(update: Update) -> dict[str, Value]:
@@ -19,3 +20,26 @@ def measure(update: Update) -> dict[str, Value]:
     value = (update.norm / largest) ** 2
     relative = update.norm_error + spectrum.error / largest
     return {"": Value(value, 2.1 * value * relative, spectrum.method)}
+
+
+def null(isotropic: Isotropic) -> Null:
+    return {"": mean_std((isotropic.norm / isotropic.spectra[:, 0]) ** 2)}
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="stable_rank",
+    scope="update",
+    reads=("top_k",),
+    measure=measure,
+    null=null,
+    title="Stable rank",
+    formula="‖ΔW‖_F² / ‖ΔW‖₂²",
+    meaning="How many directions carry the update. It is 1 when a single direction does, and about a quarter of the dimension for "
+    "a square isotropic update.",
+    caveat="It does not change when the update is scaled. Gradients have a low stable rank under every objective. So compare arms "
+    "with each other, and not with the null alone.",
+    source=f"{PAPER}, §2, stable rank",
+    charted=("",),
+    headline=Headline("", "stable rank"),
+    live=(Live("stable_rank"),),
+)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from opdgeo.errors import ConfigError
+from opdgeo.diagnostics.diagnostic import Settings, cut
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, rows_of_block
 from opdgeo.numerics.spectra import (
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class cached(Generic[T]):
-    """`functools.cached_property` without its lock, which up to Python 3.11 makes all threads wait for each other."""
+    """`functools.cached_property` without its lock. Up to Python 3.11 that lock makes all threads wait for each other."""
 
     def __init__(self, work: Callable[[Any], T]):
         self.work, self.name, self.__doc__ = work, work.__name__, work.__doc__
@@ -42,76 +42,6 @@ class cached(Generic[T]):
             return self
         value = instance.__dict__[self.name] = self.work(instance)
         return value
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the diagnostics are asked for; saved beside the results.
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    rank: int = 512  # principal angles, PAPER §2
-    top_k: int = 16  # singular triplets of ΔW: Hill exponent, subspace similarity
-    mask_rank: int = 64  # rank of W₀'s reconstruction behind the principal mask; principal energy
-    mask_share: tuple[float, ...] = (0.5, 0.3)
-    eta: float = 1e-3
-    nulls: int = 4  # draws per matrix
-    null: str = "gaussian"  # or "shuffled"
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "top_k", "mask_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
-        if self.nulls < 0:
-            raise ConfigError(f"nulls is {self.nulls}; expected 0 (none) or more draws.")
-        if self.null not in ("gaussian", "shuffled"):
-            raise ConfigError(f"null is {self.null!r}; expected 'gaussian' or 'shuffled'.")
-        if not 0 <= self.eta < 1:
-            raise ConfigError(f"eta is {self.eta}; expected a relative tolerance in [0, 1), such as 1e-3.")
-        if not self.mask_share or not all(0 < share < 1 for share in self.mask_share):
-            raise ConfigError(f"mask_share is {self.mask_share}; expected shares between 0 and 1, such as 0.5,0.3.")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number that knows what it is. `error` bounds |value − exact|; `reason` says why a row is not plain."""
-
-    value: float | None
-    error: float | None = None
-    method: str = ""
-    status: str = "computed"
-    reason: str | None = None
-
-
-def undefined(reason: str) -> Value:
-    """A quantity that has no value for this matrix."""
-    return Value(None, status="undefined", reason=reason)
-
-
-UNMOVED = "the matrix did not move"
-NO_VISIBLE = "no entry moved visibly in bf16"
-
-
-def undetermined(k: int) -> str:
-    return f"the gap between singular values {k} and {k + 1} vanishes, so the subspace is not determined"
-
-
-def unresolved(of: Spectrum, k: int, side: str) -> str | None:
-    """Why the top-k subspace of an update is not determined; None where it is."""
-    if k >= (of.left if side == "left" else of.right).shape[0]:  # the whole space
-        return None
-    if of.floor > 0 and float(of.sigma[k - 1]) <= of.floor:
-        rank = int((of.sigma > of.floor).sum())
-        return (
-            f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank "
-            f"{rank} only"
-        )
-    return undetermined(k) if of.subspace_error(k, side) >= 1 else None
 
 
 class Base:
@@ -134,9 +64,8 @@ class Base:
         return self.weights.double()
 
     def cut(self, rank: int) -> tuple[int, str | None]:
-        """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
-        allowed = max(1, min(self.shape) // 2)
-        return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
+        """The rank that the matrix allows, and what the row says where that is less than the rank asked for."""
+        return cut(rank, self.shape)
 
     @cached
     def factored_rank(self) -> int:
@@ -184,11 +113,12 @@ class Base:
 class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
-    `tuned` is W₊ as it is stored, or ΔW in factors; then W₊ is their sum, formed only where its entries are asked for.
-    `directions` asks for so many singular triplets of ΔW, the vectors to full accuracy, which a trajectory compares (0: the
-    values of the leading `top_k`); `sampled` marks a draw
-    whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
-    near ΔW's leading right ones.
+    Args:
+        tuned: W₊ as it is stored, or ΔW in factors. Of factors, W₊ is formed only where its entries are asked for.
+        directions: how many singular triplets of ΔW a trajectory compares; their vectors are computed to full accuracy. With 0
+            only the leading `top_k` singular values are.
+        sampled: marks a draw of a null model. Its spread is far above rounding, so it is measured to three digits.
+        start: (cols, any) directions that are expected near ΔW's leading right ones.
     """
 
     def __init__(
@@ -257,7 +187,7 @@ class Update:
 
     @cached
     def delta_spectrum(self) -> Spectrum:
-        """The leading `top_k` singular triplets of ΔW, or `directions`; of a small matrix, all singular values."""
+        """The leading `top_k` singular triplets of ΔW, or `directions` of them. Of a small matrix, all singular values."""
         largest = max(1, min(self.shape) // 2)
         k = min(self.settings.top_k, largest)
         if self.sampled:

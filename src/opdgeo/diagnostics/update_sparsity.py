@@ -6,17 +6,58 @@ finest relative spacing of bf16, the two agree up to the sign of zero.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.update import Settings, Update, Value
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Settings, Value
 
-READS = ("eta",)
+if TYPE_CHECKING:
+    from opdgeo.diagnostics.diagnostic import OfUpdate
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.update import Update
+
+LABELS = {"bf16_eta": "η rule", "bf16_exact": "bit-equal"}
 
 
 def variants(settings: Settings) -> list[str]:
-    return ["bf16_eta", "bf16_exact"]
+    return list(LABELS)
 
 
 def measure(update: Update) -> dict[str, Value]:
-    shares = (int(torch.count_nonzero(mask)) / mask.numel() for mask in update.unchanged)
-    return {name: Value(share, 0.0, "count") for name, share in zip(variants(update.settings), shares, strict=True)}
+    shares = (int(mask.count_nonzero()) / mask.numel() for mask in update.unchanged)
+    return {name: Value(share, 0.0, "count") for name, share in zip(LABELS, shares, strict=True)}
+
+
+def null(isotropic: Isotropic) -> Null:
+    """The mean over entries of the probability that an entry stays in its bf16 cell. For both variants: see the top."""
+    found = isotropic.unchanged
+    return {} if found is None else dict.fromkeys(LABELS, found)
+
+
+DIAGNOSTIC: OfUpdate = Diagnostic(
+    name="update_sparsity",
+    scope="update",
+    unit="share",
+    weighting="entries",
+    reads=("eta",),
+    variants=variants,
+    measure=measure,
+    null=null,
+    title="Update sparsity",
+    formula="#{ |ŵ − w| ≤ η·max(|w|, |ŵ|) } / #entries, η = 10^{−3}, w and ŵ after the bf16 cast",
+    meaning="The share of entries that are the same number before and after training, once both checkpoints are cast to bf16. "
+    "The mean is over all entries.",
+    caveat="A small update hides below the spacing of bf16 numbers. So a high share mostly says that the update is small: read "
+    "it against the null. For bf16 values the η rule is the same as inequality of the numbers, because neighbouring bf16 "
+    "numbers differ by at least 2⁻⁸ relative, which is more than η. The variant “bit-equal” therefore adds nothing but signed "
+    "zeros.",
+    source=f"{PAPER}, §2, bf16-aware update sparsity",
+    label=lambda variant: LABELS.get(variant, variant),
+    charted=("bf16_eta",),
+    headline=Headline(
+        "bf16_eta",
+        "unchanged in bf16",
+        "after the bf16 cast {} of the entries are unchanged",
+        "where an isotropic update of the same size leaves {} unchanged",
+    ),
+    live=(Live("visible", "bf16_eta", complement=True),),
+)

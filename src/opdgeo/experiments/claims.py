@@ -1,7 +1,7 @@
 """Judging the claims (`rules.py`) on a study's data; the content of `claims.json`. `tests/recompute_claims.py` does it once more.
 
 **Values.** A quantity is a mean over rows of `measurements.parquet` for each arm, seed, matrix and checkpoint; its means over
-matrices are unweighted, except that sparsity is averaged over entries. The excess over the null is value − null for shares and
+matrices are unweighted, except those of a diagnostic that is averaged over entries. The excess over the null is value − null for shares and
 value / null otherwise, matrix by matrix (`excess_as` in claims.json). Value, null and excess are over the same rows: one without
 a null, as that of a matrix that did not move, counts only where the arm has no null at all.
 
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
@@ -108,7 +109,7 @@ class Data:
         for seed, name, step, value in rows.select("seed", "matrix", "step", column).iter_rows():
             if value is not None:
                 array[seeds.index(seed), names.index(name), steps.index(step)] = value
-        if q.diagnostic == "update_sparsity":  # averaged over entries, as the paper does
+        if DIAGNOSTICS[q.diagnostic].weighting == "entries":  # as the paper does
             sizes = dict(rows.select("matrix", "entries").iter_rows())
             weight = np.where(np.isnan(array), 0.0, np.array([sizes[m] for m in names], dtype=float)[None, :, None])
             with np.errstate(invalid="ignore", divide="ignore"):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def write_report(out: Path, figures: bool = False) -> Path:
-    """Rebuild `out`/report.html from the data files in `out`, whole or not at all; with `figures` also figures/*.svg and *.pdf.
+    """Rebuild `out`/report.html from the data files in `out`, whole or not at all. With `figures`, also figures/*.svg and *.pdf.
 
-    Raises ConfigError when a data file is missing or damaged.
+    Raises:
+        ConfigError: a data file is missing or damaged.
     """
     from opdgeo.report import signals
     from opdgeo.report.charts import save, write_whole

@@ -1,6 +1,7 @@
-"""Every chart, defined once: the same figure goes inline into the page (coloured by its style sheet) and to figures/ as SVG and PDF.
+"""Every chart, defined once. The same figure goes inline into the page and to figures/ as SVG and PDF. In the page its colours come
+from the style sheet.
 
-Colours are those of Okabe and Ito, told apart with any colour vision; arms differ in marker too. Null models are always grey.
+Colours are those of Okabe and Ito, which are told apart with any colour vision. Arms differ in marker too. Null models are grey.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from opdgeo.report.glossary import Entry, clean
+from opdgeo.report.glossary import clean
 
 INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
@@ -80,6 +81,14 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How values are drawn: their unit as `glossary.number` knows it, and whether on a logarithmic axis."""
+
+    unit: str = "number"
+    log: bool = False
+
+
+@dataclass(frozen=True)
 class Group:
     """One row of a distribution: the value of each matrix beside its null (mean and standard deviation; empty without nulls)."""
 
@@ -92,13 +101,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a trajectory: `low`..`high` is its spread, `null` the value of the null at each x (None: no null), `null_std`
-    the null's standard deviation there.
+    """One line of a trajectory.
+
+    Attributes:
+        low, high: its spread.
+        null, null_std: mean and standard deviation of the null at each x; None: no null.
+        style: index of its colour and marker.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    _: KW_ONLY
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     null: Sequence[float | None] | None = None
@@ -116,13 +130,14 @@ def style_of(arm: str, others: Sequence[str] = ()) -> int:
 
 
 def distribution(
-    name: str, title: str, entry: Entry, groups: Sequence[Group], axis: str = "", caption: str = ""
+    name: str, title: str, scale: Scale, groups: Sequence[Group], axis: str = "", caption: str = ""
 ) -> Chart:
-    """One dot a matrix, the mean as a black tick; beneath in grey the null of each matrix and their span with two standard deviations."""
+    """One dot a matrix, and their mean as a black tick. Beneath in grey: the null of each matrix, and the span of the nulls with two
+    standard deviations."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
         everything = [v for g in groups for v in (*g.values, *g.null_means)]
-        log = entry.log and bool(everything) and min(everything) > 0
+        log = scale.log and bool(everything) and min(everything) > 0
         for row, group in enumerate(groups):
             if len(group.null_means):
                 means, stds = np.asarray(group.null_means, float), np.asarray(group.null_stds, float)
@@ -139,9 +154,15 @@ def distribution(
                 )
             values = np.asarray(group.values, float)
             axes.plot(
-                values, np.full(len(values), row - 0.14), linestyle="", marker="o", markersize=4.2, alpha=0.6, markeredgewidth=0,
+                values,
+                np.full(len(values), row - 0.14),
+                linestyle="",
+                marker="o",
+                markersize=4.2,
+                alpha=0.6,
+                markeredgewidth=0,
                 color=SERIES[group.style],
-            )  # fmt: skip
+            )
             if len(values) > 1:
                 axes.vlines(values.mean(), row - 0.36, row + 0.04, color=INK, linewidth=1.4)
         axes.set_yticks(range(len(groups)), [clean(g.label, 22) for g in groups])
@@ -149,22 +170,22 @@ def distribution(
         axes.grid(axis="y", visible=False)
         if log:
             axes.set_xscale("log")
-        _value_axis(axes, "x", entry, log)
+        _value_axis(axes, "x", scale, log)
         axes.set_xlabel(axis, loc="left")
     return Chart(name, caption or title, f"{title} of every matrix, its null in grey", figure)
 
 
 def trajectory(
-    name: str, title: str, entry: Entry, series: Sequence[Series], x_label: str = "step", walk: bool = False
+    name: str, title: str, scale: Scale, series: Sequence[Series], x_label: str = "step", walk: bool = False
 ) -> Chart:
-    """A diagnostic against the step; bands are the spread named in the caption, grey lines the null of the same size."""
+    """A diagnostic against the step. Bands are the spread that the caption names. Grey lines are the null."""
     with matplotlib.rc_context(_RC):
         many = len(series) > 1
         figure, axes = _frame(
             2.35 + (0.2 * ((len(series) + 2) // 3) if many else 0.2), [], top=0.2 * ((len(series) + 3) // 3) + 0.08
         )
         finite = [v for s in series for v in (*s.y, *(n for n in (s.null or ()) if n is not None)) if v is not None]
-        log = entry.log and bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)
+        log = scale.log and bool(finite) and min(finite) > 0 and max(finite) > 20 * min(finite)
         for one in series:
             colour, marker = SERIES[one.style], MARKERS[one.style]
             if one.null is not None and any(n is not None for n in one.null):
@@ -199,7 +220,7 @@ def trajectory(
             )
         if log:
             axes.set_yscale("log")
-        _value_axis(axes, "y", entry, log)
+        _value_axis(axes, "y", scale, log)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=x_label in ("step", "checkpoint")))
         if x_label.startswith("share"):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
@@ -209,18 +230,24 @@ def trajectory(
     return Chart(name, title, f"{title} along training", figure)
 
 
-def locking(
-    name: str, title: str, thresholds: Sequence[float], lines: Sequence[tuple[str, Sequence[int | None], bool]]
+def thresholds(
+    name: str, title: str, limits: Sequence[float], lines: Sequence[tuple[str, Sequence[int | None], bool]]
 ) -> Chart:
-    """The locking step over thresholds; `lines` holds label, steps (None: not before the last checkpoint) and whether it is a null."""
+    """A step of training over thresholds. `lines` holds label, steps (None: not before the last checkpoint) and whether it is a null."""
     with matplotlib.rc_context(_RC):
         figure, axes = _frame(2.35, [], top=0.28)
         for i, (text, steps, null) in enumerate(lines):
             axes.step(
-                thresholds, [np.nan if s is None else s for s in steps], where="mid", marker=MARKERS[i], markersize=3.4,
-                color=NULL if null else SERIES[i], linestyle=(0, (4, 2)) if null else "-", label=clean(text, 24),
-            )  # fmt: skip
-        axes.set_xlim(min(thresholds) - 0.03, max(thresholds) + 0.03)
+                limits,
+                [np.nan if s is None else s for s in steps],
+                where="mid",
+                marker=MARKERS[i],
+                markersize=3.4,
+                color=NULL if null else SERIES[i],
+                linestyle=(0, (4, 2)) if null else "-",
+                label=clean(text, 24),
+            )
+        axes.set_xlim(min(limits) - 0.03, max(limits) + 0.03)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("threshold", loc="right")
@@ -231,16 +258,20 @@ def locking(
 def heatmap(
     name: str,
     title: str,
-    entry: Entry,
+    scale: Scale,
     cells: dict[tuple[int | None, str], tuple[float, str]],
+    *,
     roles: Sequence[str],
     layers: Sequence[int | None],
     limits: tuple[float, float] | None = None,
     excess: bool = False,
 ) -> Chart:
-    """Layers top to bottom, roles left to right. `cells` maps (layer, role) to a value and its tooltip; a missing cell stays open.
+    """A map with the layers from top to bottom and the roles from left to right.
 
-    `excess` centres a diverging scale on 0; `limits` share one scale between several charts.
+    Args:
+        cells: (layer, role) → a value and its tooltip. A missing cell stays open.
+        limits: the ends of the colour scale, so that several charts can share one.
+        excess: centres a diverging scale on 0.
     """
     with matplotlib.rc_context(_RC):
         row = 0.1 if len(layers) > 12 else 0.2
@@ -299,7 +330,7 @@ def heatmap(
         for spine in bar.spines.values():
             spine.set_visible(False)
         bar.xaxis.set_major_locator(MaxNLocator(4))
-        unit = "points" if excess and entry.unit == "share" else entry.unit
+        unit = "points" if excess and scale.unit == "share" else scale.unit
         _numbers(bar, "x", unit)
     return Chart(name, title, f"{title} by layer and role", figure, tips)
 
@@ -435,8 +466,7 @@ def claim_panel(name: str, title: str, unit: str, axis: str, arms: Sequence[tupl
         axes.set_ylim(len(arms) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
-        entry = Entry("", unit, False, "", "", "", "")
-        _value_axis(axes, "x", entry, False)
+        _value_axis(axes, "x", Scale(unit), False)
         axes.set_xlabel(clean(axis, 48), loc="left")
     return Chart(name, title, f"{title}: arms with intervals and nulls", figure)
 
@@ -542,8 +572,18 @@ def _frame(height: float, labels: Sequence[str], top: float = 0.06) -> tuple[Fig
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="upper left", ncols=min(3, len(handles)), bbox_to_anchor=(0, 1.0), borderpad=0.1,
-                      handlelength=1.6, columnspacing=1.3, handletextpad=0.5, borderaxespad=0.1)  # fmt: skip
+        figure.legend(
+            handles,
+            labels,
+            loc="upper left",
+            ncols=min(3, len(handles)),
+            bbox_to_anchor=(0, 1.0),
+            borderpad=0.1,
+            handlelength=1.6,
+            columnspacing=1.3,
+            handletextpad=0.5,
+            borderaxespad=0.1,
+        )
 
 
 def _numbers(axes: Axes, which: str, unit: str) -> None:
@@ -568,7 +608,7 @@ def _log_axis(axes: Axes, low: float, high: float) -> None:
     _numbers(axes, "y", "number")
 
 
-def _value_axis(axes: Axes, which: str, entry: Entry, log: bool) -> None:
+def _value_axis(axes: Axes, which: str, scale: Scale, log: bool) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     if log:
         low, high = axis.get_view_interval()
@@ -579,7 +619,7 @@ def _value_axis(axes: Axes, which: str, entry: Entry, log: bool) -> None:
         axis.set_minor_formatter(NullFormatter())
     else:
         axis.set_major_locator(MaxNLocator(5))
-    _numbers(axes, which, entry.unit)
+    _numbers(axes, which, scale.unit)
 
 
 def _role_label(role: str) -> str:

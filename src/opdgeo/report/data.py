@@ -1,4 +1,4 @@
-"""The data files of one output folder, checked on the way in. The report knows nothing that is not in here."""
+"""The data files of one output folder, checked as they are read. The report knows nothing else."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import polars as pl
 
+from opdgeo.diagnostics import of_runs
 from opdgeo.errors import ConfigError
 from opdgeo.report.glossary import arm_of, arm_order
 
 MEASUREMENTS = (
-    "checkpoint", "step", "matrix", "layer", "role", "rows", "cols", "diagnostic", "variant", "value", "error", "method",
-    "null_mean", "null_std", "status", "reason",
-)  # fmt: skip
+    *("checkpoint", "step", "matrix", "layer", "role", "rows", "cols"),
+    *("diagnostic", "variant", "value", "error", "method", "null_mean", "null_std", "status", "reason"),
+)
 CURVES = ("checkpoint", "step", "matrix", "curve", "values")
 
 
@@ -24,7 +25,7 @@ class Results:
     """Everything the page may show.
 
     `summary` is the list under `checkpoints` of summary.json; `claims` is None except for `reproduce`;
-    `logs` maps a folder under arms/ to its rows, in file order; `locking` is the list of that name in summary.json.
+    `logs` maps a folder under arms/ to its rows, in file order; `whole` maps a diagnostic of whole runs to its list in summary.json.
     """
 
     measurements: pl.DataFrame
@@ -33,7 +34,7 @@ class Results:
     run: dict[str, Any]
     claims: dict[str, Any] | None = None
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    locking: list[dict[str, Any]] = field(default_factory=list)
+    whole: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -73,7 +74,7 @@ def load(out: Path) -> Results:
     measurements = _table(out / "measurements.parquet", MEASUREMENTS)
     curves = _table(out / "curves.parquet", CURVES)
     stored = _json(out / "summary.json")
-    summary, locking = summary_of(stored, out / "summary.json"), locking_of(stored, out / "summary.json")
+    summary, whole = summary_of(stored, out / "summary.json"), whole_runs(stored, out / "summary.json")
     run = _json(out / "run.json")
     if not isinstance(run, dict):
         raise _broken(out / "run.json", f"a {type(run).__name__}", "a JSON object")
@@ -82,7 +83,7 @@ def load(out: Path) -> Results:
         claims = claims_of(_json(out / "claims.json"), out / "claims.json")
         for arm in sorted(p for p in (out / "arms").glob("*") if p.is_dir() and not p.name.startswith(".")):
             logs[arm.name] = _lines(arm / "log.jsonl")
-    return Results(measurements, curves, summary, run, claims, logs, locking)
+    return Results(measurements, curves, summary, run, claims, logs, whole)
 
 
 def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
@@ -93,12 +94,12 @@ def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
     return summary_of(_json(path), path)
 
 
-def load_locking(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
-    """The locking steps of a summary given as the object itself or as the folder that holds summary.json."""
+def load_whole_runs(source: Path | str | dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a summary tells of whole runs; it is given as the object itself or as the folder that holds summary.json."""
     if isinstance(source, dict):
-        return locking_of(source, Path("summary"))
+        return whole_runs(source, Path("summary"))
     path = Path(source) / "summary.json"
-    return locking_of(_json(path), path)
+    return whole_runs(_json(path), path)
 
 
 def load_claims(source: Path | str | dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +125,8 @@ def summary_of(data: Any, path: Path) -> list[dict[str, Any]]:
     return checkpoints
 
 
-def locking_of(data: Any, path: Path) -> list[dict[str, Any]]:
-    """The locking steps of a summary, none where it has none; ConfigError for another shape."""
-    rows = data.get("locking", [])
+def whole_runs(data: Any, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lists of a summary that tell of whole runs, by diagnostic; ConfigError for another shape."""
     lists = ("thresholds", "step", "null_step", "median_step")
 
     def sound(row: Any) -> bool:
@@ -134,9 +134,11 @@ def locking_of(data: Any, path: Path) -> list[dict[str, Any]]:
             return False
         return all(isinstance(row[k], list) and len(row[k]) == len(row["thresholds"]) for k in lists)
 
-    if not isinstance(rows, list) or not all(map(sound, rows)):
-        raise _broken(path, "locking steps of another shape", "rows with run, side, rank, " + ", ".join(lists))
-    return list(rows)
+    found = {name: data.get(name, []) for name in of_runs()}
+    for name, rows in found.items():
+        if not isinstance(rows, list) or not all(map(sound, rows)):
+            raise _broken(path, f"{name!r} of another shape", "rows with run, side, rank, " + ", ".join(lists))
+    return found
 
 
 def claims_of(data: Any, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from opdgeo.errors import ConfigError
 from opdgeo.report.data import load
-from opdgeo.report.glossary import arm_label, number
+from opdgeo.report.glossary import about, arm_label, number
 from opdgeo.report.terminal import OUTCOMES, unit_of
 
 
@@ -81,7 +81,7 @@ def _claim(claim: dict[str, Any]) -> list[str]:
         "",
     ]
     if measured := claim.get("measured"):
-        ratio = claim.get("diagnostic") not in ("update_sparsity", "mask_overlap", "subspace_similarity")
+        ratio = about(str(claim.get("diagnostic"))).ratio
         excess_unit = "number" if ratio else "points"
         lines += ["| arm | mean [95 %] | seeds | null | excess over the null |", "|---|---|---|---|---|"]
         for arm, got in measured.items():

@@ -1,4 +1,4 @@
-"""The HTML page: which numbers and charts go where. Every number shown passes through `_shown`, which keeps the exact value beside it."""
+"""The HTML page: which numbers and charts go where. Every number passes through `_shown`, which keeps the exact value beside it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
 from opdgeo.report import charts
-from opdgeo.report.charts import Chart, Group, Series, style_of
+from opdgeo.report.charts import Chart, Group, Scale, Series, style_of
 from opdgeo.report.data import Results
 from opdgeo.report.glossary import (
     ARMS,
-    GLOSSARY,
     READINGS,
-    Entry,
+    about,
     arm_label,
     arm_of,
     arm_order,
     clean,
-    entry,
     expert_of,
     interval_decimals,
     is_listed,
     is_primary,
     label,
     number,
+    position,
     role_order,
     split_seed,
     variant_label,
 )
 from opdgeo.report.terminal import OUTCOMES, control_name, unit_of
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, early, find, findings, incomplete, unmoved
+from opdgeo.report.verdict import Finding, answers, by_reading, did_not_move, findings, headlines, incomplete, unmoved
 
 _MAX_LISTED = 60
 """Skipped matrices and unmatched tensors listed by name; the data files hold all."""
@@ -59,7 +59,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "run": results.run,
         "title": _title(results),
         "subjects": subjects,
-        "early": early(next(iter(runs.values())), results.locking) if results.kind == "track" else None,
+        "answers": answers(next(iter(runs.values())), results.whole) if results.kind == "track" else [],
         "checkpoints": [c["checkpoint"] for c in next(iter(runs.values()))] if results.kind == "track" else [],
         "remarks": results.run.get("remarks") or [],
         "shared": _shared(subjects),
@@ -74,7 +74,8 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "heatmaps": _heatmaps(results, last, made),
         "experts": _experts(results, last),
         "trajectories": _trajectories(results, made),
-        "channel": _channel(results, made),
+        "whole": _whole_runs(results, made),
+        "by_entries": [d.title.lower() for d in DIAGNOSTICS.values() if d.weighting == "entries"],
         "spectra": _spectra(results, last, arms, made),
         "provenance": _provenance(everything),
         "problems": _problems(everything),
@@ -93,7 +94,9 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "points": _points,
         "excess": _excess,
         "mean": _arm_mean,
-        "title_of": lambda name: entry(name).title,
+        "title_of": lambda name: about(name).title,
+        "formula": _formula,
+        "said": lambda part: clean(part) if isinstance(part, str) else _shown(*part),
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     return environment.from_string(_resource("page.html.j2")).render(
@@ -106,7 +109,7 @@ def _resource(name: str) -> str:
 
 
 def _main_arms(results: Results) -> Results:
-    """A study with controls, cut to its four main arms: the others are judged in the claims, and have rows in the data files."""
+    """A study with controls, cut to its four main arms. The other arms are judged in the claims, and the data files hold their rows."""
     kept = {arm for arm, _ in results.runs()} & set(ARMS)
     if results.kind != "reproduce" or not kept:
         return results
@@ -115,10 +118,12 @@ def _main_arms(results: Results) -> Results:
         return table.filter(pl.col("checkpoint").map_elements(lambda c: arm_of(c)[0] in kept, pl.Boolean))
 
     return replace(
-        results, measurements=main(results.measurements), curves=main(results.curves),
+        results,
+        measurements=main(results.measurements),
+        curves=main(results.curves),
         summary=[c for c in results.summary if arm_of(c["checkpoint"])[0] in kept],
         logs={folder: rows for folder, rows in results.logs.items() if split_seed(folder)[0] in kept},
-    )  # fmt: skip
+    )
 
 
 class _Charts:
@@ -140,6 +145,44 @@ def _shown(
     if value is None or value != value:
         return Markup('<span class="nil">–</span>')
     return Markup('<data value="{}">{}</data>').format(repr(value), text)
+
+
+def _formula(text: str) -> Markup:
+    """A diagnostic's formula with its subscripts (`_x`, `_{xy}`) and superscripts (`^x`, `^{xy}`) set.
+
+    >>> _formula("‖ΔW‖_F² / σ_{i<k}")
+    Markup('‖ΔW‖<sub>F</sub>² / σ<sub>i&lt;k</sub>')
+    """
+    tags = {"_": "sub", "^": "sup"}
+    found = re.sub(
+        r"([_^])(?:\{([^}]*)\}|(\w|\*))",
+        lambda m: f"<{tags[m[1]]}>{m[2] or m[3]}</{tags[m[1]]}>",
+        str(escape(text)),
+    )
+    return Markup(found)
+
+
+def _lead(checkpoint: dict[str, Any]) -> Markup:
+    """The first sentence about one update: its headlines with their numbers."""
+    said: list[Markup] = []
+    for d, found in headlines(checkpoint):
+        if d.headline is None or not d.headline.clause or found is None or found.row["mean"] is None:
+            continue
+        clause = _say(d.headline.clause, Markup("<strong>{}</strong>").format(_shown(found.row["mean"], found.unit)))
+        null = found.null and found.null.get("mean")
+        if d.headline.beside and null is not None:
+            clause += ", " + _say(d.headline.beside, _shown(null, found.unit))
+        said.append(clause)
+    text = Markup("; ").join(said)
+    if unmoved(checkpoint):
+        return Markup("In the matrices that moved {}.").format(text)
+    return Markup("{}{}.").format(text[:1].upper(), text[1:])
+
+
+def _say(clause: str, number: Markup) -> Markup:
+    """A part of a sentence with its number."""
+    before, _, after = clause.partition("{}")
+    return Markup("{}{}{}").format(before, number, after)
 
 
 def _interval(low: float | None, high: float | None, unit: str = "number", signed: bool = False) -> Markup:
@@ -197,9 +240,8 @@ def _subject(arm: str, checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
         "still_moved": did_not_move(checkpoint) and not all(map(did_not_move, earlier)),
         "unmoved": unmoved(checkpoint),
         "total": max((f.row["total"] for f in findings(checkpoint)), default=0),
-        "norm": find(checkpoint, "relative_norm"),
-        "sparsity": find(checkpoint, "update_sparsity", "bf16_eta"),
-        "stable_rank": find(checkpoint, "stable_rank"),
+        "headlines": headlines(checkpoint),
+        "lead": _lead(checkpoint),
         "groups": {key: _by_diagnostic(found) for key, found in groups.items()},
         "nulls": any(f.null for f in findings(checkpoint)),
         "incomplete": _incomplete(checkpoint),
@@ -211,7 +253,7 @@ def _by_diagnostic(found: Iterable[Finding]) -> list[dict[str, Any]]:
     grouped: dict[str, list[Finding]] = {}
     for one in found:
         grouped.setdefault(one.diagnostic, []).append(one)
-    return [{"title": entry(d).title, "found": rows} for d, rows in grouped.items()]
+    return [{"title": about(d).title, "found": rows} for d, rows in grouped.items()]
 
 
 def _incomplete(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,7 +288,7 @@ def _missing(subjects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Across arms: which diagnostics read `geometry` in every arm, in some and in none. A reading shared by all marks no paradigm."""
+    """Which diagnostics read `geometry` in every arm, in some and in none. A reading that all arms share marks no paradigm."""
     readings: dict[tuple[str, str], list[bool]] = {}
     for subject in subjects if len(subjects) > 1 else []:
         for found in subject["findings"]:
@@ -255,7 +297,7 @@ def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     out: dict[str, dict[str, list[str]]] = {"every": {}, "some": {}, "none": {}}
     for (diagnostic, variant), got in readings.items():
         key = "every" if all(got) and len(got) == len(subjects) else "some" if any(got) else "none"
-        out[key].setdefault(entry(diagnostic).title, []).append(variant_label(diagnostic, variant))
+        out[key].setdefault(about(diagnostic).title, []).append(variant_label(diagnostic, variant))
     return {
         key: [{"title": t, "details": [d for d in details if d]} for t, details in group.items()]
         for key, group in out.items()
@@ -323,9 +365,7 @@ def _logs(results: Results, made: _Charts) -> list[dict[str, Any]]:
         series = _series_over_seeds(lines)
         if series:
             unit_title = {"kl_teacher": ", nats", "completion_length": ", tokens"}.get(key, ", %")
-            chart = charts.trajectory(
-                f"log-{key}", title + unit_title, Entry(title, unit, log, "", "", "", ""), *_against_step(series)
-            )
+            chart = charts.trajectory(f"log-{key}", title + unit_title, Scale(unit, log), *_against_step(series))
             out.append(made.add(chart))
     return out
 
@@ -344,12 +384,10 @@ def _series_over_seeds(
         null = None
         if nulls and nulls.get(arm):
             null = [_mean([n[t] for n in nulls[arm] if t in n]) for t in steps]
-        out.append(
-            Series(
-                arm_label(arm), [float(t) for t in steps], [sum(c) / len(c) for c in columns],
-                [min(c) for c in columns] if spread else None, [max(c) for c in columns] if spread else None, null, style_of(arm, known),
-            )
-        )  # fmt: skip
+        low, high = ([of(c) for c in columns] if spread else None for of in (min, max))
+        means = [sum(c) / len(c) for c in columns]
+        line = Series(arm_label(arm), [float(t) for t in steps], means, low=low, high=high, null=null)
+        out.append(replace(line, style=style_of(arm, known)))
     return out
 
 
@@ -362,27 +400,21 @@ def _against_step(series: list[Series]) -> tuple[list[Series], str]:
     ends = {s.x[-1] for s in series}
     if len(ends) < 2 or min(ends) <= 0:
         return series, "step"
-    return [
-        Series(s.label, [x / s.x[-1] for x in s.x], s.y, s.low, s.high, s.null, s.style) for s in series
-    ], "share of the arm's training, %"
+    return [replace(s, x=[x / s.x[-1] for x in s.x]) for s in series], "share of the arm's training, %"
 
 
 def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
-    """One block a diagnostic: its entry in the glossary and the distribution of each variant over matrices, beside the null."""
+    """One block a diagnostic: what it says of itself, and the distribution of each variant over matrices, beside the null."""
     many = len(last) > 1
     table = results.measurements.filter(pl.col("checkpoint").is_in(list(last.values())))
     present = dict.fromkeys(
         (r["diagnostic"], r["variant"])
         for r in table.select("diagnostic", "variant").unique(maintain_order=True).to_dicts()
     )
-    order = list(GLOSSARY)
     blocks: dict[str, dict[str, Any]] = {}
-    for diagnostic, variant in sorted(present, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
-        known = entry(diagnostic)
-        block = blocks.setdefault(
-            diagnostic,
-            {"name": diagnostic, "entry": known, "formula": Markup(known.formula), "charts": [], "reasons": []},
-        )
+    for diagnostic, variant in sorted(present, key=lambda p: position(p[0])):
+        known = about(diagnostic)
+        block = blocks.setdefault(diagnostic, {"about": known, "charts": [], "reasons": []})
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         block["reasons"] += [r for r in _reasons(rows) if r not in block["reasons"]]
         rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
@@ -401,17 +433,22 @@ def _diagnostics(results: Results, last: dict[str, str], arms: list[str], made: 
         title = label(diagnostic, variant)
         name = f"distribution-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
         caption = variant_label(diagnostic, variant) or known.title
-        block["charts"].append(made.add(charts.distribution(name, title, known, groups, _unit_text(known), caption)))
+        unit = {"share": "%", "degrees": "degrees"}.get(known.unit, "")
+        block["charts"].append(made.add(charts.distribution(name, title, _scale(known), groups, unit, caption)))
     return list(blocks.values())
 
 
 def _is_self_comparison(diagnostic: str, rows: pl.DataFrame) -> bool:
-    """The last checkpoint's similarity to the last checkpoint: 1 everywhere, nothing to draw."""
-    return diagnostic == "subspace_similarity" and bool(((rows["value"] - 1).abs() < 1e-9).all())
+    """The last checkpoint compared with itself: 1 everywhere, nothing to draw."""
+    return about(diagnostic).itself is not None and bool(((rows["value"] - 1).abs() < 1e-9).all())
 
 
-def _unit_text(known: Entry) -> str:
-    return {"share": "%", "degrees": "degrees"}.get(known.unit, "")
+def _scale(known: Diagnostic) -> Scale:
+    return Scale(known.unit, known.log)
+
+
+_AXIS = {"share": ", %", "degrees": ", degrees"}
+"""The unit behind the name of an axis."""
 
 
 def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
@@ -441,10 +478,10 @@ def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dic
     if table["matrix"].n_unique() < 2:
         return []
     pairs = table.select("diagnostic", "variant").unique(maintain_order=True).rows()
-    for diagnostic, variant in sorted(pairs, key=lambda p: list(GLOSSARY).index(p[0]) if p[0] in GLOSSARY else 99):
+    for diagnostic, variant in sorted(pairs, key=lambda p: position(p[0])):
         if not is_primary(diagnostic, variant):
             continue
-        known = entry(diagnostic)
+        known = about(diagnostic)
         rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         if _is_self_comparison(diagnostic, rows):
             continue
@@ -457,27 +494,24 @@ def _heatmaps(results: Results, last: dict[str, str], made: _Charts) -> list[dic
             part = rows.filter(pl.col("checkpoint") == checkpoint)
             tag = f"-{_slug(arm)}" if many else ""
             name = f"heatmap-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-") + tag
-            caption = (arm_label(arm) if many else "Value") + {"share": ", %", "degrees": ", degrees"}.get(
-                known.unit, ""
-            )
-            block["charts"].append(
-                made.add(charts.heatmap(name, caption, known, _cells(part, known, False), roles, layers, limits))
-            )
+            caption = (arm_label(arm) if many else "Value") + _AXIS.get(known.unit, "")
+            cells = _cells(part, known, False)
+            chart = charts.heatmap(name, caption, _scale(known), cells, roles=roles, layers=layers, limits=limits)
+            block["charts"].append(made.add(chart))
             with_null = part.filter(pl.col("null_mean").is_finite())
-            if not many and not with_null.is_empty() and diagnostic not in ("relative_norm", "frobenius_norm"):
+            if not many and not with_null.is_empty() and not known.size:
                 caption = "Value − null" + {"share": ", percentage points", "degrees": ", degrees"}.get(known.unit, "")
                 cells = _cells(with_null, known, True)
                 spread = [v for v, _ in cells.values()]
-                chart = charts.heatmap(
-                    name + "-excess", caption, known, cells, roles, layers, (min(spread), max(spread)), excess=True
-                )
+                where: dict[str, Any] = {"roles": roles, "layers": layers, "limits": (min(spread), max(spread))}
+                chart = charts.heatmap(name + "-excess", caption, _scale(known), cells, **where, excess=True)
                 block["charts"].append(made.add(chart))
         blocks.append(block)
     return blocks
 
 
-def _cells(rows: pl.DataFrame, known: Entry, excess: bool) -> dict[tuple[int | None, str], tuple[float, str]]:
-    """(layer, role) → value and tooltip. Where several matrices share a place, their mean gives the colour and the tooltip says so."""
+def _cells(rows: pl.DataFrame, known: Diagnostic, excess: bool) -> dict[tuple[int | None, str], tuple[float, str]]:
+    """(layer, role) → value and tooltip. Several matrices may share a place: their mean gives the colour, and the tooltip says so."""
     gathered: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
     for row in rows.select("layer", "role", "matrix", "value", "null_mean").to_dicts():
         gathered.setdefault((row["layer"], row["role"]), []).append(row)
@@ -505,16 +539,16 @@ def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
         table = results.measurements.filter(
             (pl.col("checkpoint") == checkpoint) & pl.col("matrix").str.contains(r"\.experts\.\d+\.")
         )
-        columns: dict[tuple[str, str], Entry] = {}
+        columns: dict[tuple[str, str], Diagnostic] = {}
         found: dict[str, dict[str, Any]] = {}
         for row in table.to_dicts():
             key = (row["diagnostic"], row["variant"])
             if is_primary(*key):
-                columns[key] = entry(key[0])
+                columns[key] = about(key[0])
                 one = found.setdefault(row["matrix"], row | {"expert": expert_of(row["matrix"]), "values": {}})
                 one["values"][key] = row["value"]
         if found:
-            size = ("relative_norm", "")
+            size = next((key for key, known in columns.items() if known.size), None)
             rows = sorted(found.values(), key=lambda r: -(r["values"].get(size) or 0.0))
             names = [(key, label(*key), known.unit) for key, known in columns.items()]
             blocks.append({"arm": arm, "columns": names, "rows": rows[:_MAX_LISTED], "total": len(rows)})
@@ -522,7 +556,7 @@ def _experts(results: Results, last: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
-    """Each primary diagnostic against the step, with its null; a band is the range over seeds, or the middle 80 % of the matrices."""
+    """Each primary diagnostic against the step, with its null. A band is the range over seeds, or the middle 80 % of the matrices."""
     runs = results.runs()
     if max(len(c) for c in runs.values()) < 2:
         return []
@@ -530,10 +564,9 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
     wanted = dict.fromkeys(
         (f.diagnostic, f.variant) for c in runs.values() for f in findings(c[-1]) if is_primary(f.diagnostic, f.variant)
     )
-    order = list(GLOSSARY)
-    for diagnostic, variant in sorted(wanted, key=lambda p: order.index(p[0]) if p[0] in order else len(order)):
-        known = entry(diagnostic)
-        title = label(diagnostic, variant) + {"share": ", %", "degrees": ", degrees"}.get(known.unit, "")
+    for diagnostic, variant in sorted(wanted, key=lambda p: position(p[0])):
+        known = about(diagnostic)
+        title = label(diagnostic, variant) + _AXIS.get(known.unit, "")
         x_label = "step"
         if results.kind == "reproduce":
             lines: dict[str, list[dict[int, float]]] = {}
@@ -556,67 +589,66 @@ def _trajectories(results: Results, made: _Charts) -> list[dict[str, Any]]:
         if not series:
             continue
         name = f"trajectory-{_slug(diagnostic)}-{_slug(variant)}".rstrip("-")
-        out.append(made.add(charts.trajectory(name, title, known, series, x_label, walk=diagnostic in WALKS)))
+        walk = known.scope == "trajectory"
+        out.append(made.add(charts.trajectory(name, title, _scale(known), series, x_label, walk=walk)))
     return out
 
 
-WALKS = ("subspace_similarity", "channel_energy")
-"""Diagnostics whose null is the walk."""
-
-
-def _channel(results: Results, made: _Charts) -> dict[str, Any]:
-    """Sim_K of one run for every K, left and right, and the step at which it locks, over thresholds; of several runs, K = 16."""
-    runs = results.runs()
-    locked = results.locking
-    if not locked:
-        return {}
-    one = len(runs) == 1
-    out = []
-    if one:
-        checkpoints = next(iter(runs.values()))
-        ranks = sorted({row["rank"] for row in locked})
-        known = entry("subspace_similarity")
-        for other, side, text in (
-            ("final", "right", "to the final update, right"), ("final", "left", "to the final update, left"),
-            ("previous", "right", "to the checkpoint before, right"),
-        ):  # fmt: skip
-            series = []
-            for i, k in enumerate(ranks):
-                variant = f"{other}.{k}" if side == "right" else f"{other}.{side}.{k}"
-                rows = [
-                    {**r, "step": c["step"] if c.get("step") is not None else n}
-                    for n, c in enumerate(checkpoints, 1)
-                    for r in c["diagnostics"]
-                    if (r["diagnostic"], r["variant"]) == ("subspace_similarity", variant) and r["mean"] is not None
-                ]
-                if rows:
-                    null = [(r["null"] or {}).get("mean") for r in rows]
-                    x = [float(r["step"]) for r in rows]
-                    series.append(
-                        Series(f"K = {k}", x, [r["mean"] for r in rows], null=null, style=i % len(charts.SERIES))
-                    )
-            if series:
-                name = f"similarity-{other}-{side}"
-                out.append(made.add(charts.trajectory(name, f"Sim_K {text}, %", known, series, walk=True)))
-        row = next((r for r in locked if (r["rank"], r["side"]) == (16, "right")), locked[0])
-        lines = [
-            ("mean", row["step"], False),
-            ("half the matrices", row["median_step"], False),
-            ("null: walk", row["null_step"], True),
-        ]
-        out.append(made.add(charts.locking("locking", f"Locking step, K = {row['rank']}", row["thresholds"], lines)))
-    shown = [r for r in locked if one or (r["rank"], r["side"]) == (16, "right")]
-    return {
-        "charts": out,
-        "thresholds": shown[0]["thresholds"] if shown else [],
-        "rows": [
+def _whole_runs(results: Results, made: _Charts) -> list[dict[str, Any]]:
+    """A part for every diagnostic of whole runs: of one run every K and side with charts, of several runs the listed one."""
+    runs, parts = results.runs(), []
+    one = next(iter(runs.values())) if len(runs) == 1 else None
+    for d in of_runs().values():
+        rows = [(f"{row['side']}.{row['rank']}", row) for row in results.whole.get(d.name, [])]
+        if not rows:
+            continue
+        listed = [(variant, row) for variant, row in rows if d.listed(variant)]
+        out = []
+        if one:
+            out = _panels(about(d.of or ""), one, sorted({row["rank"] for _, row in rows}), made)
+            variant, row = (listed or rows)[0]
+            lines = [
+                ("mean", row["step"], False),
+                ("half the matrices", row["median_step"], False),
+                ("null: walk", row["null_step"], True),
+            ]
+            title = f"{d.title}, {d.label(variant)}"
+            out.append(made.add(charts.thresholds(_slug(d.name), title, row["thresholds"], lines)))
+        shown = rows if one else listed
+        table = [
             {
-                "name": f"K = {r['rank']}, {r['side']}" if one else _run_label(r["run"]),
-                "steps": list(zip(r["step"], r["null_step"], strict=True)),
+                "name": d.label(variant) if one else _run_label(row["run"]),
+                "steps": list(zip(row["step"], row["null_step"], strict=True)),
             }
-            for r in shown
-        ],
-    }
+            for variant, row in shown
+        ]
+        thresholds = shown[0][1]["thresholds"] if shown else []
+        parts.append({"about": d, "charts": out, "thresholds": thresholds, "rows": table})
+    return parts
+
+
+def _panels(
+    known: Diagnostic, checkpoints: list[dict[str, Any]], ranks: list[int], made: _Charts
+) -> list[dict[str, Any]]:
+    """The charts of one run that have a line for every K."""
+    out = []
+    for panel in known.panels:
+        lines: dict[int, list[tuple[float, dict[str, Any]]]] = {k: [] for k in ranks}
+        for n, checkpoint in enumerate(checkpoints, 1):
+            step = checkpoint["step"] if checkpoint.get("step") is not None else n
+            for row in checkpoint["diagnostics"]:
+                k = panel.rank(row["variant"]) if row["diagnostic"] == known.name else None
+                if k in lines and row["mean"] is not None:
+                    lines[k].append((float(step), row))
+        series = []
+        for i, (k, points) in enumerate(lines.items()):
+            if points:
+                null = [(row["null"] or {}).get("mean") for _, row in points]
+                x, y = [at for at, _ in points], [row["mean"] for _, row in points]
+                series.append(Series(f"K = {k}", x, y, null=null, style=i % len(charts.SERIES)))
+        if series:
+            out.append(made.add(charts.trajectory(panel.name, panel.title, _scale(known), series, walk=True)))
+    return out
 
 
 def _run_label(run: str) -> str:
@@ -639,18 +671,17 @@ def _single_run(checkpoints: list[dict[str, Any]], diagnostic: str, variant: str
     if not got:
         return [], "step"
     band = all(f.row.get("p10") is not None and f.row.get("p90") is not None for _, f in got)
-    known_null = diagnostic not in ("relative_norm", "frobenius_norm")
-    one = Series(
-        "mean", [float(x) for x, _ in got], [f.row["mean"] for _, f in got],
-        [f.row["p10"] for _, f in got] if band else None, [f.row["p90"] for _, f in got] if band else None,
-        [f.null.get("mean") if f.null else None for _, f in got] if known_null else None,
-        null_std=[f.null.get("std") if f.null else None for _, f in got] if known_null else None,
-    )  # fmt: skip
+    one = Series("mean", [float(x) for x, _ in got], [f.row["mean"] for _, f in got])
+    if band:
+        one = replace(one, low=[f.row["p10"] for _, f in got], high=[f.row["p90"] for _, f in got])
+    if not about(diagnostic).size:
+        null, std = ([f.null.get(key) if f.null else None for _, f in got] for key in ("mean", "std"))
+        one = replace(one, null=null, null_std=std)
     return [one], "step" if stepped else "checkpoint"
 
 
 def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Charts) -> list[dict[str, Any]]:
-    """Spectra of the updates against a Gaussian one, and the shift of one matrix: the one of median spectral shift in the first run."""
+    """Spectra of the updates against a Gaussian one, and how one matrix changed: the one that changed by the median amount."""
     curves = results.curves.filter(pl.col("checkpoint").is_in(list(last.values())))
     shapes = {
         (r["checkpoint"], r["matrix"]): (r["rows"], r["cols"])
@@ -673,12 +704,11 @@ def _spectra(results: Results, last: dict[str, str], arms: list[str], made: _Cha
             )
     if not groups:
         return []
+    moved = next(name for name, d in DIAGNOSTICS.items() if "sigma_tuned" in d.curves)
     out = [made.add(charts.update_spectra("spectra-updates", "Singular values of ΔW, σᵢ / ‖ΔW‖F", groups))]
     for arm, checkpoint in list(last.items()):
         rows = results.measurements.filter(
-            (pl.col("checkpoint") == checkpoint)
-            & (pl.col("diagnostic") == "spectral_shift")
-            & pl.col("value").is_finite()
+            (pl.col("checkpoint") == checkpoint) & (pl.col("diagnostic") == moved) & pl.col("value").is_finite()
         ).sort("value", "matrix")
         if rows.is_empty():
             continue

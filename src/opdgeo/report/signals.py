@@ -12,9 +12,9 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from opdgeo.report.charts import Chart, Group, Series, distribution, inline_svg, trajectory
+from opdgeo.report.charts import Chart, Group, Scale, Series, distribution, inline_svg, trajectory
 from opdgeo.report.data import _broken, _json, _table
-from opdgeo.report.glossary import Entry, clean, number
+from opdgeo.report.glossary import clean, number
 from opdgeo.report.page import _resource
 from opdgeo.report.terminal import _new_table
 
@@ -209,14 +209,11 @@ def tables(found: Found, intervals: bool = True) -> list[tuple[str, list[str], l
     objectives = dict.fromkeys(o for o, _, q, _, s in found.rows if q == "second_moment" and s == "right")
     head = ["objective", "rank right", "left", "in W right", "left", "add up", "mean"]
     inside: dict[str, Any] = {"other": "weights", "unit": "share"}
-    rows = [
-        [
-            name_of(o), text(o, "effective_rank"), text(o, "effective_rank", side="left"),
-            text(o, "weight_alignment", **inside), text(o, "weight_alignment", side="left", **inside),
-            text(o, "coherence"), text(o, "mean_share", side="", unit="share"),
-        ]
-        for o in objectives
-    ]  # fmt: skip
+    rows = []
+    for o in objectives:
+        ranks = [text(o, "effective_rank", side=side) for side in ("right", "left")]
+        shares = [text(o, "weight_alignment", side=side, **inside) for side in ("right", "left")]
+        rows.append([name_of(o), *ranks, *shares, text(o, "coherence"), text(o, "mean_share", side="", unit="share")])
     pairs = dict.fromkeys((o, p) for o, p, q, u, _ in found.rows if q == "alignment" and u == "sequence")
     lines = []
     for o, p in pairs:
@@ -224,11 +221,10 @@ def tables(found: Found, intervals: bool = True) -> list[tuple[str, list[str], l
             continue  # the page and the data files hold them
         right, left = (found.get(o, "alignment", p, side=s) for s in ("right", "left"))
         overlap = found.get(o, "subspace_overlap", p)
-        lines.append([
-            f"{name_of(o)} – {name_of(p)}", text(o, "alignment", p), plain(right, "chance"), plain(right, "reliability"),
-            text(o, "alignment", p, side="left"), plain(left, "chance"), plain(overlap, "value"),
-            plain(overlap, "reliability"), text(o, "mean_cosine", p, side=""),
-        ])  # fmt: skip
+        of_right = [text(o, "alignment", p), plain(right, "chance"), plain(right, "reliability")]
+        of_left = [text(o, "alignment", p, side="left"), plain(left, "chance")]
+        top = [plain(overlap, "value"), plain(overlap, "reliability")]
+        lines.append([f"{name_of(o)} – {name_of(p)}", *of_right, *of_left, *top, text(o, "mean_cosine", p, side="")])
     pair_head = ["pair", "right", "chance", "halves", "left", "chance", "top", "halves", "means"]
     shown = range(len(pair_head)) if intervals else (0, 1, 2, 3, 4, 6, 8)
     picked = [[line[i] for i in shown] for line in (pair_head, *lines)]
@@ -272,10 +268,8 @@ def build(out: Path) -> tuple[str, list[Chart]]:
         here = pl.col("checkpoint") == checkpoint
         charts = _charts(f"{i + 1:02d}", table.filter(here), spectra.filter(here), found)
         made += charts
-        parts.append({
-            "name": checkpoint, "sentences": sentences(found), "tables": tables(found),
-            "charts": [{"caption": c.caption, "svg": Markup(inline_svg(c))} for c in charts],
-        })  # fmt: skip
+        shown = [{"caption": c.caption, "svg": Markup(inline_svg(c))} for c in charts]
+        parts.append({"name": checkpoint, "sentences": sentences(found), "tables": tables(found), "charts": shown})
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -301,20 +295,19 @@ def _charts(prefix: str, table: pl.DataFrame, spectra: pl.DataFrame, found: Foun
                 )
             )
     if groups:
-        entry = Entry("alignment", "number", False, "", "", "", "")
-        made.append(distribution(
-            f"{prefix}-alignment", "Alignment of right second moments", entry, groups, "1: the same up to size; grey: unrelated",
-            f"Alignment of right second moments, one dot a matrix (those with split-half reliability of {FAITHFUL:g} or more)",
-        ))  # fmt: skip
+        title, axis = "Alignment of right second moments", "1: the same up to size; grey: unrelated"
+        caption = f"{title}, one dot a matrix (those with split-half reliability of {FAITHFUL:g} or more)"
+        made.append(distribution(f"{prefix}-alignment", title, Scale(), groups, axis, caption))
     ranks = right.filter(quantity="effective_rank")
     groups = [
         Group(name_of(o), ranks.filter(objective=o)["value"].to_list(), style=STYLES.get(o, 5))
         for o in dict.fromkeys(ranks["objective"])
     ]
     if groups:
-        entry = Entry("effective rank", "number", True, "", "", "", "")
         made.append(
-            distribution(f"{prefix}-rank", "Effective rank of right second moments, one dot a matrix", entry, groups)
+            distribution(
+                f"{prefix}-rank", "Effective rank of right second moments, one dot a matrix", Scale(log=True), groups
+            )
         )
     shown = []
     grid = np.linspace(0, 1, 60)
@@ -330,24 +323,25 @@ def _charts(prefix: str, table: pl.DataFrame, spectra: pl.DataFrame, found: Foun
                 )
             )
     if shown:
-        entry = Entry("spectrum", "number", True, "", "", "", "")
         title = "Eigenvalues of right second moments over their mean, averaged over matrices"
-        made.append(trajectory(f"{prefix}-spectra", title, entry, shown, "index, % of the directions"))
+        made.append(trajectory(f"{prefix}-spectra", title, Scale(log=True), shown, "index, % of the directions"))
     made += _mixture_chart(prefix, found)
     return made
 
 
 def _mixture_chart(prefix: str, found: Found) -> list[Chart]:
     alphas = sorted({float(o.partition(".")[2]) for o, _, q, _, _ in found.rows if q == "mixture_error"})
+    lines = {
+        "mixture_error_without_cross": "no cross term",
+        "mixture_error_held_out": "other prompts",
+        "mixture_noise": "noise",
+    }
     series = []
-    for style, (quantity, label) in enumerate((
-        ("mixture_error_without_cross", "no cross term"), ("mixture_error_held_out", "other prompts"), ("mixture_noise", "noise"),
-    )):  # fmt: skip
+    for style, (quantity, label) in enumerate(lines.items()):
         rows = [(a, found.get(f"mixture.{a:g}", quantity, "opd + rlvr")) for a in alphas]
         known = [(a, r) for a, r in rows if r is not None and r["low"] is not None]
         if known:
             value, low, high = ([r[c] for _, r in known] for c in ("value", "low", "high"))
-            series.append(Series(label, [a for a, _ in known], value, low, high, style=style))
-    entry = Entry("relative error", "share", False, "", "", "", "")
+            series.append(Series(label, [a for a, _ in known], value, low=low, high=high, style=style))
     title = "Mixture formula: relative Frobenius error, %, with 95 % intervals"
-    return [trajectory(f"{prefix}-mixture", title, entry, series, "α, the share of OPD")] if series else []
+    return [trajectory(f"{prefix}-mixture", title, Scale("share"), series, "α, the share of OPD")] if series else []

@@ -11,18 +11,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opdgeo.report.data import load_claims, load_locking, load_summary, runs
+from opdgeo.report.data import load_claims, load_summary, load_whole_runs, runs
 from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, early, find, findings, incomplete, unmoved
+from opdgeo.report.verdict import (
+    Finding,
+    answers,
+    by_reading,
+    did_not_move,
+    find,
+    findings,
+    headlines,
+    incomplete,
+    unmoved,
+)
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
-_VERDICT = {
-    "holds": "bold green", "still holds": "bold green", "fails": "bold red", "does not": "bold red", "inconclusive": "yellow",
-}  # fmt: skip
+_GOOD, _BAD = ("holds", "still holds"), ("fails", "does not")
+_VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") | {"inconclusive": "yellow"}
 
 
 def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console | None = None) -> None:
-    """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one line each; several arms side by side.
+    """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one table. Several arms stand side by side.
 
     Raises ConfigError when the folder has no readable summary.json.
     """
@@ -33,14 +42,15 @@ def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console 
         return
     for checkpoints in grouped.values():
         if len(checkpoints) > 1:
-            if text := early_text(checkpoints, load_locking(out_or_summary)):
-                console.print(Text(text, style="bold"))
+            for said in answers(checkpoints, load_whole_runs(out_or_summary)):
+                parts = (clean(part) if isinstance(part, str) else number(*part) for part in said)
+                console.print(Text("".join(parts), style="bold"))
             _print_trajectory(checkpoints, console)
         _print_full(checkpoints[-1], console, earlier=checkpoints[:-1])
 
 
 def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
-    """Print the claims table: verdict, and per arm the value with its interval and its null.
+    """Print the claims: their verdicts, and for each arm the value with its null.
 
     `claims` is the content of claims.json or the folder that holds it. Raises ConfigError when it has another shape.
     """
@@ -142,27 +152,6 @@ def _interval(mean: float | None, low: float | None, high: float | None, unit: s
     return f"{shown[0]} [{shown[1]}, {shown[2]}]{SUFFIX.get(unit, '')}"
 
 
-def early_text(checkpoints: list[dict[str, Any]], locking: list[dict[str, Any]]) -> str:
-    """How early the final subspace is there and from when on it is locked, beside the walk, in one sentence."""
-    found = early(checkpoints, locking)
-    if found is None:
-        return ""
-    if found.similarity is None:
-        return f"How early the final subspace is there has no answer: {clean(found.reason)}."
-
-    def since(step: int | None) -> str:
-        return f"from {found.unit} {step} on" if step is not None else "not before the last checkpoint"
-
-    null = "" if found.chance is None else f" (walk null: {number(found.chance, 'share')})"
-    null_since = "" if found.chance is None else f" (walk null: {since(found.null_step)})"
-    lower = f" K = 16: {clean(found.reason)}." if found.reason else ""
-    return (
-        f"The final subspace, top {found.rank} right: at {found.unit} {found.first}, the first checkpoint, "
-        f"{number(found.similarity, 'share')} of it is there{null}, and at least {number(found.threshold, 'share')} "
-        f"{since(found.step)}{null_since}.{lower}"
-    )
-
-
 def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]] = ()) -> None:
     if still := unmoved(checkpoint):
         console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
@@ -176,9 +165,10 @@ def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[
     for found in findings(checkpoint):
         row, null = found.row, found.null or {}
         unit = "points" if found.unit == "share" else found.unit
-        excess = "" if found.reading == "by construction" else _interval(
-            null.get("excess"), null.get("low") if wide else None, null.get("high"), unit, signed=True
-        )  # fmt: skip
+        excess = ""
+        if found.reading != "by construction":
+            low = null.get("low") if wide else None
+            excess = _interval(null.get("excess"), low, null.get("high"), unit, signed=True)
         table.add_row(
             _name(found),
             number(row["mean"], found.unit),
@@ -227,13 +217,12 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
         ]
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
-    norm, sparsity = find(checkpoint, "relative_norm"), find(checkpoint, "update_sparsity", "bf16_eta")
-    lines = []
-    if norm and sparsity and norm.row["mean"] is not None and sparsity.row["mean"] is not None:
-        lines.append(
-            f"Size: the update has {number(norm.row['mean'], 'share')} of the weights' norm; "
-            f"{number(sparsity.row['mean'], 'share')} of the entries are unchanged in bf16."
-        )
+    said = [
+        d.headline.clause.format(number(found.row["mean"], found.unit))
+        for d, found in headlines(checkpoint)
+        if d.headline and d.headline.clause and found and found.row["mean"] is not None
+    ]
+    lines = [f"Size: {'; '.join(said)}."] if said else []
     groups = by_reading(checkpoint)
     for key, text in (
         ("geometry", "Differs from an isotropic update of that size"),
@@ -275,15 +264,19 @@ def names(found: list[Finding]) -> list[str]:
 
 
 def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> None:
-    """Mean of each primary diagnostic by checkpoint, its null underneath; as many checkpoints as fit, evenly chosen, the ends
-    included, and what is not shown."""
+    """Mean of each primary diagnostic by checkpoint, its null underneath; then what is not shown, and why.
+
+    Where not all checkpoints fit, some are chosen evenly, with the first and the last.
+    """
     room, every = max(2, (console.width - 30) // 13), checkpoints
     if len(checkpoints) > room:
         checkpoints = [checkpoints[round(i * (len(checkpoints) - 1) / (room - 1))] for i in range(room)]
     table, whys = _new_table("Trajectory: mean over matrices, null underneath"), dict[str, list[Finding]]()
     table.add_column("diagnostic")
     for checkpoint in checkpoints:
-        table.add_column(Text(clean(checkpoint["checkpoint"].rpartition("/")[2], 11)), justify="right", no_wrap=True)
+        name, step = checkpoint["checkpoint"].rpartition("/")[2], checkpoint.get("step")
+        name = f"step {step}" if len(name) > 11 and step is not None else clean(name, 11)  # the step is what differs
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for column in findings(checkpoints[-1]):
         if is_primary(column.diagnostic, column.variant):
             cells = [find(c, column.diagnostic, column.variant) for c in checkpoints]

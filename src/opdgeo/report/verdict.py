@@ -1,6 +1,6 @@
-"""The verdict: which diagnostics an isotropic update of the same size would show as well, and which it would not.
+"""The verdict: which values an isotropic update of the same size would have as well, and which it would not.
 
-No name of a paradigm is given to an update: its readings say how far it is from a null, not where it comes from.
+An update is given no name of a paradigm. Its readings say how far it is from a null, and not where it comes from.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opdgeo.report.glossary import GLOSSARY, entry, is_listed, label, variant_label
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
+from opdgeo.diagnostics.diagnostic import Part
+from opdgeo.report.glossary import about, is_listed, label, position, variant_label
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Finding:
 
     @property
     def title(self) -> str:
-        return entry(self.diagnostic).title
+        return about(self.diagnostic).title
 
     @property
     def detail(self) -> str:
@@ -33,7 +35,7 @@ class Finding:
 
     @property
     def unit(self) -> str:
-        return entry(self.diagnostic).unit
+        return about(self.diagnostic).unit
 
     @property
     def over(self) -> int:
@@ -50,11 +52,8 @@ class Finding:
     def reading(self) -> str | None:
         if not self.null:
             return None
-        if (
-            self.diagnostic == "subspace_similarity"
-            and self.variant.startswith("final")
-            and abs((self.row["mean"] or 0) - 1) < 1e-9
-        ):
+        itself = about(self.diagnostic).itself
+        if itself is not None and self.variant.startswith(itself) and abs((self.row["mean"] or 0) - 1) < 1e-9:
             return "by construction"  # the last checkpoint compared with itself
         reading: str | None = self.null.get("reading")
         return reading
@@ -66,14 +65,13 @@ class Finding:
 
 
 def findings(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Every listed row of a summary's checkpoint, in the order of the glossary, unknown diagnostics last."""
-    order = {name: i for i, name in enumerate(GLOSSARY)}
+    """Every listed row of a summary's checkpoint, in the order of the diagnostics, unknown ones last."""
     rows = [
         Finding(r["diagnostic"], r["variant"], r)
         for r in checkpoint["diagnostics"]
         if is_listed(r["diagnostic"], r["variant"])
     ]
-    return sorted(rows, key=lambda f: order.get(f.diagnostic, len(order)))
+    return sorted(rows, key=lambda f: position(f.diagnostic))
 
 
 def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
@@ -93,6 +91,12 @@ def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Find
     return None
 
 
+def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic, Finding | None]]:
+    """The diagnostics of the first lines with their rows, the size of the update first; None for one that is not there."""
+    named = [(d, d.headline) for d in sorted(DIAGNOSTICS.values(), key=lambda d: not d.size)]
+    return [(d, find(checkpoint, d.name, headline.variant)) for d, headline in named if headline]
+
+
 def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
     """Findings whose mean leaves out matrices that moved."""
     return [f for f in findings(checkpoint) if f.over < f.row["total"] - unmoved(checkpoint)]
@@ -103,52 +107,13 @@ def unmoved(checkpoint: dict[str, Any]) -> int:
     return 0 if did_not_move(checkpoint) else int(checkpoint.get("unmoved", 0))
 
 
-THRESHOLD = 0.8
-"""The similarity that counts as locked in the one sentence; the data files have a range of them."""
-
-
-@dataclass(frozen=True)
-class Early:
-    """How early the final update's top-`rank` right subspace is there, beside the walk null.
-
-    `similarity` and `chance`: at the first checkpoint, `first`; `step` and `null_step`: from which on it stays at or above
-    `threshold`, None: not before the last checkpoint. Of similarities without a value only `reason` is known. `unit` is
-    step, or checkpoint where checkpoints have none.
-    """
-
-    unit: str = "step"
-    rank: int = 0
-    first: int = 0
-    similarity: float | None = None
-    chance: float | None = None
-    threshold: float = THRESHOLD
-    step: int | None = None
-    null_step: int | None = None
-    reason: str | None = None
-
-
-def early(checkpoints: list[dict[str, Any]], locking: list[dict[str, Any]]) -> Early | None:
-    """`Early` of one run of at least two checkpoints, for K = 16 or the largest K below it that has a value."""
-    reason = None
-    unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
-    for row in sorted(locking, key=lambda r: -r["rank"]):
-        if row["side"] != "right" or row["rank"] > 16 or not row.get("steps"):
-            continue
-        of = [d for d in checkpoints[0]["diagnostics"] if d["diagnostic"] == "subspace_similarity"]
-        entry_ = next((d for d in of if d["variant"] == f"final.{row['rank']}"), None)
-        if entry_ is None or entry_["mean"] is None:
-            reason = reason or (entry_ or {}).get("reason")
-            continue
-        at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - THRESHOLD))
-        chance = (entry_["null"] or {}).get("mean")
-        return Early(
-            unit, row["rank"], row["steps"][0], entry_["mean"], chance, row["thresholds"][at], row["step"][at],
-            row["null_step"][at], reason,
-        )  # fmt: skip
-    return Early(unit, reason=reason) if reason else None
+def answers(checkpoints: list[dict[str, Any]], whole: dict[str, list[dict[str, Any]]]) -> list[list[Part]]:
+    """What the diagnostics of whole runs say of a run of these checkpoints, a sentence each."""
+    found = (d.answer(checkpoints, whole.get(name, [])) for name, d in of_runs().items() if d.answer)
+    return [said for said in found if said]
 
 
 def did_not_move(checkpoint: dict[str, Any]) -> bool:
     """Whether every measured matrix is the same in both checkpoints."""
-    norm = find(checkpoint, "frobenius_norm") or find(checkpoint, "relative_norm")
-    return norm is not None and norm.row["mean"] == 0
+    size = next((f for f in findings(checkpoint) if about(f.diagnostic).size), None)
+    return size is not None and size.row["mean"] == 0

@@ -12,17 +12,30 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from opdgeo.diagnostics.locking import THRESHOLDS, locking_step
-from opdgeo.diagnostics.update import UNMOVED
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
+from opdgeo.diagnostics.diagnostic import UNMOVED
+from opdgeo.diagnostics.rows import compared
 from opdgeo.errors import ConfigError
 from opdgeo.files import remove_orphans, write_atomically
 
 MEASUREMENTS: dict[str, Any] = {
-    "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
-    "rows": pl.Int64, "cols": pl.Int64, "diagnostic": pl.String, "variant": pl.String, "value": pl.Float64,
-    "error": pl.Float64, "method": pl.String, "null_mean": pl.Float64, "null_std": pl.Float64, "status": pl.String,
+    "checkpoint": pl.String,
+    "step": pl.Int64,
+    "matrix": pl.String,
+    "layer": pl.Int32,
+    "role": pl.String,
+    "rows": pl.Int64,
+    "cols": pl.Int64,
+    "diagnostic": pl.String,
+    "variant": pl.String,
+    "value": pl.Float64,
+    "error": pl.Float64,
+    "method": pl.String,
+    "null_mean": pl.Float64,
+    "null_std": pl.Float64,
+    "status": pl.String,
     "reason": pl.String,
-}  # fmt: skip
+}
 CURVES: dict[str, Any] = {
     "checkpoint": pl.String,
     "step": pl.Int64,
@@ -31,10 +44,6 @@ CURVES: dict[str, Any] = {
     "values": pl.List(pl.Float64),
 }
 
-# Diagnostics that are shares of something: their difference from a null is read in absolute terms.
-SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity", "channel_energy")
-TRAJECTORY = ("subspace_similarity", "channel_energy")  # their null is the walk
-SIZES = ("frobenius_norm", "relative_norm")  # the null has the same value by definition
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP = 2000
 _PANDAS = {"String": "string", "Int64": "Int64", "Int32": "Int32", "Float64": "float64"}  # an absent step stays absent
@@ -88,13 +97,6 @@ class Result:
         if not growing:
             shutil.rmtree(out / PARTS, ignore_errors=True)
 
-    def report(self, path: str | Path) -> Path:
-        """Write the data files and `report.html` into the folder `path`; returns the page's path."""
-        from opdgeo.report import write_report
-
-        self.save(Path(path))
-        return write_report(Path(path))
-
 
 def load_result(out: str | Path) -> Result:
     """The result in a folder: what `opdgeo compare -o`, `track -o` or `Result.save` wrote.
@@ -131,112 +133,55 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
-    A trajectory adds `locking`.
+    A trajectory adds a list for every diagnostic of whole runs, under its name.
     """
     checkpoints = []
     for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
         unmoved = rows.filter(pl.col("reason") == UNMOVED)["matrix"].unique()
         rows = rows.with_columns(moved=~pl.col("matrix").is_in(unmoved.to_list()))
         entries = []
-        for (diagnostic, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
-            entry = {"diagnostic": diagnostic, "variant": variant, **_statistics(group, str(diagnostic))}
-            entry["null"] = _against_null(group, str(diagnostic), "walk" if diagnostic in TRAJECTORY else null)
+        for (name, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
+            diagnostic = DIAGNOSTICS[str(name)]
+            entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
+            entry["null"] = _against_null(group, diagnostic, "walk" if diagnostic.scope == "trajectory" else null)
             entry["reason"] = _why(group)
             entry["roles"] = {
-                str(role): _statistics(part, str(diagnostic))
-                | {"null_mean": _mean(compared(part), "null_mean", str(diagnostic))}
+                str(role): _statistics(part, diagnostic) | {"null_mean": _mean(compared(part), "null_mean", diagnostic)}
                 for (role,), part in group.group_by("role", maintain_order=True)
             }
             entries.append(entry)
         one = {"checkpoint": checkpoint, "step": rows["step"][0], "unmoved": len(unmoved), "diagnostics": entries}
         checkpoints.append(one)
-    locked = locking(measurements)
-    return {"checkpoints": checkpoints} | ({"locking": locked} if locked else {})
+    whole = {name: d.measure(measurements) for name, d in of_runs().items()}
+    return {"checkpoints": checkpoints} | {name: found for name, found in whole.items() if found}
 
 
-def compared(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of one diagnostic behind a mean, its null and its excess: those with a value and a null, and where no row has a
-    null, those with a value, of matrices that moved if the column `moved` tells and any did."""
-    known = rows.filter(pl.col("value").is_not_null())
-    beside = known.filter(pl.col("null_mean").is_not_null())
-    if len(beside) or "moved" not in known.columns or not known["moved"].any():
-        return beside if len(beside) else known
-    return known.filter("moved")
-
-
-def locking(measurements: pl.DataFrame) -> list[dict[str, Any]]:
-    """Where every run's Sim_K to its final checkpoint locks, for every K and side, over a range of thresholds.
-
-    `step`: of the mean over matrices; `null_step`: of the mean of their walk nulls; `median_step`: the step by which half of
-    the matrices have locked, one by one; None: not before the last checkpoint. A checkpoint without a step counts as its place.
-    """
-    final = measurements.filter(
-        (pl.col("diagnostic") == "subspace_similarity") & pl.col("variant").str.starts_with("final.")
-    ).with_columns(run=pl.col("checkpoint").str.extract(r"^(.+)/", 1).fill_null(""))
-    found = []
-    for (run, variant), rows in final.group_by("run", "variant", maintain_order=True):
-        names = rows["checkpoint"].unique(maintain_order=True).to_list()
-        steps = [rows.filter(checkpoint=n)["step"][0] for n in names]
-        if None in steps:
-            steps = list(range(1, len(names) + 1))
-        order = sorted(range(len(names)), key=lambda i: steps[i])[:-1]  # the last one equals itself
-        if not order:
-            continue
-        tables = [rows.filter(checkpoint=names[i]) for i in order]
-        steps = [steps[i] for i in order]
-        curve, chance = ([_mean(compared(t), column, "") for t in tables] for column in ("value", "null_mean"))
-        alone = [[t.get(m) for t in (dict(zip(t["matrix"], t["value"], strict=True)) for t in tables)]
-                 for m in tables[-1]["matrix"]]  # fmt: skip
-        side, k = ("left", str(variant)[11:]) if ".left." in str(variant) else ("right", str(variant)[6:])
-        found.append(
-            {
-                "run": run,
-                "side": side,
-                "rank": int(k),
-                "steps": steps,
-                "thresholds": list(THRESHOLDS),
-                "step": [locking_step(steps, curve, t) for t in THRESHOLDS],
-                "null_step": [locking_step(steps, chance, t) for t in THRESHOLDS],
-                "median_step": [_median_step([locking_step(steps, a, t) for a in alone]) for t in THRESHOLDS],
-            }
-        )
-    return found
-
-
-def _median_step(steps: list[int | None]) -> int | None:
-    """The step by which at least half have locked."""
-    known = sorted(s for s in steps if s is not None)
-    half = (len(steps) + 1) // 2
-    return known[half - 1] if 0 < half <= len(known) else None
+def _weights(group: pl.DataFrame, diagnostic: Diagnostic) -> np.ndarray:
+    if diagnostic.weighting == "entries":
+        return (group["rows"] * group["cols"]).to_numpy().astype(float)
+    return np.ones(len(group))
 
 
 def _why(group: pl.DataFrame) -> str | None:
+    """The most frequent reason of matrices without a value, of those that moved if any did."""
     lacking = group.filter(pl.col("value").is_null() & pl.col("reason").is_not_null())
     moved = lacking.filter("moved") if group["moved"].any() else lacking
     reasons: list[str] = moved["reason"].to_list()
     return max(dict.fromkeys(reasons), key=reasons.count, default=None)
 
 
-def _weights(group: pl.DataFrame, diagnostic: str) -> np.ndarray:
-    return (
-        (group["rows"] * group["cols"]).to_numpy().astype(float)
-        if diagnostic == "update_sparsity"
-        else np.ones(len(group))
-    )
-
-
-def _mean(group: pl.DataFrame, column: str, diagnostic: str) -> float | None:
+def _mean(group: pl.DataFrame, column: str, diagnostic: Diagnostic) -> float | None:
     known = group.filter(pl.col(column).is_not_null())
     return float(np.average(known[column].to_numpy(), weights=_weights(known, diagnostic))) if len(known) else None
 
 
-def _statistics(group: pl.DataFrame, diagnostic: str) -> dict[str, Any]:
+def _statistics(group: pl.DataFrame, diagnostic: Diagnostic) -> dict[str, Any]:
     shown = compared(group)
     quantiles = np.quantile(shown["value"].to_numpy(), [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
     return {
         "mean": _mean(shown, "value", diagnostic),
         **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
-        "weighting": "entries" if diagnostic == "update_sparsity" else "matrices",
+        "weighting": diagnostic.weighting,
         "matrices": len(shown),
         "mean_computed": _mean(group, "value", diagnostic),
         "computed": group["value"].count(),
@@ -244,7 +189,7 @@ def _statistics(group: pl.DataFrame, diagnostic: str) -> dict[str, Any]:
     }
 
 
-def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, Any] | None:
+def _against_null(group: pl.DataFrame, diagnostic: Diagnostic, kind: str) -> dict[str, Any] | None:
     known = compared(group)
     if not len(known) or known["null_mean"].null_count():
         return None
@@ -257,8 +202,8 @@ def _against_null(group: pl.DataFrame, diagnostic: str, kind: str) -> dict[str, 
     picks = rng.integers(len(known), size=(BOOTSTRAP, len(known)))
     resampled = (differences[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
-    margin = SHARE_MARGIN if diagnostic in SHARES else RELATIVE_MARGIN * abs(mean)
-    if diagnostic in SIZES:
+    margin = RELATIVE_MARGIN * abs(mean) if diagnostic.ratio else SHARE_MARGIN
+    if diagnostic.size:
         reading = "by construction"
     elif -margin <= low and high <= margin:
         reading = "size"

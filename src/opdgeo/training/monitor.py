@@ -39,8 +39,16 @@ from transformers.trainer_callback import CallbackHandler
 
 from opdgeo.checkpoints import ROLES, Checkpoint, Matrix, open_checkpoint
 from opdgeo.checkpoints.names import matrices
-from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics, subspace_similarity
-from opdgeo.diagnostics.locking import locking_step
+from opdgeo.diagnostics import (
+    DIAGNOSTICS,
+    Base,
+    Diagnostic,
+    Settings,
+    Update,
+    Value,
+    diagnostics,
+    of_trajectories,
+)
 from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.numerics import precision, subspaces
@@ -55,7 +63,6 @@ Rule = str | Callable[[Mapping[str, float]], bool]
 PREFIX = "geometry/"
 FILE = "geometry-monitor.safetensors"  # the channels so far, in every trainer state, so that a resumed run goes on from them
 HISTORY = 16  # earlier channels that are kept; beyond it every second one goes
-MEASURED = ("frobenius_norm", "relative_norm", "stable_rank", "update_sparsity", "principal_energy")
 log = logging.getLogger(__name__)
 
 
@@ -153,21 +160,19 @@ class GeometryMonitor(TrainerCallback):
     def measure(self, step: int) -> dict[str, float]:
         """Measure now; returns the means over the matrices, by the names of the log."""
         now: dict[str, Spectrum] = {}
-        values: dict[str, list[float]] = {}
+        values: dict[tuple[str, str], list[float]] = {}
         for subject in self._subjects:
             update = subject.update()
-            found = {n: diagnostics()[n].measure(update) for n in MEASURED}
-            found["update_sparsity"] = subject.over_rows(found["update_sparsity"])
+            found: dict[str, dict[str, Value]] = {}
+            for d in diagnostics().values():
+                if d.live:
+                    here = d.measure(update)
+                    found[d.name] = subject.over_rows(here) if d.weighting == "entries" else here
             if update.moved:
                 now[subject.name] = _kept(update.delta_spectrum)
-                k = now[subject.name].right.shape[1]
-                found["subspace_similarity"] = {
-                    f"{other}.{SETTINGS.top_k}": subspace_similarity.similarity(
-                        _wide(now[subject.name]), _wide(earlier[subject.name]), k
-                    )
-                    for other, (_, earlier) in self._earlier().items()
-                    if subject.name in earlier
-                }
+                for t in of_trajectories().values():
+                    if t.live and t.pair:
+                        found[t.name] = self._against_earlier(t.pair, subject.name, now[subject.name])
                 if self.channel and subject.name in self.channel.subspaces:
                     found["channel"] = {"outside": Value(_outside(self.channel, update, subject.name))}
             for diagnostic, variants in found.items():
@@ -175,39 +180,61 @@ class GeometryMonitor(TrainerCallback):
                     row = {"step": step, "matrix": subject.name, "diagnostic": diagnostic, "variant": variant}
                     self.rows.append(row | {"value": value.value, "reason": value.reason})
                     if value.value is not None:
-                        values.setdefault(f"{diagnostic}.{variant}", []).append(value.value)
+                        values.setdefault((diagnostic, variant), []).append(value.value)
             subject.near = now[subject.name].right if subject.name in now else subject.near
         self._say_what_is_undefined(step)
         means = {name: sum(found) / len(found) for name, found in values.items()}
-        logs = {PREFIX + name: means[key] for name, key in LOGGED.items() if key in means}
-        if (unchanged := means.get("update_sparsity.bf16_eta")) is not None:
-            logs[PREFIX + "visible"] = 1 - unchanged
-        if (since := self._locked(step, now)) is not None:
-            logs[PREFIX + "locked_since"] = since
+        logs = self._logged(means, now)
         self._remember(step, now)
         return logs
 
+    def _logged(self, means: dict[tuple[str, str], float], now: dict[str, Spectrum]) -> dict[str, float]:
+        """The means that the diagnostics name for the log."""
+        logs: dict[str, float] = {}
+        for d in DIAGNOSTICS.values():
+            for live in d.live:
+                found: list[float | None] = [
+                    m for (n, v), m in means.items() if n == d.name and v.startswith(live.variant)
+                ]
+                mean = self._since(d, now) if d.scope == "run" else next(iter(found), None)
+                if mean is not None:
+                    logs[PREFIX + live.name] = 1 - mean if live.complement else mean
+        if OUTSIDE in means:
+            logs[PREFIX + "outside"] = means[OUTSIDE]
+        return logs
+
     def _say_what_is_undefined(self, step: int) -> None:
-        """Warn once where no matrix has a similarity, with the reason of the first."""
-        rows = [r for r in self.rows if r["step"] == step and r["diagnostic"] == "subspace_similarity"]
-        if rows and not self._told and all(r["value"] is None for r in rows):
-            log.warning("step %d: no similarity is logged: %s.", step, rows[0]["reason"])
-            self._told = True
+        """Warn once where no matrix has a value of a diagnostic that compares checkpoints, with the reason of the first."""
+        for name, d in of_trajectories().items():
+            rows = [r for r in self.rows if r["step"] == step and r["diagnostic"] == name]
+            if rows and not self._told and all(r["value"] is None for r in rows):
+                log.warning("step %d: no %s is logged: %s.", step, d.title.lower(), rows[0]["reason"])
+                self._told = True
 
     def _earlier(self) -> dict[str, tuple[int, dict[str, Spectrum]]]:
         return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
 
-    def _locked(self, step: int, now: dict[str, Spectrum]) -> int | None:
-        """The step since which the channel has been what it is now, as `track` would say if training ended here."""
+    def _against_earlier(self, pair: Pair, name: str, now: Spectrum) -> dict[str, Value]:
+        """A matrix now beside its previous and its first measurement."""
+        return {
+            f"{other}.{SETTINGS.top_k}": pair(_wide(now), _wide(earlier[name]), now.right.shape[1])
+            for other, (_, earlier) in self._earlier().items()
+            if name in earlier
+        }
+
+    def _since(self, known: Diagnostic, now: dict[str, Spectrum]) -> int | None:
+        """What `track` would say of the whole run if training ended here: the step from which it has been as it is now."""
+        pair = DIAGNOSTICS[known.of].pair if known.of else None
+        if pair is None or known.since is None:
+            return None
         curve: list[float | None] = []
         for _, earlier in self._history:
             found = [
-                subspace_similarity.similarity(_wide(earlier[n]), _wide(now[n]), now[n].right.shape[1]).value
-                for n in now.keys() & earlier.keys()
+                pair(_wide(earlier[n]), _wide(now[n]), now[n].right.shape[1]).value for n in now.keys() & earlier.keys()
             ]
-            known = [x for x in found if x is not None]
-            curve.append(sum(known) / len(known) if known else None)
-        return locking_step([s for s, _ in self._history], curve, self.lock)
+            values = [x for x in found if x is not None]
+            curve.append(sum(values) / len(values) if values else None)
+        return known.since([s for s, _ in self._history], curve, self.lock)
 
     def _remember(self, step: int, now: dict[str, Spectrum]) -> None:
         if not now:
@@ -232,15 +259,8 @@ class GeometryMonitor(TrainerCallback):
 
 
 SETTINGS = Settings(rank=1)
-LOGGED = {
-    "norm": "frobenius_norm.",
-    "relative_norm": "relative_norm.",
-    "stable_rank": "stable_rank.",
-    "principal_energy": f"principal_energy.both.{SETTINGS.mask_rank}",
-    "similarity_previous": f"subspace_similarity.previous.{SETTINGS.top_k}",
-    "similarity_first": f"subspace_similarity.first.{SETTINGS.top_k}",
-    "outside": "channel.outside",
-}
+OUTSIDE = ("channel", "outside")
+Pair = Callable[[Spectrum | None, Spectrum | None, int], Value]
 
 
 class _MonitoredBase(Base):

@@ -1,0 +1,40 @@
+"""Measuring and reporting in one object: what `opdgeo.compare`, `track` and `load` return can write its own page.
+
+The survey knows nothing of the report, so the two are joined here, above both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+from opdgeo import survey
+
+P = ParamSpec("P")
+
+
+class Result(survey.Result):
+    """What `compare`, `track` and `load` return, and what the data files hold."""
+
+    def report(self, path: str | Path) -> Path:
+        """Write the data files and `report.html` into the folder `path`; returns the page's path."""
+        from opdgeo.report import write_report
+
+        self.save(path)
+        return write_report(Path(path))
+
+
+def _reporting(measure: Callable[P, survey.Result]) -> Callable[P, Result]:
+    @wraps(measure)
+    def measured(*args: P.args, **keywords: P.kwargs) -> Result:
+        found = measure(*args, **keywords)
+        return Result(found.measurements, found.curves, found.summary, found.run)
+
+    return measured
+
+
+compare = _reporting(survey.compare)
+load = _reporting(survey.load_result)
+track = _reporting(survey.track)

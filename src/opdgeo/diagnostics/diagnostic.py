@@ -1,0 +1,269 @@
+"""What a diagnostic is: one frozen object that says how it is computed, read and shown.
+
+Everything else in the package asks these objects and names none of them: the loop over matrices, the summary, the report,
+the claims and the live monitor. A new diagnostic is one file with one such object, and its name in `diagnostics.NAMES`.
+
+This file and the diagnostics' own files import no torch at the top. Titles and formulas are there at once for the terminal
+and the page; the functions that compute import what they need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from opdgeo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.trajectory import Trajectory
+    from opdgeo.diagnostics.update import Update
+    from opdgeo.numerics.spectra import Spectrum
+
+PAPER = "arXiv 2606.07082"
+UNMOVED = "the matrix did not move"
+NO_VISIBLE = "no entry moved visibly in bf16"
+
+Null = dict[str, tuple[float, float]]
+"""Variant → mean and standard deviation of a null model. A variant that is not in it has no closed form here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the diagnostics are asked for. It is saved beside the results.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    rank: int = 512  # principal angles, PAPER §2
+    top_k: int = 16  # singular triplets of ΔW: Hill exponent, subspace similarity
+    mask_rank: int = 64  # rank of W₀'s reconstruction behind the principal mask; principal energy
+    mask_share: tuple[float, ...] = (0.5, 0.3)
+    eta: float = 1e-3
+    nulls: int = 4  # draws per matrix
+    null: str = "gaussian"  # or "shuffled"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "top_k", "mask_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
+        if self.nulls < 0:
+            raise ConfigError(f"nulls is {self.nulls}; expected 0 (none) or more draws.")
+        if self.null not in ("gaussian", "shuffled"):
+            raise ConfigError(f"null is {self.null!r}; expected 'gaussian' or 'shuffled'.")
+        if not 0 <= self.eta < 1:
+            raise ConfigError(f"eta is {self.eta}; expected a relative tolerance in [0, 1), such as 1e-3.")
+        if not self.mask_share or not all(0 < share < 1 for share in self.mask_share):
+            raise ConfigError(f"mask_share is {self.mask_share}; expected shares between 0 and 1, such as 0.5,0.3.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number that knows what it is. `error` bounds |value − exact|; `reason` says why a row is not plain."""
+
+    value: float | None
+    error: float | None = None
+    method: str = ""
+    status: str = "computed"
+    reason: str | None = None
+
+
+def undefined(reason: str) -> Value:
+    """A quantity that has no value for this matrix."""
+    return Value(None, status="undefined", reason=reason)
+
+
+def skipped(reason: str) -> Value:
+    """A quantity that could not be computed for this matrix."""
+    return Value(None, status="skipped", reason=reason)
+
+
+def undetermined(k: int) -> str:
+    return f"the gap between singular values {k} and {k + 1} vanishes, so the subspace is not determined"
+
+
+def unresolved(of: Spectrum, k: int, side: str) -> str | None:
+    """Why the top-k subspace of an update is not determined; None where it is."""
+    if k >= (of.left if side == "left" else of.right).shape[0]:  # the whole space
+        return None
+    if of.floor > 0 and float(of.sigma[k - 1]) <= of.floor:
+        rank = int((of.sigma > of.floor).sum())
+        return (
+            f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank "
+            f"{rank} only"
+        )
+    return undetermined(k) if of.subspace_error(k, side) >= 1 else None
+
+
+def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
+    """The rank that a matrix of this shape allows, and what its row says where that is less than the rank asked for.
+
+    >>> cut(16, (20, 100))
+    (10, 'rank 16 cut to 10: half the smaller side')
+    """
+    allowed = max(1, min(shape) // 2)
+    return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
+
+
+def mean_std(values: Iterable[Any]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 of a single value)."""
+    known = [float(v) for v in values]
+    mean = math.fsum(known) / len(known)
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in known) / max(1, len(known) - 1))
+
+
+def _one(settings: Settings) -> list[str]:
+    return [""]
+
+
+def _sampled(against: Any) -> Null:
+    return {}
+
+
+def _as_it_is(variant: str) -> str:
+    return variant
+
+
+def _every(variant: str) -> bool:
+    return True
+
+
+Part = str | tuple[float | None, str]
+"""A part of a sentence: words, or a number with its unit."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """How a diagnostic appears in the first lines of a report.
+
+    Attributes:
+        variant: the variant that is meant.
+        column: the head of its column in the table of arms.
+        clause: a part of a sentence with one `{}` for the value; empty: it is not in the sentence.
+        beside: a part of a sentence with one `{}` for the value of the null; empty: the null is not in the sentence.
+    """
+
+    variant: str
+    column: str
+    clause: str = ""
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A number that the live monitor logs: the mean over matrices of a variant, which `variant` is the beginning of.
+
+    `complement` logs 1 − mean.
+    """
+
+    name: str
+    variant: str = ""
+    complement: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of one run with one line for every rank K. `rank` gives the K of a variant, None for one that is not in it."""
+
+    name: str
+    title: str
+    rank: Callable[[str], int | None]
+
+
+Subject, Found, Against = TypeVar("Subject"), TypeVar("Found"), TypeVar("Against")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic(Generic[Subject, Found, Against]):
+    """One diagnostic.
+
+    What it is:
+        name: in the tables and files.
+        scope: what it is measured of. "update": one ΔW. "trajectory": one matrix at all checkpoints of a run. "run": the
+            table of all matrices and checkpoints; it adds no rows and stands under its name in `summary.json`.
+        unit: "share" (shown in per cent), "degrees" or "number".
+        weighting: how its mean over matrices is taken: every matrix counts once, or as often as it has entries.
+        reads: the settings that its values depend on. Whatever asks for W₀'s or W₊'s spectrum reads `rank` and `mask_rank`;
+            whatever asks for ΔW's reads `top_k`.
+        variants: the names of its rows under some settings.
+        measure: a value for every variant; for a run, the rows of its list.
+        null: mean and standard deviation of each variant under the null model, in closed form or from draws that need no
+            large matrix. What it leaves out is sampled: drawn as a matrix and measured like a real update. The null of an
+            update is an isotropic Gaussian ΔW of the same Frobenius norm; that of a trajectory is a walk of independent
+            increments.
+
+    What a reader is told, in plain text (`_x` and `_{xy}` are subscripts, `^x` and `^{xy}` superscripts):
+        title, formula, meaning, caveat, source.
+
+    How it is shown:
+        log: on a logarithmic axis.
+        size: it is the size of the update itself, which the null has by construction.
+        label: a variant in words.
+        listed: whether tables show a variant. The data files hold all.
+        charted: the variants, by their beginnings, that have a map over layers and a chart over steps.
+        itself: the beginning of the variants that compare the last checkpoint with itself there.
+        headline, live, panels: see these classes.
+
+    What else it offers:
+        curves: names in `curves.parquet` and how each is computed; None where this update has none.
+        directions: how many leading directions of ΔW a trajectory keeps for it.
+        at_the_end: a trajectory's: it compares with the last checkpoint, and is measured when all are known. Otherwise it
+            is measured checkpoint by checkpoint, while ΔW is in memory.
+        pair: its value for two updates, from the leading k directions of each; for the live monitor.
+        of: a run's: the diagnostic that it is computed from.
+        answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
+            None where it has nothing to say.
+        since: a run's: the step from which a curve of `of` stays at or above a threshold; for the live monitor.
+    """
+
+    name: str
+    scope: Literal["update", "trajectory", "run"]
+    unit: Literal["share", "degrees", "number"] = "number"
+    weighting: Literal["matrices", "entries"] = "matrices"
+    reads: tuple[str, ...] = ()
+    variants: Callable[[Settings], list[str]] = _one
+    measure: Callable[[Subject], Found]
+    null: Callable[[Against], Null] = _sampled
+
+    title: str
+    formula: str
+    meaning: str
+    caveat: str
+    source: str
+
+    log: bool = False
+    size: bool = False
+    label: Callable[[str], str] = _as_it_is
+    listed: Callable[[str], bool] = _every
+    charted: tuple[str, ...] = ()
+    itself: str | None = None
+    headline: Headline | None = None
+    live: tuple[Live, ...] = ()
+    panels: tuple[Panel, ...] = ()
+
+    curves: Mapping[str, Callable[[Subject], list[float] | None]] = field(default_factory=dict)
+    directions: Callable[[Settings], int] | None = None
+    at_the_end: bool = False
+    pair: Callable[[Spectrum | None, Spectrum | None, int], Value] | None = None
+    of: str | None = None
+    answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
+    since: Callable[[list[int], list[float | None], float], int | None] | None = None
+
+    @property
+    def ratio(self) -> bool:
+        """Whether two of its values are compared by their ratio. Shares of something are compared by their difference."""
+        return self.unit != "share" or self.size
+
+
+if TYPE_CHECKING:
+    OfUpdate = Diagnostic[Update, dict[str, Value], Isotropic]
+    OfTrajectory = Diagnostic[Trajectory, dict[str, Value], Trajectory]
+    OfRun = Diagnostic[pl.DataFrame, list[dict[str, Any]], None]

@@ -1,0 +1,107 @@
+"""Every diagnostic is one object that says what it is; what measures and shows it asks the object and names none."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import opdgeo
+import planted
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, Settings, Value, diagnostics, of_runs, of_trajectories
+from opdgeo.report.page import _formula
+
+PACKAGE = Path(opdgeo.__file__).parent
+OUTSIDE = ("survey", "report", "training")
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_every_diagnostic_tells_a_reader_what_it_is(name: str) -> None:
+    d = DIAGNOSTICS[name]
+    assert d.name == name
+    for text in (d.title, d.formula, d.meaning, d.caveat, d.source):
+        assert text and text == text.strip()
+    assert d.meaning.endswith(".") and d.caveat.endswith(".")
+    assert set(d.reads) <= {field.name for field in fields(Settings)}
+    names = d.variants(Settings())
+    assert len(names) == len(set(names)) > 0
+    assert all(d.label(variant) for variant in names if variant)
+    assert any(d.listed(variant) for variant in names)
+    assert all(any(v == start or v.startswith(start) for v in names) for start in d.charted)
+
+
+def test_the_scopes_are_those_of_updates_trajectories_and_runs() -> None:
+    assert [*diagnostics(), *of_trajectories(), *of_runs()] == sorted(
+        DIAGNOSTICS, key=lambda name: ["update", "trajectory", "run"].index(DIAGNOSTICS[name].scope)
+    )
+    assert all(DIAGNOSTICS[d.of or ""].pair for d in of_runs().values())
+
+
+def test_nothing_else_names_a_diagnostic() -> None:
+    along = "|".join(map(re.escape, [*of_trajectories(), *of_runs()]))
+    for file in (f for part in OUTSIDE for f in (PACKAGE / part).rglob("*") if f.suffix in (".py", ".j2")):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(along, text), file
+        if file.suffix == ".py" and file.name != "channel.py":  # its K may be the stable rank
+            written = {n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)}
+            named = written & set(DIAGNOSTICS)
+            assert not named or file.name == "signals.py", (file, named)  # that has quantities of its own
+
+
+def test_reading_what_a_diagnostic_is_needs_no_torch() -> None:
+    code = "import sys, opdgeo.diagnostics as d; print(len(d.DIAGNOSTICS), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(DIAGNOSTICS)), "False"]
+
+
+def test_a_formula_becomes_markup_and_nothing_else_does() -> None:
+    assert _formula("‖ΔW‖_F² / σ_{i<k}^{−1}") == "‖ΔW‖<sub>F</sub>² / σ<sub>i&lt;k</sub><sup>−1</sup>"
+    assert "<script" not in _formula("<script>_{x}</script>")
+
+
+def test_a_new_diagnostic_is_measured_compared_and_shown_without_another_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new: Diagnostic = Diagnostic(
+        name="largest_entry",
+        scope="update",
+        weighting="entries",
+        measure=lambda update: {
+            "": Value(float((update.weights.double() - update.base.matrix).abs().max()), 0.0, "max")
+        },
+        title="Largest entry",
+        formula="max_{ij} |ΔW_{ij}|",
+        meaning="The entry that moved most.",
+        caveat="It grows with the number of entries.",
+        source="this test",
+        charted=("",),
+        curves={"rows": lambda update: update.base.matrix[:, 0].tolist()},
+    )
+    monkeypatch.setitem(DIAGNOSTICS, new.name, new)
+    rng = np.random.default_rng(0)
+    base, tuned = ({}, {})  # type: ignore[var-annotated]
+    for layer, rows in ((0, 24), (1, 48)):
+        name = planted.tensor_name(layer, "mlp.up_proj")
+        base[name] = planted.weights(rng, rows, 16)
+        tuned[name] = base[name] + 1e-2 * rng.standard_normal((rows, 16))
+    folders = [planted.write_checkpoint(tmp_path / n, w, "float32") for n, w in (("base", base), ("tuned", tuned))]
+    result = opdgeo.compare(*folders, settings=Settings(nulls=3), cache=False, workers=1)
+    rows = result.measurements.filter(diagnostic=new.name).sort("layer")
+    exact = [np.abs(tuned[n].astype("f4").astype(float) - base[n].astype("f4")).max() for n in sorted(base)]
+    assert rows["value"].to_list() == pytest.approx(exact)
+    assert rows["null_mean"].null_count() == 0, "a null that it does not give is sampled"
+    (entry,) = (d for d in result.summary["checkpoints"][0]["diagnostics"] if d["diagnostic"] == new.name)
+    assert entry["weighting"] == "entries"
+    assert entry["mean"] == pytest.approx(np.average(exact, weights=[24 * 16, 48 * 16]))
+    assert entry["null"]["kind"] == "gaussian"
+    assert len(result.curves.filter(pl.col("curve") == "rows")) == 2
+    page = result.report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "<h3>Largest entry</h3>" in page
+    assert "max<sub>ij</sub> |ΔW<sub>ij</sub>|" in page
