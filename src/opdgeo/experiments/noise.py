@@ -1,0 +1,154 @@
+"""The noise control beside the arms, on one exploratory seed: what an update looks like that has learned nothing.
+
+    python -m opdgeo.experiments.noise -o DIR [--save FILE.parquet] [--table FILE.json]
+
+trains, at each of `RUNS`, one arm of the tiny study from an anchor of its own (seed `SEED`) and measures its update. `FILE.parquet`
+holds every number a matrix; `FILE.json` the table made from it, whose copy in the package (`opdgeo/assets/noise.json`) stands
+beside every study that trains no noise arm itself. A killed call goes on from its finished runs. About half an hour on one core.
+
+The seed is exploratory (`rules.EXPLORATORY`): it shows what the study has to reckon with, and no verdict counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from opdgeo.experiments.claims import Data, _mean
+from opdgeo.experiments.rules import ANGLES, LOW, MATCHED, NORM, OPD, RLVR, SHIFT, SIMILARITY, SPARSITY, STABLE_RANK
+
+COIN, RANDOM_SIGN = "coin", "opd-random-sign"
+NOISE = (COIN, RANDOM_SIGN)
+SEED = 900
+RUNS = (
+    *((arm, 1e-4, 0) for arm in (COIN, OPD, RLVR, MATCHED)),
+    *((arm, 1e-5, 0) for arm in (COIN, OPD, RLVR, MATCHED)),
+    *((RANDOM_SIGN, rate, 0) for rate in (1e-4, 1e-5)),
+    *((arm, 1e-5, 16) for arm in (COIN, RLVR)),
+)
+"""Arm, learning rate, sequences a step (0: the arm's own)."""
+COLUMNS = {
+    "norm": NORM, "unchanged": SPARSITY, "stable_rank": STABLE_RANK, "angle": ANGLES, "shift": SHIFT,
+    "low_magnitude": LOW, "similarity": SIMILARITY,
+}  # fmt: skip
+"""Read at the last checkpoint; similarity at the first, which is compared with the last."""
+SMALL = {
+    "eval_prompts": 256, "eval_prompts_between": 0, "eval_kl_origin": False, "monitor": 0, "checkpoints": (0.2, 1.0),
+}  # fmt: skip
+KEPT = ["checkpoint", "step", "matrix", "rows", "cols", "diagnostic", "variant", "value", "null_mean"]
+
+
+def table(measurements: pl.DataFrame, runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each run the means over matrices (sparsity over entries) and of their nulls, and the update's persistence.
+
+    Persistence is the mean over matrices of ‖ΔW‖_F / (lr · √steps · √entries): about 1 for a walk whose steps, of Adam's size lr
+    in every entry, do not follow each other. Without learning rate it is None.
+
+    Args:
+        measurements: rows as in `measurements.parquet`.
+        runs: name (the arm in `checkpoint`), seeds, learning_rate, steps and whatever else the row should say.
+    """
+    data = Data(measurements, {})
+    rows = []
+    for run in runs:
+        row = dict(run)
+        for name, quantity in COLUMNS.items():
+            at = 0 if quantity is SIMILARITY else -1
+            for key, column in (("", "value"), ("_null", "null_mean")):
+                got = _mean(data.values(run["name"], quantity, column, run["seeds"])[:, :, at])
+                row[name + key] = got if math.isfinite(got) else None
+        del row["norm_null"]  # the null has the same norm
+        row["persistence"] = _persistence(data, run)
+        rows.append(row)
+    return rows
+
+
+def _persistence(data: Data, run: dict[str, Any]) -> float | None:
+    if not run.get("learning_rate"):
+        return None
+    rows = data.table.filter(
+        pl.col("arm") == run["name"], pl.col("seed").is_in(run["seeds"]), pl.col("diagnostic") == "frobenius_norm"
+    )
+    last = rows.filter(pl.col("step") == rows["step"].max())
+    walk = run["learning_rate"] * math.sqrt(run["steps"])
+    ratios = last["value"] / (walk * (last["rows"] * last["cols"]).cast(pl.Float64).sqrt())
+    return float(ratios.mean())  # type: ignore[arg-type]
+
+
+def packaged() -> dict[str, Any]:
+    """The table that the package carries."""
+    found: dict[str, Any] = json.loads(resources.files("opdgeo").joinpath("assets/noise.json").read_text("utf-8"))
+    return found
+
+
+def name_of(arm: str, rate: float, sequences: int) -> str:
+    return f"{arm}-lr{rate:g}" + (f"-batch{sequences}" if sequences else "")
+
+
+def train_all(out: Path) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """Train and measure every run in the folder `out`: the rows that the table reads, and what each run is."""
+    from opdgeo.experiments.study import BY_NAME, configure
+    from opdgeo.survey import track
+    from opdgeo.survey.results import load_result
+    from opdgeo.training import models
+    from opdgeo.training.callbacks import read_log
+    from opdgeo.training.run import train
+
+    anchor = replace(configure(BY_NAME["sft"], SEED, "tiny", out), **SMALL | {"checkpoints": (1.0,)})
+    train(anchor, out / "arms" / f"sft-seed{SEED}", resume=True, progress=False)
+    tables, runs = [], []
+    for arm, rate, sequences in RUNS:
+        name, config = name_of(arm, rate, sequences), configure(BY_NAME[arm], SEED, "tiny", out)
+        changes = {"learning_rate": rate, "sequences_per_step": sequences or config.sequences_per_step}
+        config = replace(config, **SMALL, **changes)
+        folder = out / "arms" / f"{name}-seed{SEED}"
+        train(config, folder, resume=True, progress=False)
+        geometry = folder / "geometry"
+        if not (geometry / "run.json").is_file():
+            track(models.resolve(config.origin), folder, workers=1, out=geometry).save(geometry)
+        found = load_result(geometry).measurements
+        tables.append(found.with_columns((pl.lit(f"{name}-seed{SEED}/") + pl.col("checkpoint")).alias("checkpoint")))
+        evals = [row["accuracy_sampled"] for row in read_log(folder) if row["event"] == "eval"]
+        runs.append(
+            {
+                "name": name, "arm": arm, "seeds": [SEED], "learning_rate": rate, "steps": config.steps,
+                "sequences": config.sequences_per_step, "accuracy": [evals[0], evals[-1]], "prompts": config.eval_prompts,
+            }
+        )  # fmt: skip
+        print(f"{name}: done", flush=True)
+    wanted = pl.any_horizontal(
+        (pl.col("diagnostic") == q.diagnostic) & pl.col("variant").is_in(q.variants) for q in COLUMNS.values()
+    )
+    return pl.concat(tables).filter(wanted).select(KEPT), runs
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m opdgeo.experiments.noise", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("-o", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--save", type=Path, help="where the numbers a matrix go (parquet)")
+    parser.add_argument("--table", type=Path, help="where the table goes (JSON)")
+    options = parser.parse_args(arguments)
+    measurements, runs = train_all(options.o)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        measurements.write_parquet(options.save, compression="zstd")
+    if options.table:
+        content = {
+            "command": "python -m opdgeo.experiments.noise -o DIR --save docs/results/noise.parquet "
+            "--table src/opdgeo/assets/noise.json",
+            "exploratory": True, "preset": "tiny", "rows": table(measurements, runs),
+        }  # fmt: skip
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
