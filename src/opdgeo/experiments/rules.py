@@ -221,6 +221,7 @@ LOW = Quantity("mask_overlap", ("low_magnitude.0.5",), "share", ratio=False)
 STABLE_RANK = Quantity("stable_rank", ("",), "number", ratio=True)
 HILL = Quantity("hill_exponent", ("16",), "number", ratio=True)
 SIMILARITY = Quantity("subspace_similarity", ("final.16",), "share", ratio=False)
+PREVIOUS = Quantity("subspace_similarity", ("previous.16",), "share", ratio=False)
 NORM = Quantity("frobenius_norm", ("",), "number", ratio=True)
 ACCURACY = Quantity("accuracy_sampled", (), "share", ratio=False)
 
