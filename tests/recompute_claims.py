@@ -206,6 +206,7 @@ class Checker:
             if claim.get("parts"):
                 self.sum_of_parts(claim, [named[part] for part in claim["parts"]])
         self.outcomes()
+        self.noise()
 
     # one claim on measurements
 
@@ -477,6 +478,23 @@ class Checker:
                     found = [rows[index][name] for rows in runs]
                     self.same(f"outcomes/{arm}/{name}/{end}", ends[end]["mean"], sum(found) / len(found))
                     self.same(f"outcomes/{arm}/{name}/{end}/seeds", sorted(ends[end]["seeds"]), sorted(found))
+
+    def noise(self) -> None:
+        """The rows above the verdicts: means at the last checkpoint, similarity at the first."""
+        shown = {
+            "norm": ("frobenius_norm", [""]), "unchanged": ("update_sparsity", ["bf16_eta"]), "stable_rank": ("stable_rank", [""]),
+            "angle": ("principal_angles", ["left.mean", "right.mean"]), "shift": ("spectral_shift", [""]),
+            "low_magnitude": ("mask_overlap", ["low_magnitude.0.5"]), "similarity": ("subspace_similarity", ["final.16"]),
+        }  # fmt: skip
+        for row in (self.study.claims.get("noise") or {}).get("rows", []):
+            for name, (diagnostic, variants) in shown.items():
+                at = 0 if name == "similarity" else -1
+                for key, column in ((name, "value"), (f"{name}_null", "null_mean")):
+                    found = self.study.array(row["name"], row["seeds"], diagnostic, variants, column)[:, :, at]
+                    share = np.isfinite(found) * self.study.counts[row["name"], diagnostic]
+                    if key in row:
+                        mean = (np.nan_to_num(found) * share).sum() / share.sum() if share.any() else math.nan
+                        self.same(f"noise/{row['name']}/{key}", row[key], mean)
 
 
 def main(folder: Path) -> list[str]:

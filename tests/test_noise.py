@@ -6,12 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
+from opdgeo.experiments import noise
+from opdgeo.experiments.rules import EXPLORATORY
 from opdgeo.experiments.study import BY_NAME, configure
+from opdgeo.report.markdown import _limits
+from opdgeo.survey.results import MEASUREMENTS
 from opdgeo.training import callbacks, signal
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.run import train
@@ -98,7 +104,7 @@ def test_the_coin_follows_the_seed_and_neither_verifier_nor_text(
         monkeypatch.setattr(task, "verify", lambda self, completion, answer, verdict=verdict: verdict)
         train(config("rlvr", credit="coin", eval_prompts=0, **changes), tmp_path / name, progress=False)
     steps = config("rlvr").steps
-    right, wrong, other, texts = ([adv_BT[:, 0] for adv_BT in seen[i * steps :][:steps]] for i in range(4))
+    right, _, other, texts = ([adv_BT[:, 0] for adv_BT in seen[i * steps :][:steps]] for i in range(4))
     assert_bit_equal(tmp_path / "right" / "step-000005", tmp_path / "wrong" / "step-000005")
     assert all(torch.equal(a, b) for a, b in zip(right, texts, strict=True)), "other prompts, the same coins"
     assert not all(torch.equal(a, b) for a, b in zip(right, other, strict=True)), "another seed, other coins"
@@ -148,6 +154,75 @@ def test_a_stopped_run_resumes_with_the_same_noise(
 
 
 def test_the_noise_arms_have_the_budget_of_the_arm_they_control(tmp_path: Path) -> None:
-    for noise, like in (("coin", "rlvr"), ("opd-random-sign", "opd")):
-        ours, theirs = (configure(BY_NAME[name], 2, "tiny", tmp_path) for name in (noise, like))
+    for control, like in (("coin", "rlvr"), ("opd-random-sign", "opd")):
+        ours, theirs = (configure(BY_NAME[name], 2, "tiny", tmp_path) for name in (control, like))
         assert set(ours.differences(theirs)) == {"arm", "credit"}
+
+
+def planted_rows(arm: str, lr: float, steps: int) -> list[dict[str, Any]]:
+    """Two matrices, of 4 and of 12 entries, at two checkpoints; every diagnostic is 1 in the first, 3 in the second, less at first."""
+    rows = []
+    for matrix, entries, value in (("a", 4, 1.0), ("b", 12, 3.0)):
+        for step, part in ((20, 0.5), (steps, 1.0)):
+            for quantity in noise.COLUMNS.values():
+                for variant in quantity.variants:
+                    number = lr * (steps * entries) ** 0.5 * value if quantity.diagnostic == "frobenius_norm" else value
+                    rows.append(
+                        dict.fromkeys(MEASUREMENTS)
+                        | {
+                            "checkpoint": f"{arm}/step-{step:06d}", "step": step, "matrix": matrix, "rows": 2, "cols": entries // 2,
+                            "diagnostic": quantity.diagnostic, "variant": variant, "value": part * number, "null_mean": 0.1,
+                        }
+                    )  # fmt: skip
+    return rows
+
+
+def test_the_table_is_the_mean_over_matrices_and_persistence_that_of_a_walk(tmp_path: Path) -> None:
+    table = pl.DataFrame(planted_rows("coin", 1e-4, 100), schema=MEASUREMENTS, orient="row")
+    run = {"name": "coin", "arm": "coin", "seeds": [0], "learning_rate": 1e-4, "steps": 100}
+    (row,) = noise.table(table, [run])
+    assert row["persistence"] == pytest.approx(2.0), "once and three times as long as a walk"
+    assert row["stable_rank"] == pytest.approx(2.0) and row["stable_rank_null"] == pytest.approx(0.1)
+    assert row["unchanged"] == pytest.approx((4 * 1 + 12 * 3) / 16), "over entries"
+    assert row["similarity"] == pytest.approx(1.0), "of the first checkpoint"
+    assert row["norm"] == pytest.approx(1e-3 * (2 + 3 * 12**0.5) / 2) and "norm_null" not in row
+
+
+def test_a_study_shows_its_own_noise_or_the_packages(tmp_path: Path) -> None:
+    rows = [row for arm in ("opd", "rlvr", "sft-matched", "coin") for row in planted_rows(arm, 1e-4, 100)]
+    table = pl.DataFrame(rows, schema=MEASUREMENTS, orient="row")
+    configs = {arm: configure(BY_NAME[arm], 0, "tiny", tmp_path) for arm in ("opd", "rlvr", "sft-matched", "coin")}
+    own = noise.beside(table, configs, configs, "tiny")
+    assert [row["arm"] for row in own["rows"]] == ["coin", "opd", "rlvr", "sft-matched"] and own["exploratory"] == []
+    plain = noise.beside(table, configs, ["opd", "rlvr"], "tiny")
+    assert plain["exploratory"] == noise.packaged()["rows"]
+    assert noise.beside(table, configs, ["opd", "rlvr"], "smollm2")["exploratory"] == []
+
+
+def test_the_packaged_table_is_made_from_the_numbers_in_the_repository() -> None:
+    """By another route: means of the stored numbers a matrix, weighed by entries for the unchanged share."""
+    docs = Path(__file__).parents[1] / "docs"
+    packaged = noise.packaged()
+    assert packaged["command"] == noise.COMMAND and noise.COMMAND in (docs / "protocol.md").read_text()
+    assert packaged["rows"] and all(set(row["seeds"]) <= set(EXPLORATORY) for row in packaged["rows"])
+    stored = pl.read_parquet(docs / "results" / "noise.parquet")
+    assert (docs / "results" / "noise.parquet").stat().st_size < 500_000
+    for row in packaged["rows"]:
+        mine = stored.filter(pl.col("checkpoint").str.starts_with(f"{row['name']}-seed{noise.SEED}/"))
+        first, last = mine["step"].min(), mine["step"].max()
+        assert last == row["steps"]
+        for name, quantity in noise.COLUMNS.items():
+            at = first if name == "similarity" else last
+            part = mine.filter(
+                pl.col("diagnostic") == quantity.diagnostic,
+                pl.col("variant").is_in(quantity.variants),
+                pl.col("step") == at,
+            ).drop_nulls("value")
+            counts = (part["rows"] * part["cols"]).to_numpy().astype(float) if name == "unchanged" else None
+            assert row[name] == pytest.approx(float(np.average(part["value"].to_numpy(), weights=counts))), (
+                row["name"],
+                name,
+            )
+    text = (docs / "results.md").read_text()
+    for line in _limits({"noise": {"rows": [], "exploratory": packaged["rows"]}}):
+        assert line in text, "docs/results.md opens with what `opdgeo report --markdown` writes"

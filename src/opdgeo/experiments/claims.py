@@ -34,6 +34,7 @@ from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
     CONTROLS,
+    EXPLORATORY,
     MATCHED,
     NORM,
     OPD,
@@ -238,7 +239,7 @@ def judge(measurements: pl.DataFrame, logs: Logs | None = None) -> list[dict[str
         measurements: the study's rows; `checkpoint` is "ARM/step-N" or "ARM-seedM/step-N".
         logs: an arm's folder ("opd", "opd-seed1", …) → the rows of its log.jsonl.
     """
-    data = Data(measurements, logs or {})
+    data = Data(*_counted(measurements, logs or {}))
     out = []
     for claim in CLAIMS:
         if claim.quantity is ACCURACY:
@@ -247,6 +248,13 @@ def judge(measurements: pl.DataFrame, logs: Logs | None = None) -> list[dict[str
         elif data.seeds(claim.arms):
             out.append(_judge(claim, data))
     return _with_r5(out)
+
+
+def _counted(measurements: pl.DataFrame, logs: Logs) -> tuple[pl.DataFrame, Logs]:
+    """Both without the exploratory seeds."""
+    seed = pl.col("checkpoint").str.extract(r"-seed(\d+)/").cast(pl.Int64)
+    kept = measurements.filter(~seed.is_in(list(EXPLORATORY)).fill_null(False))
+    return kept, {name: rows for name, rows in logs.items() if int(name.partition("-seed")[2] or 0) not in EXPLORATORY}
 
 
 def missing(measurements: pl.DataFrame, logs: Logs) -> list[str]:

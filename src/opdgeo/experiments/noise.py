@@ -4,7 +4,8 @@
 
 trains, at each of `RUNS`, one arm of the tiny study from an anchor of its own (seed `SEED`) and measures its update. `FILE.parquet`
 holds every number a matrix; `FILE.json` the table made from it, whose copy in the package (`opdgeo/assets/noise.json`) stands
-beside every study that trains no noise arm itself. A killed call goes on from its finished runs. About half an hour on one core.
+beside every study that trains no noise arm itself. Both are written after every run; a killed call goes on from its finished runs.
+About half an hour on one core.
 
 The seed is exploratory (`rules.EXPLORATORY`): it shows what the study has to reckon with, and no verdict counts it.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -24,10 +25,14 @@ import polars as pl
 
 from opdgeo.experiments.claims import Data, _mean
 from opdgeo.experiments.rules import ANGLES, LOW, MATCHED, NORM, OPD, RLVR, SHIFT, SIMILARITY, SPARSITY, STABLE_RANK
+from opdgeo.training.config import TrainConfig
 
 COIN, RANDOM_SIGN = "coin", "opd-random-sign"
 NOISE = (COIN, RANDOM_SIGN)
 SEED = 900
+COMMAND = (
+    "python -m opdgeo.experiments.noise -o DIR --save docs/results/noise.parquet --table src/opdgeo/assets/noise.json"
+)
 RUNS = (
     *((arm, 1e-4, 0) for arm in (COIN, OPD, RLVR, MATCHED)),
     *((arm, 1e-5, 0) for arm in (COIN, OPD, RLVR, MATCHED)),
@@ -83,6 +88,27 @@ def _persistence(data: Data, run: dict[str, Any]) -> float | None:
     return float(ratios.mean())  # type: ignore[arg-type]
 
 
+def beside(
+    measurements: pl.DataFrame, configs: Mapping[str, TrainConfig], folders: Iterable[str], preset: str
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows that stand above a study's verdicts: its paradigms and noise arms, and the package's where it has no noise arm.
+
+    Args:
+        configs: arm → the settings of one of its runs.
+        folders: the runs, "opd", "opd-seed1", …
+    """
+    seeds: dict[str, list[int]] = {}
+    for name, _, seed in (folder.partition("-seed") for folder in folders):
+        seeds.setdefault(name, []).append(int(seed or 0))
+    runs = [
+        {"name": arm, "arm": arm, "seeds": seeds[arm], "learning_rate": configs[arm].learning_rate,
+         "steps": configs[arm].steps, "sequences": configs[arm].sequences_per_step}
+        for arm in (*NOISE, OPD, RLVR, MATCHED) if arm in seeds
+    ]  # fmt: skip
+    lent = preset == "tiny" and not set(NOISE) & seeds.keys()
+    return {"rows": table(measurements, runs), "exploratory": packaged()["rows"] if lent else []}
+
+
 def packaged() -> dict[str, Any]:
     """The table that the package carries."""
     found: dict[str, Any] = json.loads(resources.files("opdgeo").joinpath("assets/noise.json").read_text("utf-8"))
@@ -93,8 +119,8 @@ def name_of(arm: str, rate: float, sequences: int) -> str:
     return f"{arm}-lr{rate:g}" + (f"-batch{sequences}" if sequences else "")
 
 
-def train_all(out: Path) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
-    """Train and measure every run in the folder `out`: the rows that the table reads, and what each run is."""
+def train_all(out: Path) -> Iterator[tuple[pl.DataFrame, list[dict[str, Any]]]]:
+    """Train and measure run after run in the folder `out`; after each, the rows that the table reads and what the runs are."""
     from opdgeo.experiments.study import BY_NAME, configure
     from opdgeo.survey import track
     from opdgeo.survey.results import load_result
@@ -124,30 +150,28 @@ def train_all(out: Path) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
             }
         )  # fmt: skip
         print(f"{name}: done", flush=True)
-    wanted = pl.any_horizontal(
-        (pl.col("diagnostic") == q.diagnostic) & pl.col("variant").is_in(q.variants) for q in COLUMNS.values()
-    )
-    return pl.concat(tables).filter(wanted).select(KEPT), runs
+        wanted = pl.any_horizontal(
+            (pl.col("diagnostic") == q.diagnostic) & pl.col("variant").is_in(q.variants) for q in COLUMNS.values()
+        )
+        yield pl.concat(tables).filter(wanted).select(KEPT), runs
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m opdgeo.experiments.noise", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m opdgeo.experiments.noise", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("-o", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--save", type=Path, help="where the numbers a matrix go (parquet)")
     parser.add_argument("--table", type=Path, help="where the table goes (JSON)")
     options = parser.parse_args(arguments)
-    measurements, runs = train_all(options.o)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        measurements.write_parquet(options.save, compression="zstd")
-    if options.table:
-        content = {
-            "command": "python -m opdgeo.experiments.noise -o DIR --save docs/results/noise.parquet "
-            "--table src/opdgeo/assets/noise.json",
-            "exploratory": True, "preset": "tiny", "rows": table(measurements, runs),
-        }  # fmt: skip
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        options.table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for measurements, runs in train_all(options.o):
+        if options.save:
+            options.save.parent.mkdir(parents=True, exist_ok=True)
+            measurements.write_parquet(options.save, compression="zstd")
+        if options.table:
+            content = {"command": COMMAND, "exploratory": True, "preset": "tiny", "rows": table(measurements, runs)}
+            options.table.parent.mkdir(parents=True, exist_ok=True)
+            options.table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ TEACHER_TOKENS = "opd-teacher-tokens"
 S1_MODES = ("gradient", "update", "adapter")
 
 
+EXPLORATORY = {
+    900: "the noise control beside the arms, before the protocol (noise.py)",
+}
+"""Seeds that were looked at before rules were written, and what for. No verdict ever counts them."""
+
+
 class Sample(Protocol):
     """The means of one bootstrap resample (the first is the data itself), by arm."""
 

@@ -265,7 +265,9 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         student_BT = output.get("old_per_token_logps")  # there when TRL needed it for the ratio
         if student_BT is None:
             sharded = self.accelerator.num_processes > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
-            once = self.config.credit in ("sampled", "random_sign") and self.args.steps_per_generation == 1 and not sharded
+            once = (
+                self.config.credit in ("sampled", "random_sign") and self.args.steps_per_generation == 1 and not sharded
+            )
             with torch.set_grad_enabled(once):
                 found = self._get_per_token_logps_and_entropies(
                     self.model, ids_BL, attention_BL, tokens, batch_size=batch, compute_entropy=once,
