@@ -58,4 +58,6 @@ def note(claims: dict[str, Any]) -> str:
     ]
     if any(row.get("exploratory") for row in rows(claims)):
         parts.append("Rows marked exploratory are of one seed that no verdict counts.")
+    if early := sorted({row["source"] for row in rows(claims) if row.get("source")}):
+        parts.append(f"Those without a null: {'; '.join(early)}.")
     return " ".join(parts)

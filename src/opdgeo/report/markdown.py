@@ -73,7 +73,7 @@ def _limits(claims: dict[str, Any]) -> list[str]:
             name = limits.ARMS.get(row["arm"], arm_label(row["arm"])) + (
                 ", exploratory" if row.get("exploratory") else ""
             )
-            budget = f"{row.get('learning_rate') or 0:g} | {row.get('sequences')}"
+            budget = f"{row.get('learning_rate') or 0:g} | {row.get('sequences') or '–'}"
             lines.append(f"| {name} | {budget} | " + " | ".join(cells) + " |")
         lines += ["", limits.note(claims), ""]
     return [*lines, " ".join(others)]
