@@ -92,7 +92,8 @@ def table(measurements: pl.DataFrame, runs: Iterable[dict[str, Any]]) -> list[di
         for name, quantity in COLUMNS.items():
             at = 0 if quantity is SIMILARITY else -1
             for key, column in (("", "value"), ("_null", "null_mean")):
-                got = _mean(data.values(run["name"], quantity, column, run["seeds"])[:, :, at])
+                values = data.values(run["name"], quantity, column, run["seeds"])[:, :, at]
+                got = _mean(values, data.weights(run["name"], quantity))
                 row[name + key] = got if math.isfinite(got) else None
         del row["norm_null"]  # the null has the same norm
         row["persistence"] = _persistence(data, run)
