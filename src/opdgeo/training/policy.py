@@ -50,8 +50,8 @@ from opdgeo.training.rollouts import Recorded
 from opdgeo.training.served import ServedTeacher
 
 ROUNDS = 10  # of sampling for one batch without flat groups
-# The student's log-probabilities (B, T), entropies and auxiliary loss of a batch, from its scoring for its loss.
 NOISE = 2**31  # keeps the draws of the noise controls apart from every other use of a seed
+# The student's log-probabilities (B, T), entropies and auxiliary loss of a batch, from its scoring for its loss.
 SCORED = ("scored_logps", "scored_entropies", "scored_aux_loss")
 NOTHING = (None, None, None)
 
