@@ -47,6 +47,8 @@ class Study:
                     self.outside[path.parent.name] = row["channel/outside"]
             self.logs[path.parent.name] = sorted((r for r in rows if r["event"] == "eval"), key=lambda r: r["step"])
         self.cache: dict[Any, Any] = {}
+        self.counts: dict[tuple[str, str], np.ndarray] = {}
+        """What each matrix of an arm counts in a mean of a diagnostic."""
 
     @staticmethod
     def run(arm: str, seed: int) -> str:
@@ -75,15 +77,23 @@ class Study:
                     here.append(row[column])
                 sizes[row["matrix"]] = row["rows"] * row["cols"]
             names = sorted(sizes)
-            grid = np.array([[np.mean(cells.get((m, s)) or [np.nan]) for s in self.steps(arm)] for m in names])
-            if diagnostic == "update_sparsity":
-                share = np.array([sizes[m] for m in names], float)
-                for at in grid.T:
-                    there = np.isfinite(at)
-                    at *= share / (share[there].mean() if there.any() else 1.0)
-            out.append(grid)
+            out.append(np.array([[np.mean(cells.get((m, s)) or [np.nan]) for s in self.steps(arm)] for m in names]))
+            counts = [float(sizes[m]) if diagnostic == "update_sparsity" else 1.0 for m in names]
         self.cache[key] = np.stack(out)
+        self.counts[arm, diagnostic] = np.array(counts)
         return self.cache[key]
+
+    def to_end(self, arm: str, seeds: list[int], column: str, end: int) -> np.ndarray:
+        """The similarity of every checkpoint with the one at `end`, NaN where the table does not hold it."""
+        if end == self.steps(arm)[-1]:
+            return self.array(arm, seeds, "subspace_similarity", ["final.16"], column)
+        previous = self.array(arm, seeds, "subspace_similarity", ["previous.16"], column)
+        at = self.steps(arm).index(end)
+        out = np.full_like(previous, np.nan)
+        out[:, :, at] = 1.0
+        if at:
+            out[:, :, at - 1] = previous[:, :, at]
+        return out
 
     def evaluations(self, arm: str, seed: int) -> list[dict[str, Any]]:
         return self.logs[self.run(arm, seed)]
@@ -95,11 +105,11 @@ def draws(seeds: int, matrices: int) -> tuple[np.ndarray, np.ndarray]:
     return first, rng.multinomial(matrices, [1 / matrices] * matrices, size=DRAWS)
 
 
-def bootstrap(values: np.ndarray) -> np.ndarray:
-    """(DRAWS + 1, checkpoints), the data itself first."""
+def bootstrap(values: np.ndarray, counts: np.ndarray | float = 1.0) -> np.ndarray:
+    """(DRAWS + 1, checkpoints), the data itself first; matrices count by `counts`."""
     by_seed, by_matrix = draws(*values.shape[:2])
     by_seed = np.concatenate([np.ones((1, values.shape[0])), by_seed])
-    by_matrix = np.concatenate([np.ones((1, values.shape[1])), by_matrix])
+    by_matrix = np.concatenate([np.ones((1, values.shape[1])), by_matrix]) * counts
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
     out = []
@@ -198,6 +208,7 @@ class Checker:
             if claim.get("parts"):
                 self.sum_of_parts(claim, [named[part] for part in claim["parts"]])
         self.outcomes()
+        self.noise()
 
     # one claim on measurements
 
@@ -210,7 +221,7 @@ class Checker:
             read = {"equal accuracy": "accuracy", "equal KL from the start": "kl"}.get(
                 name, "norm" if name.startswith("equal norm") else None
             )
-            if read and not control["comparisons"]:
+            if not control["comparisons"]:
                 self.same(f"{claim['id']}/{name}/verdict", control["verdict"], "inconclusive")
                 continue
             self.content(
@@ -278,24 +289,27 @@ class Checker:
                 common = set.intersection(*(set(study.steps(real[arm])) for arm in group))
                 for arm, three in arrays.items():
                     kept = [i for i, s in enumerate(study.steps(real[arm])) if s in common]
+                    if diagnostic == "subspace_similarity" and kept:
+                        three[:2] = (study.to_end(real[arm], seeds, c, max(common)) for c in ("value", "null_mean"))
                     arrays[arm] = [a[:, :, kept] if kept else a for a in three]
             for arm, three in arrays.items():
                 values[arm], nulls[arm], norms[arm] = three
         with np.errstate(invalid="ignore", divide="ignore"):
             above = {a: values[a] / nulls[a] if ratio else values[a] - nulls[a] for a in values}
         on = above if excess else values
+        counts = {arm: study.counts[real[arm], diagnostic] for arm in on}
         index = 0 if claim["at"].startswith("first") else -1
         for arm in real:
             if real[arm] in stated["measured"]:
                 self.measured(
                     f"{where}/{real[arm]}", stated["measured"][real[arm]], on[arm], None if excess else nulls[arm],
-                    above[arm], index,
+                    above[arm], index, counts[arm],
                 )  # fmt: skip
         self.same(f"{where}/arms", sorted(stated["measured"]), sorted({real[a] for a in real}))
         self.comparisons(
             where, stated,
             lambda text: statistic(
-                text, {a: bootstrap(v) for a, v in on.items()}, {a: bootstrap(v) for a, v in norms.items()},
+                text, {a: bootstrap(v, counts[a]) for a, v in on.items()}, {a: bootstrap(v) for a, v in norms.items()},
                 0.0 if excess else 0.5,
             ),
         )  # fmt: skip
@@ -315,11 +329,13 @@ class Checker:
         nulls: np.ndarray | None,
         above: np.ndarray,
         index: int,
+        counts: np.ndarray,
     ) -> None:
         def mean(x: np.ndarray) -> float:
-            return float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else math.nan
+            share = np.isfinite(x) * counts
+            return float((np.nan_to_num(x) * share).sum() / share.sum()) if share.any() else math.nan
 
-        low, high = np.quantile(bootstrap(values)[1:, index], [0.025, 0.975])
+        low, high = np.quantile(bootstrap(values, counts)[1:, index], [0.025, 0.975])
         self.same(f"{where}/mean", stated["mean"], mean(values[:, :, index]))
         self.same(f"{where}/low", stated["low"], low)
         self.same(f"{where}/high", stated["high"], high)
@@ -327,7 +343,7 @@ class Checker:
             self.same(f"{where}/seeds/{i}", stated["seeds"][i], mean(seed))
         if nulls is not None:
             self.same(f"{where}/null", stated["null"], mean(nulls[:, :, index]))
-            low, high = np.quantile(bootstrap(above)[1:, index], [0.025, 0.975])
+            low, high = np.quantile(bootstrap(above, counts)[1:, index], [0.025, 0.975])
             self.same(f"{where}/excess", stated["excess"], mean(above[:, :, index]))
             self.same(f"{where}/excess_low", stated["excess_low"], low)
             self.same(f"{where}/excess_high", stated["excess_high"], high)
@@ -464,6 +480,23 @@ class Checker:
                     found = [rows[index][name] for rows in runs]
                     self.same(f"outcomes/{arm}/{name}/{end}", ends[end]["mean"], sum(found) / len(found))
                     self.same(f"outcomes/{arm}/{name}/{end}/seeds", sorted(ends[end]["seeds"]), sorted(found))
+
+    def noise(self) -> None:
+        """The rows above the verdicts: means at the last checkpoint, similarity at the first."""
+        shown = {
+            "norm": ("frobenius_norm", [""]), "unchanged": ("update_sparsity", ["bf16_eta"]), "stable_rank": ("stable_rank", [""]),
+            "angle": ("principal_angles", ["left.mean", "right.mean"]), "shift": ("spectral_shift", [""]),
+            "low_magnitude": ("mask_overlap", ["low_magnitude.0.5"]), "similarity": ("subspace_similarity", ["final.16"]),
+        }  # fmt: skip
+        for row in (self.study.claims.get("noise") or {}).get("rows", []):
+            for name, (diagnostic, variants) in shown.items():
+                at = 0 if name == "similarity" else -1
+                for key, column in ((name, "value"), (f"{name}_null", "null_mean")):
+                    found = self.study.array(row["name"], row["seeds"], diagnostic, variants, column)[:, :, at]
+                    share = np.isfinite(found) * self.study.counts[row["name"], diagnostic]
+                    if key in row:
+                        mean = (np.nan_to_num(found) * share).sum() / share.sum() if share.any() else math.nan
+                        self.same(f"noise/{row['name']}/{key}", row[key], mean)
 
 
 def main(folder: Path) -> list[str]:

@@ -327,8 +327,36 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         "claims": claims, "seeds": list(range(seeds)), "preset": "tiny",
         "outcomes": {arm: {"prompts": 2048, **dict.fromkeys(keys, moved)} for arm in arms},
         "left_out": ["R2 (one teacher only)", "S1 (training held in the channel)"],
+        "noise": {
+            "rows": [noise_row("opd", 0.0251, 0.793)],
+            "exploratory": [noise_row("coin", 0.02459, 0.8004)],
+        },
     })  # fmt: skip
     return out
+
+
+def noise_row(arm: str, norm: float, unchanged: float) -> dict[str, Any]:
+    """A row of the table above the verdicts, its null a little larger than each value."""
+    values = {
+        "unchanged": unchanged,
+        "stable_rank": 4.9,
+        "angle": 0.85,
+        "shift": 0.0023,
+        "low_magnitude": 0.527,
+        "similarity": 0.73,
+    }
+    nulls = {f"{name}_null": 1.01 * value for name, value in values.items()}
+    return {
+        "name": arm,
+        "arm": arm,
+        "seeds": [0],
+        "learning_rate": 1e-4,
+        "steps": 100,
+        "sequences": 64,
+        "norm": norm,
+        **values,
+        **nulls,
+    }
 
 
 def build(kind: str, out: Path) -> Path:

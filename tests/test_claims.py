@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 
 import recompute_claims
+from opdgeo.experiments import claims as claims_module
 from opdgeo.experiments.claims import crossing, judge, missing, outcomes
-from opdgeo.experiments.rules import ALPHAS, CLAIMS, CONTROLS, PARADIGMS, SPARSE, TEACHER_TOKENS, s1
+from opdgeo.experiments.rules import ALPHAS, CLAIMS, CONTROLS, EXPLORATORY, PARADIGMS, SPARSE, TEACHER_TOKENS, s1
 from opdgeo.survey.results import MEASUREMENTS
 
 # What the paper reports, as final means (or first and last); the null is the same for every arm unless a test says otherwise.
@@ -275,3 +276,62 @@ def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: 
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     wrong = recompute_claims.main(tmp_path)
     assert any("R1/opd/low" in line for line in wrong) and any("C3/verdict" in line for line in wrong)
+
+
+def test_similarities_are_compared_at_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KL arm ends at step 40: beside it, OPD's rivals are read as similar to their own step 40, not to their step 100."""
+    monkeypatch.setattr(claims_module, "CLAIMS", [c for c in CLAIMS if c.id == "L4"])
+    rows = []
+
+    def add(arm: str, step: int, variant: str, value: float) -> None:
+        rows.extend(
+            dict.fromkeys(MEASUREMENTS)
+            | {
+                "checkpoint": f"{arm}/step-{step:06d}", "step": step, "matrix": f"m{m}", "rows": 8, "cols": 8,
+                "diagnostic": diagnostic, "variant": kind, "value": number + 1e-3 * m, "null_mean": 0.3, "status": "computed",
+            }
+            for m in range(12)
+            for diagnostic, kind, number in (("subspace_similarity", variant, value), ("frobenius_norm", "", 0.1 + step))
+        )  # fmt: skip
+
+    for arm in PARADIGMS:  # every arm turns alike: 0.9 from 20 to 40, and less the longer it goes on
+        for step, final in ((20, 0.7), (40, 0.8), (100, 1.0)):
+            add(arm, step, "final.16", final)
+            add(arm, step, "previous.16", 0.9)
+    for arm in ("opd-forward-kl", "opd-reverse-kl", "sft-own-samples"):
+        for step, final in ((20, 0.9), (40, 1.0)):
+            add(arm, step, "final.16", final)
+            add(arm, step, "previous.16", 0.9)
+    table = pl.DataFrame(rows, schema=MEASUREMENTS, orient="row").unique(maintain_order=True)
+    (claim,) = judge(table)
+    controls = {c["name"]: c for c in claim["controls"]}
+    for name in ("forward KL", "full reverse KL", "SFT on own samples"):
+        assert controls[name]["verdict"] == "fails", controls[name]["explanation"]
+        assert all(got["mean"] == pytest.approx(0.9055) for got in controls[name]["measured"].values())
+    # Without a checkpoint at the common end beside the first one, there is nothing to compare.
+    gone_on = pl.concat([table, table.filter(pl.col("step") == 20, ~pl.col("checkpoint").str.contains("kl")).with_columns(
+        pl.lit(30).cast(pl.Int64).alias("step"), pl.col("checkpoint").str.replace("000020", "000030"))])  # fmt: skip
+    (claim,) = judge(gone_on)
+    forward = next(c for c in claim["controls"] if c["name"] == "forward KL")
+    assert forward["verdict"] == "inconclusive" and "goes on after step 40" in forward["explanation"]
+
+
+def test_the_weights_of_a_resample_are_those_of_its_matrices() -> None:
+    """Matrices of very different sizes that are all equally sparse: whichever a resample draws, the mean is that number."""
+    table = measurements(PLAIN, {}, noise=0.0)
+    huge = pl.when(pl.col("matrix") == "m0").then(10_000).otherwise("rows").alias("rows")
+    claim = next(c for c in judge(table.with_columns(huge)) if c["id"] == "R1")
+    got = claim["measured"]["opd"]
+    assert got["low"] == pytest.approx(0.52, rel=1e-9) and got["high"] == pytest.approx(0.52, rel=1e-9)
+    assert all(c["low"] == pytest.approx(c["high"]) for c in claim["comparisons"])
+
+
+def test_exploratory_seeds_never_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "CLAIMS", [c for c in CLAIMS if c.id in ("R1", "S1")])
+    table, runs = measurements(PAPER, {}), logs()
+    (looked_at,) = EXPLORATORY
+    seen = table.filter(pl.col("checkpoint").str.contains("-seed1/")).with_columns(
+        pl.col("checkpoint").str.replace("-seed1/", f"-seed{looked_at}/"), pl.col("value") * 0.5
+    )
+    more = {name.replace("-seed1", f"-seed{looked_at}"): rows for name, rows in runs.items() if name.endswith("-seed1")}
+    assert judge(pl.concat([table, seen]), runs | more) == judge(table, runs)

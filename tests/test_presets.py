@@ -29,12 +29,12 @@ PAPER: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-5, "schedule": "cosine", "betas": (0.9, 0.95), "weight_decay": 0.1,
     },
     "opd": {
-        "origin": "ANCHOR", "rollouts": "student", "alpha": 1.0, "teacher": "Qwen/Qwen3-32B", "rollout_prompts": 300,
+        "origin": "ANCHOR", "rollouts": "student", "alpha": 1.0, "teacher": "Qwen/Qwen3-32B", "rollout_prompts": 0,
         "generations": 8, "steps": 299, "sequences_per_step": 64, "learning_rate": 1e-6, "schedule": "constant",
         "betas": (0.9, 0.98), "weight_decay": 0.1, "checkpoint_steps": (63, 127, 191, 255, 299), "token_share": 1.0,
     },
     "rlvr": {
-        "origin": "ANCHOR", "rollouts": "student", "alpha": 0.0, "rollout_prompts": 1024, "generations": 8, "steps": 1023,
+        "origin": "ANCHOR", "rollouts": "student", "alpha": 0.0, "rollout_prompts": 0, "generations": 8, "steps": 1023,
         "sequences_per_step": 512, "learning_rate": 1e-6, "schedule": "constant", "betas": (0.9, 0.98),
         "weight_decay": 0.1, "adam_epsilon": 1e-15, "clip_low": 0.2, "clip_high": 0.28, "drop_flat_groups": True,
     },
@@ -67,9 +67,12 @@ def test_qwen3_8b_is_the_papers_table_entry_by_entry(arm: str, tmp_path: Path) -
     assert built.lr_scheduler_type == "constant" and built.warmup_steps == 0
     assert (built.beta, built.temperature, built.top_p, built.num_iterations) == (0.0, 1.0, 1.0, 1)  # no KL loss
     assert built.num_generations == 8 and built.use_vllm and built.vllm_mode == "colocate"
-    # 1024 × 8 in 16 updates of 512; of 300 × 8 the 37 whole batches of 64
-    completions = built.generation_batch_size
-    assert completions == {"rlvr": 1024 * 8, "opd": 37 * 64}[arm] <= config.rollout_prompts * 8
+    # one update a rollout: 300 and 1024 count rollouts, the last of them number 299 and 1023 from zero
+    assert built.generation_batch_size == config.sequences_per_step
+    # the other reading: 1024 × 8 in 16 updates of 512; of 300 × 8 the 37 whole batches of 64
+    prompts, completions = {"rlvr": (1024, 1024 * 8), "opd": (300, 37 * 64)}[arm]
+    shared = trl_arguments(dataclasses.replace(config, rollout_prompts=prompts), tmp_path, cuda=False)
+    assert shared.generation_batch_size == completions <= prompts * 8
     if arm == "rlvr":
         assert (built.epsilon, built.epsilon_high, built.scale_rewards) == (0.2, 0.28, "group")
 

@@ -433,3 +433,30 @@ def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]]
         '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><img src="https://www.google.com/x.png">'
     )
     assert requested(leak, tmp_path)[0] - own == {"fonts.googleapis.com/css", "www.google.com/x.png"}
+
+
+def test_a_study_opens_with_what_it_can_and_cannot_decide(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path
+) -> None:
+    out, _ = reports["reproduce"]
+    text = write_markdown(out, tmp_path / "results.md").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for where, table in ((text, "| | claim |"), (page, 'class="overview"')):
+        start = where.index("What this can and cannot decide")
+        assert start < where.index("coin flips (noise)") < where.index(table), (
+            "above the verdicts, with the noise control"
+        )
+        assert "exploratory" in where[start:] and "three of four studies" in where[start : where.index(table)]
+    row = next(line for line in text.splitlines() if line.startswith("| coin flips (noise), exploratory |"))
+    assert "| 0.0001 | 64 | 0.0246 | 80.0 % (80.8 %) | 4.90 (4.95) |" in row
+    assert re.search(r'<th scope="row">OPD</th>\s*<td class="n"><data value="0.0001">', page)
+    # Without a noise control it says so, and claims nothing.
+    other = shutil.copytree(out, tmp_path / "other")
+    claims = json.loads((other / "claims.json").read_text())
+    del claims["noise"]
+    (other / "claims.json").write_text(json.dumps(claims))
+    for where in (
+        write_markdown(other, tmp_path / "o.md").read_text(),
+        write_report(other).read_text(encoding="utf-8"),
+    ):
+        assert "trained no noise control" in where and "coin flips (noise)" not in where

@@ -1,9 +1,10 @@
 """Judging the claims (`rules.py`) on a study's data; the content of `claims.json`. `tests/recompute_claims.py` does it once more.
 
 **Values.** A quantity is a mean over rows of `measurements.parquet` for each arm, seed, matrix and checkpoint; its means over
-matrices are unweighted, except those of a diagnostic that is averaged over entries. The excess over the null is value − null for shares and
-value / null otherwise, matrix by matrix (`excess_as` in claims.json). Value, null and excess are over the same rows: one without
-a null, as that of a matrix that did not move, counts only where the arm has no null at all.
+matrices are unweighted, except those of a diagnostic that is averaged over entries (of those matrices that a resample drew).
+The excess over the null is value − null for shares and value / null otherwise, matrix by matrix (`excess_as` in claims.json).
+Value, null and excess are over the same rows: one without a null, as that of a matrix that did not move, counts only where the
+arm has no null at all.
 
 **Intervals.** 1,000 bootstrap resamples of seeds and of matrices, independently, with the same draws for every arm (the
 comparison is paired); with one seed, of matrices alone. Accuracies (S1): of seeds, and of the prompts as binomial counts.
@@ -14,6 +15,10 @@ its arms have.
 equidistant values from the largest of the first to the smallest of the last ones are reached by all arms; each arm is read
 there by linear interpolation between the two checkpoints around the first crossing. A rule about the first or the last
 checkpoint takes the first or the last of the five.
+
+**Common ends.** Where a control puts shorter arms beside longer ones, all are read at the steps that they share. Similarity to the
+end is then similarity to the last of these: for an arm that goes on it is known from the checkpoint before, which the
+next one was compared with, and from no earlier one.
 """
 
 from __future__ import annotations
@@ -32,11 +37,15 @@ from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
     CONTROLS,
+    EXPLORATORY,
     MATCHED,
     NORM,
     OPD,
     PARADIGMS,
+    PREVIOUS,
     R5,
+    SIMILARITY,
+    SPARSITY,
     STABLE_RANK,
     Claim,
     Comparison,
@@ -79,6 +88,7 @@ class Data:
             if leaks:
                 self.outside.setdefault(arm, {})[int(seed or 0)] = float(leaks[-1])
         self._kept: dict[Any, Any] = {}
+        self._weights: dict[tuple[str, Quantity], np.ndarray] = {}
         tracked = self.table.select("arm", "seed").unique().iter_rows()
         self.tracked: dict[str, set[int]] = {}
         for arm, seed in tracked:
@@ -109,12 +119,26 @@ class Data:
         for seed, name, step, value in rows.select("seed", "matrix", "step", column).iter_rows():
             if value is not None:
                 array[seeds.index(seed), names.index(name), steps.index(step)] = value
+        self._weights[arm, q] = np.ones(len(names))
         if DIAGNOSTICS[q.diagnostic].weighting == "entries":  # as the paper does
             sizes = dict(rows.select("matrix", "entries").iter_rows())
-            weight = np.where(np.isnan(array), 0.0, np.array([sizes[m] for m in names], dtype=float)[None, :, None])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                array = array * weight / (weight.sum(axis=1) / (weight > 0).sum(axis=1))[:, None, :]
+            self._weights[arm, q] = np.array([sizes[m] for m in names], dtype=float)
         return seeds, array
+
+    def weights(self, arm: str, q: Quantity) -> np.ndarray:
+        """What each matrix counts in a mean (matrices,): its entries for sparsity, else 1."""
+        self.values(arm, q, "value", [])
+        return self._weights[arm, q]
+
+    def until(self, arm: str, q: Quantity, column: str, seeds: list[int], end: int) -> np.ndarray:
+        """`values` up to the checkpoint `end`; similarities are those to `end`, NaN where they were not measured."""
+        steps = self.steps(arm)
+        array = self.values(arm, q, column, seeds)[:, :, : steps.index(end) + 1].copy()
+        if q is SIMILARITY and end != steps[-1]:
+            array[:] = np.nan
+            array[:, :, -2:-1] = self.values(arm, PREVIOUS, column, seeds)[:, :, steps.index(end), None]
+            array[:, :, -1] = 1.0
+        return array
 
     def steps(self, arm: str) -> list[int]:
         found: list[int] = self.table.filter(pl.col("arm") == arm)["step"].unique().sort().to_list()
@@ -141,6 +165,7 @@ class Content:
         stand_in = {arm: control.arm(arm) for arm in arms}
         self.seeds = data.seeds(stand_in.values())
         self.values, self.nulls, self.norms = ({arm: np.empty(0) for arm in arms} for _ in range(3))
+        self.weights = {arm: data.weights(real, q) for arm, real in stand_in.items()}
         for group in claim.groups or (tuple(arms),):
             self._read(data, q, control, {arm: stand_in[arm] for arm in group}, claim.at)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -149,17 +174,23 @@ class Content:
         self.chance = 0.0 if control.excess else 0.5
 
     def _read(self, data: Data, q: Quantity, control: Control, group: dict[str, str], at: str) -> None:
-        def arrays(arm: str) -> list[np.ndarray]:
+        def arrays(arm: str, end: int) -> list[np.ndarray]:
             columns = ((q, "compared"), (q, "null_mean"), (NORM, "value"))
-            return [data.values(arm, quantity, column, self.seeds) for quantity, column in columns]
+            return [data.until(arm, quantity, column, self.seeds, end) for quantity, column in columns]
 
         if control.read == "last":
             shared = set.intersection(*(set(data.steps(arm)) for arm in group.values()))
+            aligned = bool(shared) and bool(control.arms or "shared" in at)
             for name, arm in group.items():
-                kept = [i for i, step in enumerate(data.steps(arm)) if step in shared]
-                if not kept or not (control.arms or "shared" in at):
-                    kept = list(range(len(data.steps(arm))))
-                self.values[name], self.nulls[name], self.norms[name] = (a[:, :, kept] for a in arrays(arm))
+                steps = data.steps(arm)
+                first, end = (min(shared), max(shared)) if aligned else (steps[0], steps[-1])
+                kept = [i for i, step in enumerate(steps) if not aligned or step in shared]
+                self.values[name], self.nulls[name], self.norms[name] = (a[:, :, kept] for a in arrays(arm, end))
+                if q is SIMILARITY and end != steps[-1] and steps.index(first) < steps.index(end) - 1:
+                    self.unmatched = (
+                        f"{arm} goes on after step {end}, the last that all arms have, and its similarity to that step was not "
+                        f"measured at step {first}"
+                    )
             return
         keys = {name: data.key(arm, control.read, self.seeds) for name, arm in group.items()}
         low, high = max(k[0] for k in keys.values()), min(k[-1] for k in keys.values())
@@ -174,7 +205,7 @@ class Content:
         for name, arm in group.items():
             places = [crossing(keys[name], value) for value in grid]
             self.values[name], self.nulls[name], self.norms[name] = (
-                np.stack([between(a, i, w) for i, w in places], axis=2) for a in arrays(arm)
+                np.stack([between(a, i, w) for i, w in places], axis=2) for a in arrays(arm, data.steps(arm)[-1])
             )
 
 
@@ -216,7 +247,7 @@ def judge(measurements: pl.DataFrame, logs: Logs | None = None) -> list[dict[str
         measurements: the study's rows; `checkpoint` is "ARM/step-N" or "ARM-seedM/step-N".
         logs: an arm's folder ("opd", "opd-seed1", …) → the rows of its log.jsonl.
     """
-    data = Data(measurements, logs or {})
+    data = Data(*_counted(measurements, logs or {}))
     out = []
     for claim in CLAIMS:
         if claim.quantity is ACCURACY:
@@ -225,6 +256,13 @@ def judge(measurements: pl.DataFrame, logs: Logs | None = None) -> list[dict[str
         elif data.seeds(claim.arms):
             out.append(_judge(claim, data))
     return _with_r5(out)
+
+
+def _counted(measurements: pl.DataFrame, logs: Logs) -> tuple[pl.DataFrame, Logs]:
+    """Both without the exploratory seeds."""
+    seed = pl.col("checkpoint").str.extract(r"-seed(\d+)/").cast(pl.Int64)
+    kept = measurements.filter(~seed.is_in(list(EXPLORATORY)).fill_null(False))
+    return kept, {name: rows for name, rows in logs.items() if int(name.partition("-seed")[2] or 0) not in EXPLORATORY}
 
 
 def missing(measurements: pl.DataFrame, logs: Logs) -> list[str]:
@@ -282,12 +320,12 @@ def _all_measured(
     out = {}
     for arm in arms:
         if content.tested is content.excess:
-            out[(names or {}).get(arm, arm)] = _measured(content.excess[arm], index)
+            out[(names or {}).get(arm, arm)] = _measured(content.excess[arm], index, content.weights[arm])
             continue
-        got = _measured(content.values[arm], index)
+        got = _measured(content.values[arm], index, content.weights[arm])
         with np.errstate(invalid="ignore"):
-            got["null"] = _known(_mean(content.nulls[arm][:, :, index]))
-        excess = _measured(content.excess[arm], index)
+            got["null"] = _known(_mean(content.nulls[arm][:, :, index], content.weights[arm]))
+        excess = _measured(content.excess[arm], index, content.weights[arm])
         got |= {"excess": excess["mean"], "excess_low": excess["low"], "excess_high": excess["high"]}
         out[(names or {}).get(arm, arm)] = got
     return out
@@ -377,7 +415,7 @@ def _explain(comparisons: list[dict[str, Any]]) -> str:
 
 
 def _samples(content: Content) -> list[Means]:
-    values = {arm: _resampled(v) for arm, v in content.tested.items()}
+    values = {arm: _resampled(v, content.weights[arm]) for arm, v in content.tested.items()}
     norms = {arm: _resampled(v) for arm, v in content.norms.items()}
     return [
         Means({a: v[i] for a, v in values.items()}, {a: v[i] for a, v in norms.items()}, content.chance)
@@ -385,33 +423,43 @@ def _samples(content: Content) -> list[Means]:
     ]
 
 
-def _resampled(values: np.ndarray) -> np.ndarray:
-    """Means over seeds and matrices, (1 + BOOTSTRAP, checkpoints): of `values` itself, then of each bootstrap resample."""
+def _resampled(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Means over seeds and matrices, (1 + BOOTSTRAP, checkpoints): of `values` itself, then of each bootstrap resample.
+
+    `weights` (matrices,) are what the matrices count in a mean; they sum to 1 again over the matrices that a resample draws.
+    """
     rng = np.random.default_rng(0)
     seeds, matrices, _ = values.shape
     by_seed = np.vstack([np.ones(seeds), rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=BOOTSTRAP)])
     by_matrix = np.vstack(
         [np.ones(matrices), rng.multinomial(matrices, np.full(matrices, 1 / matrices), size=BOOTSTRAP)]
     )
+    if weights is not None:
+        by_matrix = by_matrix * weights
     known = ~np.isnan(values)
     total = np.einsum("bs,bm,smc->bc", by_seed, by_matrix, np.where(known, values, 0.0), optimize=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(total / np.einsum("bs,bm,smc->bc", by_seed, by_matrix, known.astype(float), optimize=True))
 
 
-def _measured(values: np.ndarray, index: int) -> dict[str, Any]:
+def _measured(values: np.ndarray, index: int, weights: np.ndarray) -> dict[str, Any]:
     """Mean, 95 % bootstrap interval over seeds and matrices, and each seed's mean, at one checkpoint."""
-    low, high = np.quantile(_resampled(values)[1:, index], [0.025, 0.975])
+    low, high = np.quantile(_resampled(values, weights)[1:, index], [0.025, 0.975])
     return {
-        "mean": _known(_mean(values[:, :, index])),
+        "mean": _known(_mean(values[:, :, index], weights)),
         "low": _known(float(low)),
         "high": _known(float(high)),
-        "seeds": [_known(_mean(seed)) for seed in values[:, :, index]],
+        "seeds": [_known(_mean(seed, weights)) for seed in values[:, :, index]],
     }
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """The mean of what is known of `values` (…, matrices), where matrices count by `weights`."""
+    known = np.isfinite(values)
+    if not known.any():
+        return float("nan")
+    counts = np.broadcast_to(1.0 if weights is None else weights, values.shape)
+    return float(np.average(values[known], weights=counts[known]))
 
 
 def _known(value: float) -> float | None:

@@ -14,10 +14,11 @@ model of the family would need a download and 13 times the compute. Where no anc
 third step, which knows the format and little else: from the released model, which never writes it, OPD did not bring
 the KL to the teacher down in the six steps that were tried.
 
-`qwen3-8b`: the paper, its section on training, to the letter; what it does not give (lengths, batch in memory) is marked. It says "300
-prompts × 8" for OPD's rollouts with a batch of 64 and "1024 × 8" with 512 for RLVR: 37 whole updates a rollout (296 prompts; TRL takes
-whole batches) and 16. Its step counts (299 and 1023, saved at 63, 127, …) also fit 300 and 1024 rollouts of one update each; for that
-reading set rollout_prompts = 0. Variants are arms: `opd-teacher-14b`, `sft-student-4b` and `opd-student-4b`, `opd-code` (DeepCoder's largest subset;
+`qwen3-8b`: the paper, its section on training, to the letter; what it does not give (lengths, batch in memory, clipping of gradients) is
+marked. It says "300 prompts × 8" for OPD's rollouts with a batch of 64 and "1024 × 8" with 512 for RLVR. 300 and 1024 are read as numbers
+of rollouts with one update each: the checkpoints (63, 127, …, 299 and 1023) are then the zero-based numbers of the last rollouts before
+every save, as slime counts them. The other reading, 300 prompts shared by 37 updates (TRL takes whole batches) and 1024 by 16, is
+rollout_prompts = 300 and 1024. The paper gives no max_grad_norm either; none is applied here, slime's default is 1.0. Variants are arms: `opd-teacher-14b`, `sft-student-4b` and `opd-student-4b`, `opd-code` (DeepCoder's largest subset;
 the paper names the dataset only), …
 """
 
@@ -134,7 +135,6 @@ QWEN3_OPD: dict[str, Any] = {
     "alpha": 1.0,
     "steps": 299,
     "sequences_per_step": 64,
-    "rollout_prompts": 300,
     "checkpoints": tuple(step / 299 for step in (63, 127, 191, 255, 299)),
 }
 
@@ -163,14 +163,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3-8b": {
         "sft": QWEN3_SFT,
-        "sft-matched": {**QWEN3_OPD, **_dolci(299 * 64), "rollouts": "demonstrations", "rollout_prompts": 0},
+        "sft-matched": {**QWEN3_OPD, **_dolci(299 * 64), "rollouts": "demonstrations"},
         "opd": QWEN3_OPD,
         "rlvr": {
             **QWEN3_AFTER_ANCHOR,
             "alpha": 0.0,
             "steps": 1023,
             "sequences_per_step": 512,
-            "rollout_prompts": 1024,
             "adam_epsilon": 1e-15,
             "clip_low": 0.2,
             "clip_high": 0.28,

@@ -27,6 +27,7 @@ from typing import Any
 import polars as pl
 
 from opdgeo.errors import ConfigError
+from opdgeo.experiments import noise
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
 from opdgeo.experiments.presets import make_teacher
@@ -109,6 +110,9 @@ def reproduce(
             "outcomes": outcomes(logs),
             "claims": judge(measurements, logs),
             "left_out": missing(measurements, logs),
+            "noise": noise.beside(
+                measurements, {j.arm.name: j.config for j in jobs if j.arm and j.config}, names, preset
+            ),
         }
         write_json(out / "claims.json", claims)
         write_report(out)

@@ -33,6 +33,12 @@ TEACHER_TOKENS = "opd-teacher-tokens"
 S1_MODES = ("gradient", "update", "adapter")
 
 
+EXPLORATORY = {
+    900: "the noise control beside the arms, before the protocol (noise.py)",
+}
+"""Seeds that were looked at before rules were written, and what for. No verdict ever counts them."""
+
+
 class Sample(Protocol):
     """The means of one bootstrap resample (the first is the data itself), by arm."""
 
@@ -221,6 +227,7 @@ LOW = Quantity("mask_overlap", ("low_magnitude.0.5",), "share", ratio=False)
 STABLE_RANK = Quantity("stable_rank", ("",), "number", ratio=True)
 HILL = Quantity("hill_exponent", ("16",), "number", ratio=True)
 SIMILARITY = Quantity("subspace_similarity", ("final.16",), "share", ratio=False)
+PREVIOUS = Quantity("subspace_similarity", ("previous.16",), "share", ratio=False)
 NORM = Quantity("frobenius_norm", ("",), "number", ratio=True)
 ACCURACY = Quantity("accuracy_sampled", (), "share", ratio=False)
 

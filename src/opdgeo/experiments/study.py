@@ -30,6 +30,8 @@ REWARD: dict[str, Any] = {"alpha": 0.0}
 REVERSE_KL: dict[str, Any] = {"alpha": 1.0, "credit": "reverse_kl"}
 FORWARD_KL: dict[str, Any] = {"alpha": 1.0, "credit": "forward_kl"}
 CORRECT: dict[str, Any] = {"alpha": 0.0, "credit": "correct"}
+COIN: dict[str, Any] = {"alpha": 0.0, "credit": "coin"}
+RANDOM_SIGN: dict[str, Any] = {"alpha": 1.0, "credit": "random_sign"}
 
 
 def kept(choice: str, share: float) -> dict[str, Any]:
@@ -132,6 +134,9 @@ ARMS: tuple[Arm, ...] = (
     Arm(MATCHED,            MATCHED, DEMOS,   ONE),
     Arm(OPD,                OPD,     STUDENT, GAP),
     Arm(RLVR,               RLVR,    STUDENT, REWARD),
+    # noise controls: as long and as many sequences as RLVR and OPD, and nothing to learn
+    Arm("coin",             RLVR,    STUDENT, COIN),
+    Arm("opd-random-sign",  OPD,     STUDENT, RANDOM_SIGN),
     # C1, C2, C3: what credit, and who writes the tokens
     Arm("opd-top-50",       OPD,     STUDENT, kept("top", 0.5),    part=PART),
     Arm("opd-top-25",       OPD,     STUDENT, kept("top", 0.25),   part=PART),

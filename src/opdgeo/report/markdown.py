@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.errors import ConfigError
+from opdgeo.report import limits
 from opdgeo.report.data import load
 from opdgeo.report.glossary import about, arm_label, number
 from opdgeo.report.terminal import OUTCOMES, unit_of
@@ -27,6 +28,7 @@ def write_markdown(out: Path, path: Path) -> Path:
     lines = ["# What the study found", "", *_made_by(results.run, claims), ""]
     if claims.get("rehearsal"):
         lines += ["**A rehearsal: every arm trained for a few steps. The numbers mean nothing.**", ""]
+    lines += [*_limits(claims), ""]
     lines += ["| | claim | as the paper compares | after matching |", "|---|---|---|---|"]
     lines += [f"| {c['id']} | {c['claim']} | {c['verdict']} | {c.get('after_matching', '')} |" for c in judged]
     lines += ["", *_in_words(judged), ""]
@@ -54,6 +56,27 @@ def _made_by(run: dict[str, Any], claims: dict[str, Any]) -> list[str]:
         "The rules were written before the run (`src/opdgeo/experiments/rules.py`); "
         "`python tests/recompute_claims.py OUT` computes every number once more from the data files.",
     ]
+
+
+def _limits(claims: dict[str, Any]) -> list[str]:
+    """What the study can and cannot decide, with the noise control beside the arms."""
+    first, *others = limits.paragraphs(claims)
+    lines = [f"**What this can and cannot decide.** {first}", ""]
+    if found := limits.rows(claims):
+        head = " | ".join(name for _, name, _ in limits.COLUMNS)
+        lines += [f"| | lr | sequences | {head} |", "|---" * (len(limits.COLUMNS) + 3) + "|"]
+        for row in found:
+            cells = []
+            for key, _, unit in limits.COLUMNS:
+                null = row.get(f"{key}_null")
+                cells.append(number(row.get(key), unit) + ("" if null is None else f" ({number(null, unit)})"))
+            name = limits.ARMS.get(row["arm"], arm_label(row["arm"])) + (
+                ", exploratory" if row.get("exploratory") else ""
+            )
+            budget = f"{row.get('learning_rate') or 0:g} | {row.get('sequences') or '–'}"
+            lines.append(f"| {name} | {budget} | " + " | ".join(cells) + " |")
+        lines += ["", limits.note(claims), ""]
+    return [*lines, " ".join(others)]
 
 
 def _in_words(judged: list[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ import polars as pl
 from markupsafe import Markup, escape
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
-from opdgeo.report import charts
+from opdgeo.report import charts, limits
 from opdgeo.report.charts import Chart, Group, Scale, Series, style_of
 from opdgeo.report.data import Results
 from opdgeo.report.glossary import (
@@ -65,6 +65,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "shared": _shared(subjects),
         "missing": _missing(subjects),
         "claims": _claims(results, made),
+        "limits": _limits(results),
         "left_out": (results.claims or {}).get("left_out") or [],
         "rehearsal": (results.claims or {}).get("rehearsal", False),
         "logs": _logs(results, made),
@@ -302,6 +303,22 @@ def _shared(subjects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         key: [{"title": t, "details": [d for d in details if d]} for t, details in group.items()]
         for key, group in out.items()
     }
+
+
+def _limits(results: Results) -> dict[str, Any]:
+    """What a study can and cannot decide, and its table: each row's name and budget, then (value, null, unit) a column."""
+    claims = results.claims or {}
+    table = []
+    for row in limits.rows(claims):
+        cells = [(row.get(key), row.get(f"{key}_null"), unit) for key, _, unit in limits.COLUMNS]
+        table.append(
+            {
+                "name": limits.ARMS.get(row["arm"], arm_label(row["arm"])), "exploratory": row.get("exploratory", False),
+                "learning_rate": row.get("learning_rate"), "sequences": row.get("sequences"), "cells": cells,
+            }
+        )  # fmt: skip
+    heads = [name for _, name, _ in limits.COLUMNS]
+    return {"text": limits.paragraphs(claims), "heads": heads, "rows": table, "note": limits.note(claims)}
 
 
 def _claims(results: Results, made: _Charts) -> list[dict[str, Any]]:

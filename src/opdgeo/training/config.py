@@ -49,10 +49,11 @@ class TrainConfig:
     token_share: float = 1.0
     """Share of each completion's tokens that keep their OPD credit."""
     token_choice: Literal["top", "random"] = "top"
-    credit: Literal["sampled", "reverse_kl", "forward_kl", "correct"] = "sampled"
+    credit: Literal["sampled", "reverse_kl", "forward_kl", "correct", "coin", "random_sign"] = "sampled"
     """sampled: the mixture above, on the sampled token. reverse_kl, forward_kl (with alpha = 1): the exact KL(student ‖ teacher)
     or KL(teacher ‖ student) over the vocabulary at every token. correct (with alpha = 0): 1 on every token of a completion
-    that the verifier accepts, 0 on the others: SFT on the student's own correct samples."""
+    that the verifier accepts, 0 on the others: SFT on the student's own correct samples. Two noise controls: coin (with
+    alpha = 0) rewards every completion by a fair coin; random_sign (with alpha = 1) gives every token's gap a random sign."""
 
     # where the update may go (`constrain.py` says what each choice means)
     channel: str | None = None
@@ -148,9 +149,9 @@ class TrainConfig:
         need(self.optimizer in ("adamw", "sgd"), "optimizer", "adamw or sgd")
         need(self.weights in ("float32", "bfloat16"), "weights", "float32 or bfloat16")
         need(
-            self.credit in ("sampled", "reverse_kl", "forward_kl", "correct"),
+            self.credit in ("sampled", "reverse_kl", "forward_kl", "correct", "coin", "random_sign"),
             "credit",
-            "sampled, reverse_kl, forward_kl or correct",
+            "sampled, reverse_kl, forward_kl, correct, coin or random_sign",
         )
         need(self.schedule in ("constant", "cosine"), "schedule", "constant or cosine")
         need(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
@@ -204,14 +205,14 @@ class TrainConfig:
             need(self.generations >= 2, "generations", "at least 2, because advantages are relative to a group")
             need(self.sequences_per_step % self.generations == 0, "generations", "a divisor of sequences_per_step")
             if self.credit != "sampled" and (
-                self.alpha != (0.0 if self.credit == "correct" else 1.0)
+                self.alpha != (0.0 if self.credit in ("correct", "coin") else 1.0)
                 or self.token_share != 1.0
                 or self.drop_flat_groups
             ):
                 raise ConfigError(
                     f"credit is {self.credit!r} with alpha {self.alpha:g} and token_share {self.token_share:g}; expected alpha = 0 "
-                    "with correct, alpha = 1 with reverse_kl or forward_kl, token_share = 1 and drop_flat_groups false: only the "
-                    "sampled token's credit can be mixed or dropped."
+                    "with correct or coin, alpha = 1 with reverse_kl, forward_kl or random_sign, token_share = 1 and drop_flat_groups "
+                    "false: only the sampled token's credit can be mixed or dropped."
                 )
             if self.rollout_prompts:
                 fits = self.rollout_prompts * self.generations >= self.sequences_per_step

@@ -7,9 +7,11 @@ Objective, per step, on completions y of prompts x (see `signal.py` for the adva
 with ρ_t the ratio of the current to the sampling policy. With one update per rollout ρ_t = 1 in value and the clip never
 binds: the gradient is A_t ∇ log p(y_t). KL direction: reverse, KL(student ‖ teacher), by the score function
 on the sampled token; nothing is back-propagated through A. No KL to the origin, no entropy bonus, no dropout.
-Three other credits stand beside it as controls (`TrainConfig.credit`): the exact KL(student ‖ teacher) or KL(teacher ‖ student)
-over the vocabulary at every token the student wrote, averaged in the same way and back-propagated through the student; and
-1 on the tokens of right completions (SFT on the student's own samples, drawn anew every step).
+Other credits stand beside it as controls (`TrainConfig.credit`): the exact KL(student ‖ teacher) or KL(teacher ‖ student)
+over the vocabulary at every token the student wrote, averaged in the same way and back-propagated through the student;
+1 on the tokens of right completions (SFT on the student's own samples, drawn anew every step); and two kinds of noise, a fair coin
+in the verifier's place (the log's reward stays the verifier's) and the teacher's gap with a random sign on every token. Noise is
+drawn for each completion and step from the run's seed alone, so it does not follow the text, and a resumed run draws it again.
 Temperature 1 without top-k or top-p, so that the sampling distribution is the one that is scored.
 
 Departures from the paper:
@@ -48,6 +50,7 @@ from opdgeo.training.rollouts import Recorded
 from opdgeo.training.served import ServedTeacher
 
 ROUNDS = 10  # of sampling for one batch without flat groups
+NOISE = 2**31  # keeps the draws of the noise controls apart from every other use of a seed
 # The student's log-probabilities (B, T), entropies and auxiliary loss of a batch, from its scoring for its loss.
 SCORED = ("scored_logps", "scored_entropies", "scored_aux_loss")
 NOTHING = (None, None, None)
@@ -116,6 +119,8 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             noise_BT = self._noise(gap_BT) if self.config.token_choice == "random" else None
             keep_BT = signal.keep_tokens(gap_BT, mask_BT, self.config.token_share, self.config.token_choice, noise_BT)
             adv_opd_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
+            if self.config.credit == "random_sign":
+                adv_opd_BT = signal.random_signs(adv_opd_BT, self._noise(gap_BT, NOISE))
             sums = torch.stack([torch.where(mask_BT.bool(), gap_BT, 0.0).sum(), mask_BT.sum().to(gap_BT.dtype)])
             total, count = self.accelerator.reduce(sums, reduction="sum")
             self._metrics["train" if self.model.training else "eval"]["kl_teacher"].append((total / count).item())
@@ -125,6 +130,10 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             texts = self.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
             reward_G = adv_G.new_tensor(self.reward(texts, [row["answer"] for row in inputs]))
             adv_G = signal.correct_advantages(reward_G, self.accelerator.reduce(reward_G.mean(), reduction="mean"))
+        if self.config.credit == "coin":
+            first = self.accelerator.process_index * len(adv_G)
+            coin_G = signal.coin_rewards(self._uniform(len(adv_G), 1, NOISE)[:, 0])  # a group may lie on two processes
+            adv_G = signal.group_advantages(coin_G, self.config.generations)[first : first + len(adv_G)].to(adv_G)
         output["advantages"] = signal.token_advantages(adv_opd_BT, adv_G, mask_BT, self.config.alpha)
         return output
 
@@ -225,13 +234,17 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             for row, start, end, reward in zip(inputs, prompt_ids, completion_ids, rewards, strict=True)
         ]
 
-    def _noise(self, like_BT: Tensor) -> Tensor:
-        """Uniform numbers for the random choice of tokens, the same for a completion whichever process holds it."""
+    def _noise(self, like_BT: Tensor, stream: int = 0) -> Tensor:
+        """Uniform numbers for this process's tokens, the same for a completion whichever process holds it."""
         rows, width = like_BT.shape
-        random_state = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         first = self.accelerator.process_index * rows
-        noise = torch.rand(rows * self.accelerator.num_processes, self.config.max_tokens, generator=random_state)
+        noise = self._uniform(rows, self.config.max_tokens, stream)
         return noise[first : first + rows, :width].to(like_BT)
+
+    def _uniform(self, rows: int, width: int, stream: int = 0) -> Tensor:
+        """Uniform numbers for the global batch of the step, `rows` of it on every process."""
+        random_state = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step + stream)
+        return torch.rand(rows * self.accelerator.num_processes, width, generator=random_state)
 
     @torch.no_grad()
     def _score(self, output: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -252,7 +265,9 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         student_BT = output.get("old_per_token_logps")  # there when TRL needed it for the ratio
         if student_BT is None:
             sharded = self.accelerator.num_processes > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
-            once = self.config.credit == "sampled" and self.args.steps_per_generation == 1 and not sharded
+            once = (
+                self.config.credit in ("sampled", "random_sign") and self.args.steps_per_generation == 1 and not sharded
+            )
             with torch.set_grad_enabled(once):
                 found = self._get_per_token_logps_and_entropies(
                     self.model, ids_BL, attention_BL, tokens, batch_size=batch, compute_entropy=once,

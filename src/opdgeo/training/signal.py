@@ -98,6 +98,22 @@ def group_advantages(reward_G: Tensor, generations: int) -> Tensor:
     return ((reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def coin_rewards(noise_G: Tensor) -> Tensor:
+    """1 or 0 with equal chance, from uniform numbers of the caller: the reward of a completion whatever it says.
+
+    RLVR on it is the noise control: its updates are what the optimizer makes of gradients without a direction.
+    """
+    return (noise_G < 0.5).to(noise_G.dtype)
+
+
+def random_signs(adv_BT: Tensor, noise_BT: Tensor) -> Tensor:
+    """Every token's credit, its sign turned where the caller's uniform number is below one half.
+
+    Sizes stay those of the teacher's gaps; in expectation no token is liked or disliked.
+    """
+    return torch.where(noise_BT < 0.5, -adv_BT, adv_BT)
+
+
 def token_advantages(adv_opd_BT: Tensor | None, adv_G: Tensor, mask_BT: Tensor, alpha: float) -> Tensor:
     """alpha · A_OPD + (1 − alpha) · A_group on completion tokens, 0 on padding.
 
