@@ -75,7 +75,7 @@ def test_a_grown_vocabulary_is_counted_and_a_matrix_of_another_shape_refused(tmp
     assert [m.name for m in found.matrices] == [UP, DOWN]
     assert found.not_selected["embedding of another shape"] == 1
     save_file(state | {UP: torch.ones(11, 8)}, tmp_path / "tuned" / "model.safetensors")
-    with pytest.raises(PairingError, match="12×8 in .* and 11×8"):
+    with pytest.raises(PairingError, match=r"12×8 in .* and 11×8"):
         pair(open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "tuned"))
     # Not measured with these roles, and so not refused.
     found = pair(open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "tuned"), "down_proj")
@@ -462,7 +462,7 @@ def test_names_that_the_tables_cannot_hold_are_found_at_opening(tmp_path: Path) 
     note.encode()
     assert r"org/\ud800\x1b[2J" in note
     save_file({n: t.to(torch.int8) for n, t in factors.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="int8|I8"):
+    with pytest.raises(CheckpointError, match=r"int8|I8"):
         open_checkpoint(tmp_path / "adapter", base)
 
 
@@ -481,3 +481,85 @@ def test_weights_that_are_no_plain_numbers_are_known_when_pairing(dtype: torch.d
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert printable("a\x1b[2J\x9b\u202e\udcffé") == "a\\x1b[2J\\x9b\\u202e\\udcffé"
+
+
+# DeepSpeed's layout ---------------------------------------------------------------------------------------------
+
+
+def zero_folder(path: Path, state: dict[str, Tensor], stage: int, ranks: int, frozen: str | None = None) -> Path:
+    """A ZeRO checkpoint as DeepSpeed 0.19 lays it out, by the description that its `zero_to_fp32.py` reads; two groups."""
+    step = path / "global_step7"
+    step.mkdir(parents=True)
+    (path / "latest").write_text("global_step7")
+    trained = {n: t for n, t in state.items() if n != frozen}
+    groups = [{n: t for n, t in trained.items() if (t.ndim > 1) == matrices} for matrices in (False, True)]
+
+    def share(flat: Tensor, rank: int) -> Tensor:
+        each = -(-len(flat) // ranks)
+        return torch.cat([flat, torch.full((each * ranks - len(flat),), 7.0)])[rank * each : (rank + 1) * each].clone()
+
+    masters: list[list[Tensor]]
+    if stage < 3:
+        whole = [torch.cat([t.float().flatten() for t in g.values()]) for g in groups]
+        whole = [torch.cat([w, torch.zeros(-len(w) % (2 * ranks))]) for w in whole]
+        masters = [[w.chunk(ranks)[rank].clone() for w in whole] for rank in range(ranks)]
+    else:  # every parameter in parts; the vectors break in the middle of one
+        flat = [torch.cat([share(t.float().flatten(), r) for g in groups for t in g.values()]) for r in range(ranks)]
+        masters = [[f[:29].clone(), f[29:].clone()] for f in flat]
+    for rank in range(ranks):
+        optimizer = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        content = {"optimizer_state_dict": optimizer | {key: masters[rank]}, "ds_config": {}, "ds_version": "0.19.8"}
+        torch.save(content, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        fragments = None
+        if frozen:
+            kept = state[frozen].flatten()
+            fragments = {frozen: share(kept, rank) if stage == 3 else state[frozen]}
+        model = {
+            "module": {n: t.bfloat16() for n, t in state.items()} if stage < 3 else {},
+            "buffer_names": [], "param_shapes": [{n: t.shape for n, t in g.items()} for g in groups],
+            "frozen_param_shapes": {frozen: state[frozen].shape} if frozen else None, "frozen_param_fragments": fragments,
+            "shared_params": {"lm_head.weight": UP}, "ds_version": "0.19.8",
+        }  # fmt: skip
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        torch.save(model, step / name)
+    return path
+
+
+@pytest.mark.parametrize(("stage", "ranks", "frozen"), product((1, 2, 3), (1, 3, 12), (None, DOWN)))
+def test_a_checkpoint_in_deepspeeds_layout(stage: int, ranks: int, frozen: str | None, tmp_path: Path) -> None:
+    state = some_state() | {"model.layers.1.mlp.up_proj.weight": torch.randn(5, 7)}
+    folder = zero_folder(tmp_path / "run", state, stage, ranks, frozen)
+    expected = {n: t.float() for n, t in state.items()}
+    check(folder, expected | {"lm_head.weight": expected[UP]})
+    files = {f.name for f in open_checkpoint(folder).files}
+    assert len(files) > 0 and files <= {f.name for f in (folder / "global_step7").iterdir()}
+
+
+def test_a_file_added_to_a_zero_checkpoint_after_it_was_opened_is_not_read(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path / 'trace'}",)
+
+    state = some_state()
+    folder = zero_folder(tmp_path / "run", state, 2, 2)
+    opened = open_checkpoint(folder)
+    for name in ("zero_pp_rank_9_mp_rank_00_optim_states.pt", "a_model_states.pt"):
+        torch.save(Runs(), folder / "global_step7" / name)
+    assert torch.equal(opened.tensors[UP][:, :], state[UP])
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_zero_checkpoints_that_lack_a_rank_or_are_too_short_are_refused(tmp_path: Path) -> None:
+    folder = zero_folder(tmp_path / "a", some_state(), 3, 3)
+    (folder / "global_step7" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="3 ranks, and 2 of their files"):
+        open_checkpoint(folder)
+    folder = zero_folder(tmp_path / "b", some_state(), 2, 2)
+    file = folder / "global_step7" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    content["param_shapes"][1][UP] = torch.Size((1 << 20, 1 << 20))
+    torch.save(content, file)
+    assert "vectors of" in within_limits(lambda: open_checkpoint(folder))

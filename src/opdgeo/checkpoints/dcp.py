@@ -8,6 +8,7 @@ is a torch file inside of a `.distcp`, whose header says where its bytes lie. So
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ def chunks(folder: Path) -> dict[str, Stored]:
             "Was it written by a much older or newer torch?"
         ) from error
     places.sort(key=lambda p: (p.file, p.start))
-    for one, other in zip(places, places[1:], strict=False):
+    for one, other in pairwise(places):
         if one.file == other.file and one.start + one.length > other.start:
             raise CheckpointError(f"{file} places two chunks on the same bytes of {one.file.name}. Copy it again.")
     return tensors

@@ -85,7 +85,7 @@ def _assemble(name: str, parts: list[tuple[int, Any]], ranks: list[Path]) -> Sto
         # A plain tensor is the same on every rank.
         if any(not is_stored(t) or t.shape != first.shape for _, t in parts):
             raise CheckpointError(f"{name} differs in shape from rank to rank in {folder} and is no DTensor.")
-        return first  # type: ignore[no-any-return]
+        return first
     pieces: dict[tuple[int, ...], Stored] = {}
     shape: tuple[int, ...] | None = None
     for rank, tensor in parts:

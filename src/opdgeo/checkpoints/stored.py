@@ -163,7 +163,7 @@ class Raw:
                     f"{self.file} ends before a tensor that it should hold ({source.size} bytes). Copy or download it again."
                 )
             data = torch.empty(length, dtype=torch.uint8)
-            source.read_into(start, memoryview(data.numpy()))
+            source.read_into(start, memoryview(data.numpy().data))
         if self.swapped:
             data = data.view(-1, dtype.itemsize // (2 if dtype.is_complex else 1)).flip(1).flatten()
         return data.view(dtype).as_strided(shape, self.stride)[kept].contiguous()
