@@ -201,7 +201,7 @@ def within_limits(open_it: Callable[[], Any]) -> str:
         finally:
             os._exit(0)
     os.close(write)
-    until = time.monotonic() + 120  # for a pipe that never answers: such a wait takes none of the core
+    until = time.monotonic() + 600  # for a pipe that never answers: such a wait takes none of the core
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > until:
             os.kill(child, 9)
@@ -503,9 +503,10 @@ def zero_folder(path: Path, state: dict[str, Tensor], stage: int, ranks: int, fr
         whole = [torch.cat([t.float().flatten() for t in g.values()]) for g in groups]
         whole = [torch.cat([w, torch.zeros(-len(w) % (2 * ranks))]) for w in whole]
         masters = [[w.chunk(ranks)[rank].clone() for w in whole] for rank in range(ranks)]
-    else:  # every parameter in parts; the vectors break in the middle of one
+    else:  # every parameter in parts; the vectors break between two of them
         flat = [torch.cat([share(t.float().flatten(), r) for g in groups for t in g.values()]) for r in range(ranks)]
-        masters = [[f[:29].clone(), f[29:].clone()] for f in flat]
+        at = sum(-(-t.numel() // ranks) for t in groups[0].values())
+        masters = [[f[:at].clone(), f[at:].clone()] for f in flat]
     for rank in range(ranks):
         optimizer = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
