@@ -134,7 +134,7 @@ def test_a_bin_file_that_runs_something_is_refused_and_not_run(pair: Path, tmp_p
 
 
 @pytest.mark.parametrize("how", ["stored", "compressed", "backwards"])
-def test_a_bin_file_that_was_packed_again_is_refused(how: str, pair: Path, tmp_path: Path) -> None:
+def test_a_bin_file_that_was_packed_again_is_read_where_it_can_be(how: str, pair: Path, tmp_path: Path) -> None:
     torch.save(weights(pair / "tuned"), tmp_path / "whole.bin")
     again = folder(pair, tmp_path / "again") / "pytorch_model.bin"
     kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
@@ -142,13 +142,16 @@ def test_a_bin_file_that_was_packed_again_is_refused(how: str, pair: Path, tmp_p
         for name in reversed(old.namelist()) if how == "backwards" else old.namelist():
             new.writestr(name, old.read(name))
     assert torch.load(again).keys() == weights(pair / "tuned").keys()  # torch itself still reads it
+    if how != "compressed":
+        check(pair, again)
+        return
     with pytest.raises(CheckpointError, match="packed or compressed again"):
         open_checkpoint(again)
 
 
 def test_a_bin_file_of_a_lazily_negated_tensor_and_files_cut_short_are_refused(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(3, dtype=torch.complex64).conj().imag}, tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match="not lie in it as plain numbers"):
+    with pytest.raises(CheckpointError, match="x is stored as a lazily negated or conjugated float32 tensor"):
         open_checkpoint(tmp_path / "x.bin")
     torch.save({"x": torch.eye(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
     for length in (0, 8):  # nothing, and the head of a pickle
@@ -305,12 +308,12 @@ def test_metadata_that_leaves_its_folder_is_refused(outside: str, ranks: Path, t
 def test_a_chunk_that_runs_something_is_refused_and_not_run(ranks: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(ranks / "dcp-flat", tmp_path / "bad"))
     metadata = pickle.loads((bad / ".metadata").read_bytes())
-    torch.save(Runs(tmp_path / "trace"), bad / "chunk.distcp")
-    for info in metadata.storage_data.values():
-        info.relative_path, info.offset, info.length = "chunk.distcp", 0, (bad / "chunk.distcp").stat().st_size
+    torch.save([Runs(tmp_path / "trace"), torch.zeros(999)], bad / "chunk.distcp")
+    index, info = next((i, d) for i, d in metadata.storage_data.items() if "q_proj" in i.fqn)
+    info.relative_path, info.offset, info.length = "chunk.distcp", 0, (bad / "chunk.distcp").stat().st_size
     (bad / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="ran nothing"):
-        next(iter(open_checkpoint(bad).tensors.values()))[0:1, 0:1]
+        open_checkpoint(bad).tensors[index.fqn.removeprefix("model.")][:, :]
     assert not (tmp_path / "trace").exists()
 
 
@@ -442,25 +445,14 @@ def test_a_deepspeed_checkpoint_that_runs_something_is_refused_and_not_run(zero:
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_deepspeed_folder_that_is_a_pattern_for_another_is_refused(tmp_path: Path) -> None:
-    for name in (
-        "global_step[7]",
-        "global_step7",
-    ):  # the first one's files are looked at, DeepSpeed would run the second's
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
-    (tmp_path / "latest").write_text("global_step[7]")
-    with pytest.raises(CheckpointError, match="takes for a pattern"):
-        open_checkpoint(tmp_path)
-
-
-def test_a_deepspeed_checkpoint_without_deepspeed_says_what_to_do(tmp_path: Path) -> None:
-    if find_spec("deepspeed") is not None:
-        pytest.skip("deepspeed is installed: this is about a machine without it")
+def test_a_deepspeed_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "global_step7").mkdir()
     torch.save({}, tmp_path / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     (tmp_path / "latest").write_text("global_step7")
-    with pytest.raises(CheckpointError, match=r"opdgeo\[deepspeed\].*zero_to_fp32"):
+    with pytest.raises(CheckpointError, match=r"no \*_model_states"):
+        open_checkpoint(tmp_path)
+    torch.save({}, tmp_path / "global_step7" / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"holds a NoneType.*DeepSpeed"):
         open_checkpoint(tmp_path)
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(CheckpointError, match="holds no weights"):

@@ -1,6 +1,15 @@
 """The one exception family. The command line maps each of these to exit status 2 and prints its message alone."""
 
 
+def printable(text: str) -> str:
+    r"""A name from an untrusted file as it may be shown and stored: what is not printed, or is half a character, is escaped.
+
+    >>> printable("layers.0\x1b[2J")
+    'layers.0\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class OpdgeoError(Exception):
     """A request that cannot be met: the message says what arrived, what was expected and what to try.
 

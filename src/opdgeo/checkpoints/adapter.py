@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from opdgeo.checkpoints.checkpoint import Checkpoint
 from opdgeo.checkpoints.huggingface import bin_headers, headers, read_json
 from opdgeo.checkpoints.names import Matrix, matrices, plain, stacks_experts
+from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import SIZES, Stored
-from opdgeo.errors import CheckpointError, PairingError
+from opdgeo.errors import CheckpointError, PairingError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
-_EXPERTS = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.experts")
+_EXPERTS = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.mlp\.experts")
 _UNMEASURED = re.compile(r".+\.(?:lora_embedding_[AB]|token_adapter\.trainable_tokens_delta)")
 # What makes W₊ something else than W₀ + sBA with the base as it is stored.
 _REFUSED = (
@@ -146,8 +147,9 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
         if m.stacked:  # the adapter may know the expert as a module of its own
             places[m.name] = [(m, 0)]
     changes: dict[str, Change] = {}
+    patterns = _patterns(config, "rank_pattern", path), _patterns(config, "alpha_pattern", path)
     for module, found_parts in parts.items():
-        changes |= _changes(module, found_parts, config, base, places, path)
+        changes |= _changes(module, found_parts, config, patterns, base, places, path)
     changed = frozenset(m.tensor for m in known if m.name in changes)
     return Adapter(
         path, base.tensors | whole, base.config, _notes(config, base), base=base, own=own, changes=changes, changed=changed
@@ -176,8 +178,9 @@ def _refuse_what_is_not_lora(config: dict[str, Any], path: Path) -> None:
 
 
 def _changes(
-    module: str, parts: dict[str, Stored], config: dict[str, Any], base: Checkpoint, places: Places, path: Path
-) -> dict[str, Change]:
+    module: str, parts: dict[str, Stored], config: dict[str, Any], patterns: tuple[Patterns, Patterns], base: Checkpoint,
+    places: Places, path: Path,
+) -> dict[str, Change]:  # fmt: skip
     """The matrices that one LoRA changes; none where the base knows the module and opdgeo does not measure it."""
     if lacking := [part for part in ("A", "B") if part not in parts]:
         raise CheckpointError(f"{path} has no lora_{lacking[0]} for {module}; expected both factors. Save it again.")
@@ -199,8 +202,8 @@ def _changes(
     stacked = _EXPERTS.fullmatch(plain(inside)) is not None
     experts = len({m.expert for m, _ in targets}) if stacked else 1
     key = f"{inside}.{'down_proj' if targets[0][0].role == 'down_proj' else 'gate_up_proj'}" if stacked else inside
-    rank = _by_pattern(config, "rank_pattern", "r", key, path)
-    alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", key, path)
+    rank = _by_pattern(config, patterns[0], "r", key, path)
+    alpha = _by_pattern(config, patterns[1], "lora_alpha", key, path)
     if rank <= 0 or down.shape[0] != rank * experts or up.shape[1] != rank * experts:
         raise CheckpointError(
             f"{path}: {module} has factors of rank {down.shape[0] // experts} and {up.shape[1] // experts}, and "
@@ -209,6 +212,12 @@ def _changes(
     dora = bool(config.get("use_dora"))
     if dora and (magnitude := parts.get("magnitude_vector")) is None:
         raise CheckpointError(f"{path} uses DoRA and has no lora_magnitude_vector for {module}. Save it again.")
+    for part in (down, up, *([magnitude] if dora and magnitude else [])):
+        _known(part)
+    if dora and magnitude and math.prod(magnitude.shape) != up.shape[0]:
+        raise CheckpointError(
+            f"{path}: {module} has {magnitude.shape} magnitudes; expected one for each of {up.shape[0]} rows. Save it again."
+        )
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     lora = Lora(down, up, scale, magnitude if dora else None, experts)
     return {m.name: Change(lora, start, m.expert if stacked else None) for m, start in targets}
@@ -258,15 +267,28 @@ def _factors(change: Change, matrix: Matrix) -> tuple[Tensor, Tensor]:
     return up[rows].double() * lora.scale, down.double().T.contiguous()
 
 
-def _by_pattern(config: dict[str, Any], patterns: str, default: str, key: str, path: Path) -> float:
+def _patterns(config: dict[str, Any], name: str, path: Path) -> Patterns:
+    values = config.get(name) or {}
+    try:
+        return Patterns(values if isinstance(values, dict) else dict(values))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG} has no usable {name}: {error}. Write the modules' names out."
+        ) from error
+
+
+def _by_pattern(config: dict[str, Any], patterns: Patterns, default: str, key: str, path: Path) -> float:
     """The first entry of a pattern whose regular expression ends the module's name, else the general value."""
     try:
-        for pattern, value in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", key):
-                return float(value)
-        return float(config[default])
-    except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / CONFIG} has no usable {default} or {patterns} for {key}: {error}.") from error
+        found = patterns.find(key)
+        value = float(config[default] if found is None else found)
+        if not math.isfinite(value):
+            raise ValueError(f"it is {value}")
+        return value
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG} has no usable {default} or pattern of it for {key}: {error}."
+        ) from error
 
 
 def _aliases(name: str) -> Iterable[str]:
@@ -290,7 +312,7 @@ def _notes(config: dict[str, Any], base: Checkpoint) -> tuple[str, ...]:
     last = named.rstrip("/").rpartition("/")[2]
     if {last, f"models--{named.replace('/', '--')}"} & set(base.path.resolve().parts):  # a folder, or the hub's cache
         return ()
-    return (f"the adapter names {named} as its base; it is measured on {base.path}",)
+    return (printable(f"the adapter names {named} as its base; it is measured on {base.path}"),)
 
 
 def _open_file(path: Path) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ from opdgeo.checkpoints import dcp, fsdp, ggufs, hub, huggingface, megatron, zer
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
 from opdgeo.checkpoints.stored import SIZES, Stored
-from opdgeo.errors import CheckpointError
+from opdgeo.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ FORMATS = (
 )
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
 PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
-_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_](\d+)|(?:global_step|weight_v)(\d+)")
+_STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_]([0-9]+)|(?:global_step|weight_v)([0-9]+)")
 _CONFIGS = ("config.json", "huggingface/config.json")
 
 
@@ -78,10 +78,10 @@ class Checkpoint:
             return self.repository.partition("/")[2]
         path = self.path.resolve()
         if path.is_file():
-            return path.stem
+            return printable(path.stem)
         while path.name in PLACES and any(_step(p.name) is not None for p in path.parents[:2]):
             path = path.parent
-        return path.name
+        return printable(path.name)
 
     @property
     def step(self) -> int | None:
@@ -92,7 +92,7 @@ class Checkpoint:
     def place(self) -> str:
         """Its path, or its name on the hub with the commit, as it stands in run.json."""
         # The hub's cache names a folder by the commit.
-        return f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path)
+        return printable(f"{self.repository.partition('@')[0]}@{self.path.name}" if self.repository else str(self.path))
 
     @property
     def files(self) -> list[Path]:
@@ -104,13 +104,19 @@ class Checkpoint:
         Raises:
             CheckpointError: the file became unreadable, or its dtype holds no plain weights.
         """
-        stored = self.tensors[matrix.tensor]
-        if stored.dtype not in SIZES:
-            raise CheckpointError(
-                f"{matrix.tensor} in {stored.files[0]} is stored as {stored.dtype}; expected one of {', '.join(SIZES)}. "
-                "Convert the checkpoint to bf16, fp16 or fp32 first."
-            )
-        return matrix.cut(stored)
+        if reason := self.unreadable(matrix.tensor):
+            raise CheckpointError(reason)
+        return matrix.cut(self.tensors[matrix.tensor])
+
+    def unreadable(self, tensor: str) -> str | None:
+        """Why a tensor's weights cannot be read, as its header says; None where they can."""
+        stored = self.tensors[tensor]
+        if stored.dtype in SIZES:
+            return None
+        return (
+            f"{tensor} in {stored.files[0]} is stored as {stored.dtype}; expected one of {', '.join(SIZES)}. Convert the "
+            "checkpoint to bf16, fp16 or fp32, or load it and save it again as safetensors."
+        )
 
     def factors(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(rows, r) and (cols, r) float64 factors of ΔW, where the checkpoint is an update that is stored as such."""
@@ -134,7 +140,7 @@ class Checkpoint:
         folder = self.path if self.path.is_dir() else self.path.parent
         return [
             {
-                "name": f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name,
+                "name": printable(f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name),
                 "bytes": f.stat().st_size,
                 "sha256": _sha256(f),
             }
@@ -152,6 +158,15 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
     """
+    opened = _open(path, base)
+    for name in opened.tensors:  # what the tables could not hold is found now, not when they are written
+        if not _is_text(name):
+            raise CheckpointError(f"{path} holds a tensor named {printable(name)}, which is no text. Save it again.")
+    _ = opened.step
+    return opened
+
+
+def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
     name, path = str(path), Path(path)
     if not path.exists() and hub.is_name(name):
         return replace(open_checkpoint(hub.fetch(name), base), repository=name)
@@ -159,6 +174,8 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
         raise CheckpointError(
             f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."
         )
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is no regular file and no folder; expected {_expected()}. Check the path.")
     if is_adapter(path):
         if base is None:
             raise CheckpointError(
@@ -197,6 +214,12 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
     tensors = chosen.read(place, config)
     if not tensors:
         raise CheckpointError(f"{place} holds no tensors; expected a model's weights.")
+    if not any(stored.dtype in SIZES for stored in tensors.values()):
+        first = next(iter(tensors))
+        raise CheckpointError(
+            f"{place} holds no plain weights: {first} is stored as {tensors[first].dtype}; expected some of {', '.join(SIZES)}. "
+            "Convert it, or load it and save it again as safetensors."
+        )
     notes = tuple(
         f"{path} also holds {other.name} weights ({where.relative_to(path).as_posix()}), which were not read; give "
         "them as the checkpoint to measure those"
@@ -302,8 +325,25 @@ def _expected() -> str:
 
 
 def _step(name: str) -> int | None:
+    """The step in a name.
+
+    Raises:
+        CheckpointError: one of 10¹⁸ or more, which the tables cannot hold.
+    """
     found = _STEP.fullmatch(name)
-    return int(found[1] or found[2]) if found else None
+    digits = (found[1] or found[2]) if found else ""
+    if len(digits) > 18:
+        raise CheckpointError(f"{name} is named like a step of {len(digits)} digits; expected at most 18. Rename it.")
+    return int(digits) if digits else None
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: without halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sha256(file: Path) -> str:

@@ -7,16 +7,16 @@ is a torch file inside of a `.distcp`, whose header says where its bytes lie. So
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints.huggingface import is_plain
-from opdgeo.checkpoints.stored import Pieces, Stored
-from opdgeo.checkpoints.torchfile import Record, dtype_name, raw, records, unpickle
+from opdgeo.checkpoints.pickled import Named, Record, load
+from opdgeo.checkpoints.stored import SIZES, Pieces, Stored, opened
+from opdgeo.checkpoints.torchfile import KNOWN, PLAIN, ints, is_stored, unpickle
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from opdgeo.checkpoints.stored import Index
 
 METADATA = ".metadata"
+LONGEST = 1 << 30  # bytes of an index
 # First words of names that are not a model's weights, in the layouts of accelerate, torchtitan and torch's own examples.
 NOT_WEIGHTS = (
     "optimizer", "optim", "optimizers", "lr_scheduler", "lr_schedulers", "scheduler", "dataloader", "train_state",
@@ -73,26 +74,33 @@ def chunks(folder: Path) -> dict[str, Stored]:
     metadata = _metadata(file)
     try:
         where = {
-            (index.fqn, tuple(getattr(index, "offset", None) or ())): info
-            for index, info in metadata.storage_data.items()
+            (_text(index.fqn), ints(index.get("offset") or ())): info for index, info in metadata.storage_data.items()
         }
         tensors: dict[str, Stored] = {}
+        places: list[Chunk] = []
+        sizes: dict[str, int] = {}
         for name, entry in metadata.state_dict_metadata.items():
-            if type(entry).__name__ != "TensorStorageMetadata":
+            if not isinstance(entry, Record) or entry.name != "TensorStorageMetadata":
                 continue
-            dtype = dtype_name(entry.properties.state[0])
-            pieces = []
+            dtype, shape = _dtype(entry.properties.state[0]), ints(entry.size)
+            pieces: dict[tuple[int, ...], Stored] = {}
             for chunk in entry.chunks:
-                offsets, sizes = _ints(chunk.offsets), _ints(chunk.sizes)
-                if 0 not in sizes:
-                    pieces.append((offsets, _chunk(folder, where[name, offsets], sizes, dtype)))
+                offsets, lengths = ints(chunk.offsets), ints(chunk.sizes)
+                # Without deduplication every rank that holds a chunk lists it, and one of them is kept.
+                if 0 not in lengths and offsets not in pieces:
+                    pieces[offsets] = stored = _chunk(folder, where[_text(name), offsets], lengths, dtype, sizes)
+                    places.append(stored)
             if pieces:
-                tensors[str(name)] = Pieces(str(name), _ints(entry.size), tuple(pieces))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+                tensors[name] = Pieces(name, shape, tuple(pieces.items()))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} is not the index of a torch distributed checkpoint as opdgeo knows it ({error!r}). "
             "Was it written by a much older or newer torch?"
         ) from error
+    places.sort(key=lambda p: (p.file, p.start))
+    for one, other in pairwise(places):
+        if one.file == other.file and one.start + one.length > other.start:
+            raise CheckpointError(f"{file} places two chunks on the same bytes of {one.file.name}. Copy it again.")
     return tensors
 
 
@@ -113,63 +121,62 @@ class Chunk:
         return (self.index, self.file)
 
     def __getitem__(self, index: Index) -> Tensor:
-        from torch.distributed.checkpoint.utils import _create_file_view
-
-        try:
-            with self.file.open("rb") as file:
-                view = cast("IO[bytes]", _create_file_view(file, self.start, self.length))
-                content = unpickle(view, where=self.file)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.file}: {error}") from error
-        if not isinstance(content, torch.Tensor) or tuple(content.shape) != self.shape:
-            raise CheckpointError(f"{self.file} at byte {self.start} does not hold the tensor that its index promises.")
-        return raw(content, self.file, self.start)[index]
+        content = unpickle(self.file, start=self.start, length=self.length)
+        if not is_stored(content) or content.shape != self.shape or content.dtype != self.dtype:
+            found = f"{content.dtype} {content.shape}" if is_stored(content) else "no tensor"
+            raise CheckpointError(
+                f"{self.file} holds {found} at byte {self.start}; its index promises {self.dtype} {self.shape}. Do the two files "
+                "belong together?"
+            )
+        return content[index]  # type: ignore[no-any-return]
 
 
-def _chunk(folder: Path, info: Any, shape: tuple[int, ...], dtype: str) -> Chunk:
+def _chunk(folder: Path, info: Any, shape: tuple[int, ...], dtype: str, sizes: dict[str, int]) -> Chunk:
     name = info.relative_path
     if not isinstance(name, str) or not is_plain(name):
-        raise CheckpointError(f"{folder / METADATA} names the file {name!r}; expected a file in the folder.")
-    if not (folder / name).is_file():
-        raise CheckpointError(f"{folder / METADATA} names {name}, which is missing from {folder}. Copy it again.")
-    if getattr(info, "transform_descriptors", None):
+        shown = repr(name) if isinstance(name, str) else type(name).__name__
+        raise CheckpointError(f"{folder / METADATA} names the file {shown}; expected a file in the folder.")
+    if name not in sizes:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / METADATA} names {name}, which is missing from {folder}. Copy it again.")
+        sizes[name] = (folder / name).stat().st_size
+    if info.get("transform_descriptors"):
         raise CheckpointError(
             f"{folder / name} is compressed; opdgeo reads distributed checkpoints as torch writes them."
         )
-    return Chunk(folder / name, int(info.offset), int(info.length), shape, dtype, folder / METADATA)
-
-
-def _ints(values: Any) -> tuple[int, ...]:
-    return tuple(int(v) for v in values)
-
-
-class _Metadata(pickle.Unpickler):
-    """Reads `.metadata`: DCP's classes as records, sizes as tuples, dtypes; every other name is refused unseen."""
-
-    known: ClassVar[dict[str, Any]] = {name: made for made, name in records(_CLASSES)} | {
-        "torch.Size": tuple,
-        "collections.OrderedDict": dict,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in self.known:
-            return self.known[full]
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype
+    start, length = ints((info.offset, info.length))
+    if start + length > sizes[name] or prod(shape) * SIZES.get(dtype, 0) > length:
         raise CheckpointError(
-            f"the .metadata asks for {full} to be run or built; opdgeo reads DCP's own records only and ran nothing."
+            f"{folder / name} is too short for a chunk that {METADATA} places in it: {shape} of {dtype} in {length} bytes from "
+            f"byte {start} of {sizes[name]}. Copy it again."
         )
+    return Chunk(folder / name, start, length, shape, dtype, folder / METADATA)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name that is no text")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if not isinstance(value, Named) or not value.name.startswith("torch."):
+        raise TypeError("a dtype that is none")
+    return value.name.removeprefix("torch.")
 
 
 def _metadata(file: Path) -> Any:
     try:
-        with file.open("rb") as stream:
-            found = _Metadata(stream).load()
+        with opened(file) as source:
+            if source.size > LONGEST:
+                raise CheckpointError(f"has {source.size} bytes; expected at most {LONGEST}")
+            data = source.read(0, source.size)
+        holds = sum(f.stat().st_size for f in file.parent.glob("*.distcp"))
+        found = load(data, KNOWN | set(_CLASSES), PLAIN, holds=holds)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{file} is not a readable index ({error!r}). Copy it again.") from error
+        if (text := str(error)).startswith("asks for"):
+            raise CheckpointError(f"{file} {text}.") from error
+        raise CheckpointError(f"{file} is not a readable index: {text}.") from error
     if not isinstance(found, Record):
         raise CheckpointError(
             f"{file} holds a {type(found).__name__}; expected a torch distributed checkpoint's index."

@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import re
 from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from opdgeo.checkpoints.stored import Pieces, Rows, Stored
-from opdgeo.checkpoints.torchfile import raw, records, tensors_of, unpickle
+from opdgeo.checkpoints.pickled import Record
+from opdgeo.checkpoints.stored import Pieces, Raw, Rows, Stored
+from opdgeo.checkpoints.torchfile import ints, is_stored, tensors_of, unpickle
 from opdgeo.errors import CheckpointError
 
 _RANK = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-
-
-class _DTensor(torch.Tensor):
-    """Stands in for torch's DTensor: the whole shape, and as attributes the local shard and the placements."""
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise TypeError(f"a shard cannot be computed with ({func})")
 
 
 _RECORDS = (
@@ -45,9 +36,10 @@ _RECORDS = (
     "torch.distributed._mesh_layout._MeshLayout",
     "torch.distributed._mesh_layout._FlatLayout",
 )
-_DTENSOR = ("torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor")
-_DTENSOR_BEFORE = ("torch.distributed._tensor.DTensor", "torch.distributed._tensor.api.DTensor")
-_ALLOWED = [*records(_RECORDS), *((_DTensor, name) for name in _DTENSOR + _DTENSOR_BEFORE)]
+_DTENSOR = (
+    *("torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor"),
+    *("torch.distributed._tensor.DTensor", "torch.distributed._tensor.api.DTensor"),
+)
 
 
 def find(folder: Path) -> Path | None:
@@ -61,10 +53,11 @@ def read(folder: Path, _: dict[str, Any]) -> dict[str, Stored]:
         CheckpointError: ranks missing, a placement that is not Shard or Replicate, or shards that do not fit together.
     """
     ranks = _ranks(folder)
-    parts: dict[str, list[tuple[Path, Tensor]]] = {}
-    for file in ranks:
-        for name, tensor in tensors_of(unpickle(file, _ALLOWED), file):
-            parts.setdefault(name, []).append((file, tensor))
+    parts: dict[str, list[tuple[int, Any]]] = {}
+    for rank, file in enumerate(ranks):
+        for name, tensor in tensors_of(unpickle(file, _RECORDS + _DTENSOR), file):
+            if is_stored(tensor) or (isinstance(tensor, Record) and tensor.kind in _DTENSOR):
+                parts.setdefault(name, []).append((rank, tensor))
     return {name: _assemble(name, found, ranks) for name, found in parts.items()}
 
 
@@ -85,36 +78,42 @@ def _ranks(folder: Path) -> list[Path]:
     return [found[world, r] for r in range(world)]
 
 
-def _assemble(name: str, parts: list[tuple[Path, Tensor]], ranks: list[Path]) -> Stored:
-    file, first = parts[0]
-    if not isinstance(first, _DTensor):
+def _assemble(name: str, parts: list[tuple[int, Any]], ranks: list[Path]) -> Stored:
+    rank, first = parts[0]
+    folder = ranks[rank].parent
+    if is_stored(first):
         # A plain tensor is the same on every rank.
-        if any(isinstance(t, _DTensor) or t.shape != first.shape for _, t in parts):
-            raise CheckpointError(f"{name} differs in shape from rank to rank in {file.parent} and is no DTensor.")
-        return raw(first, file)
-    shape = tuple(first.shape)
+        if any(not is_stored(t) or t.shape != first.shape for _, t in parts):
+            raise CheckpointError(f"{name} differs in shape from rank to rank in {folder} and is no DTensor.")
+        return first
     pieces: dict[tuple[int, ...], Stored] = {}
-    for file, tensor in parts:
-        if not isinstance(tensor, _DTensor) or tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{name} is {shape} on one rank and another on {file.name}.")
+    shape: tuple[int, ...] | None = None
+    for rank, tensor in parts:
+        file = ranks[rank]
         try:
-            spec, local = tensor._spec, tensor._local_tensor  # type: ignore[attr-defined]
-            sizes, position = _mesh(spec.mesh, ranks.index(file), file)
-            box = _box(shape, spec.placements, sizes, position, f"{name} in {file.name}")
-        except AttributeError as error:
+            whole = ints(tensor.arguments[1])
+            spec, local = tensor.get("_spec"), tensor.get("_local_tensor")
+            if not is_stored(local):
+                raise TypeError("a shard that is no tensor")
+            sizes, position = _mesh(spec.mesh, rank, file, len(ranks))
+            box = _box(whole, spec.placements, sizes, position, f"{name} in {file.name}")
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} holds {name} as a DTensor of an unknown torch version ({error}).") from error
+        shape = shape or whole
+        if whole != shape:
+            raise CheckpointError(f"{name} is {shape} on one rank and another on {file.name}.")
         lengths = tuple(end - start for start, end in box)
         if 0 in lengths:
             continue
-        stored: Stored = raw(local, file)
+        stored: Stored = local
         if stored.shape != lengths:
-            padded = stored.shape[1:] == lengths[1:] and stored.shape[0] > lengths[0]
+            padded = stored.shape[1:] == lengths[1:] and stored.shape[:1] > lengths[:1]
             if not padded:
                 raise CheckpointError(f"{name} in {file.name} is {stored.shape}; expected {lengths} by its placement.")
             stored = Rows(stored, ((0, lengths[0]),))
         pieces.setdefault(tuple(start for start, _ in box), stored)
-    if not pieces:
-        raise CheckpointError(f"{name} in {file.parent} has no entries on any rank.")
+    if not pieces or shape is None:
+        raise CheckpointError(f"{name} in {folder} has no entries on any rank.")
     return Pieces(name, shape, tuple(pieces.items()))
 
 
@@ -124,11 +123,12 @@ def _box(
     """(start, end) on every axis of a rank's shard: each dimension of the mesh splits what the one before left."""
     box = [(0, n) for n in shape]
     for placement, ranks, rank in zip(placements, sizes, position, strict=True):
-        kind = type(placement).__name__
+        kind = placement.name
         if kind == "Shard":
-            start, end = box[placement.dim]
+            (axis,) = ints((placement.get("dim"),))
+            start, end = box[axis]
             each = -(-(end - start) // ranks)
-            box[placement.dim] = (min(end, start + rank * each), min(end, start + (rank + 1) * each))
+            box[axis] = (min(end, start + rank * each), min(end, start + (rank + 1) * each))
         elif kind != "Replicate":
             raise CheckpointError(
                 f"{what} is placed by {kind} on the mesh of ranks; opdgeo reads Shard and Replicate. Merge the "
@@ -137,14 +137,18 @@ def _box(
     return box
 
 
-def _mesh(mesh: Any, rank: int, file: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _mesh(mesh: Any, rank: int, file: Path, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of a mesh of ranks and the position of a rank on it, in the forms that torch 2.5 to 2.13 pickle."""
-    if isinstance(ranks := getattr(mesh, "mesh", getattr(mesh, "_mesh", None)), Tensor):
-        sizes, members = tuple(ranks.shape), raw(ranks, file)[(slice(None),) * ranks.ndim].flatten().tolist()
-    else:
-        sizes, strides = _layout(mesh._layout)
-        every = raw(mesh._rank_map, file)[(slice(None),)].tolist()
-        members = [every[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*map(range, sizes))]
+    plain = mesh.get("mesh", mesh.get("_mesh"))
+    ranks = plain if isinstance(plain, Raw) else mesh.get("_rank_map")
+    sizes, strides = (ranks.shape, ranks.stride) if ranks is plain else _layout(mesh.get("_layout"))
+    if not isinstance(ranks, Raw) or prod(ranks.shape) > world or not 0 < prod(sizes) <= world:
+        raise CheckpointError(
+            f"{file.name} holds a tensor on a mesh of {' × '.join(map(str, sizes))} ranks; expected at most {world}."
+        )
+    members = ranks[(slice(None),) * len(ranks.shape)].flatten().tolist()
+    if ranks is not plain:
+        members = [members[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*map(range, sizes))]
     if rank not in members:
         raise CheckpointError(f"{file.name} holds a tensor of a mesh of ranks that rank {rank} is not part of.")
     at = members.index(rank)
@@ -157,10 +161,10 @@ def _mesh(mesh: Any, rank: int, file: Path) -> tuple[tuple[int, ...], tuple[int,
 
 def _layout(layout: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes and strides of a mesh's layout of ranks, one dimension each."""
-    if hasattr(layout, "axes"):
-        shapes = [(axis.shape, axis.stride) for axis in layout.axes]
+    if axes := layout.get("axes"):
+        shapes = [(axis.shape, axis.stride) for axis in axes[:64]]
         if any(len(shape) != 1 for shape, _ in shapes):
             raise CheckpointError("a mesh of ranks with flattened dimensions; opdgeo reads plain ones.")
-        return tuple(s[0] for s, _ in shapes), tuple(t[0] for _, t in shapes)
+        return ints([s[0] for s, _ in shapes]), ints([t[0] for _, t in shapes])
     shape, stride = layout.shape, layout.stride
-    return ((shape,), (stride,)) if isinstance(shape, int) else (tuple(shape), tuple(stride))
+    return ints((shape,) if isinstance(shape, int) else shape), ints((stride,) if isinstance(stride, int) else stride)

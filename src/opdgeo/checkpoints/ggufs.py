@@ -3,20 +3,25 @@
 Names are mapped with the library's own table. llama.cpp stores Llama's query and key rows in another order (its rotary
 embedding turns neighbours, Hugging Face's turns halves): it is undone as transformers does when it loads such a file
 (`modeling_gguf_pytorch_utils.py`, `LlamaTensorProcessor`). Experts stand in one 3-D tensor a projection.
+
+The header is read here, in either order of bytes, and never believed further than the file goes. Source: ggml, `docs/gguf.md`.
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opdgeo.checkpoints.stored import Raw, Rows, Stored, contiguous
+from opdgeo.checkpoints.names import MOST_EXPERTS
+from opdgeo.checkpoints.stored import Opened, Raw, Rows, Stored, Unreadable, contiguous, opened
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,8 +32,12 @@ if TYPE_CHECKING:
 # Architectures whose weights llama.cpp stores as Hugging Face does, but for Llama's order of rows.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe")
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+# Types of values in the header: what `struct` calls them; 8 is text, 9 an array.
+_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+MOST = 1 << 22  # texts in a header, tensors in a file
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
-_EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<role>gate|up|down)_exps\.weight")
+_EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,9})\.ffn_(?P<role>gate|up|down)_exps\.weight")
 _LAYER_NAMES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
     "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate", "mlp.shared_expert_gate",
@@ -116,27 +125,128 @@ def _parts(place: Path) -> list[Path]:
     return named
 
 
+class _Header:
+    """A GGUF file's header, read from front to back."""
+
+    def __init__(self, source: Opened):
+        self.source, self.at, self.block, self.block_at, self.order = source, 0, b"", 0, "<"
+        self.texts = 0
+
+    def take(self, length: int) -> bytes:
+        start = self.at - self.block_at
+        if start < 0 or start + length > len(self.block):
+            self.block = self.source.read(
+                self.at, length if length > 1 << 20 else min(1 << 20, self.source.size - self.at)
+            )
+            self.block_at, start = self.at, 0
+            if length > len(self.block):
+                raise ValueError("it ends early")
+        self.at += length
+        return self.block[start : start + length]
+
+    def numbers(self, kinds: str) -> tuple[Any, ...]:
+        return struct.unpack(self.order + kinds, self.take(struct.calcsize(self.order + kinds)))
+
+    def text(self) -> bytes:
+        self.texts += 1
+        if self.texts > MOST:
+            raise ValueError(f"more than {MOST} texts in its header")
+        (length,) = self.numbers("Q")
+        if length > self.source.size - self.at:
+            raise ValueError("it ends early")
+        return self.take(length)
+
+    def value(self) -> Any:
+        """A number or a text; None for an array, which is passed by."""
+        (kind,) = self.numbers("I")
+        if kind == _TEXT:
+            return self.text().decode(errors="replace")
+        if kind != _ARRAY:
+            return self.numbers(_VALUES[kind])[0]
+        kind, count = self.numbers("IQ")
+        if kind == _TEXT:
+            for _ in range(min(count, MOST + 1)):
+                self.text()
+        else:
+            length = count * struct.calcsize(_VALUES[kind])
+            if length > self.source.size - self.at:
+                raise ValueError("it ends early")
+            self.at += length
+        return None
+
+
 def _open(file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    from gguf import GGUFReader
-    from gguf.quants import quant_shape_to_byte_shape
+    """The tensors of a file by their own names, and the values of its header.
+
+    Raises:
+        CheckpointError: damaged, or of a version other than 2 and 3.
+    """
+    try:
+        with opened(file) as source:
+            return _read(_Header(source), file)
+    except (ValueError, KeyError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a readable GGUF file ({error}). Copy or download it again.") from error
+
+
+def _read(header: _Header, file: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    magic = header.take(4)
+    version = header.take(4)
+    if magic != b"GGUF" or not any(version):
+        raise ValueError("it does not begin as one")
+    if not any(version[:2]):
+        header.order = ">"
+    (number,) = struct.unpack(f"{header.order}I", version)
+    if number not in (2, 3):
+        raise ValueError(f"version {number}; expected 2 or 3")
+    tensors, values = header.numbers("QQ")
+    if max(tensors, values) > MOST:
+        raise ValueError(f"{max(tensors, values)} entries in its header; expected at most {MOST}")
+    fields: dict[str, Any] = {}
+    for _ in range(values):
+        key = header.text().decode(errors="replace")
+        fields[key] = header.value()
+    listed: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(tensors):
+        name = header.text().decode()
+        (axes,) = header.numbers("I")
+        if axes > 4 or name in listed:
+            raise ValueError(f"a tensor of {axes} axes" if axes > 4 else "two tensors of one name")
+        shape = tuple(reversed(header.numbers(f"{axes}Q")))
+        listed[name] = (shape, *header.numbers("IQ"))
+    align = fields.get("general.alignment") or 32
+    if not isinstance(align, int) or not 0 < align <= 1 << 20:
+        raise ValueError(f"an alignment of {align!r}")
+    begin = -(-header.at // align) * align
+    found = {
+        name: _stored(file, name, shape, kind, begin + offset, header) for name, (shape, kind, offset) in listed.items()
+    }
+    return found, fields
+
+
+def _stored(file: Path, name: str, shape: tuple[int, ...], number: int, start: int, header: _Header) -> Stored:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        reader = GGUFReader(file)
-        wanted = (key for key in reader.fields if key.startswith("general.arch") or ".attention.head_count" in key
-                  or key.endswith((".block_count", ".expert_count")))  # fmt: skip
-        fields = {key: reader.fields[key].contents() for key in wanted}
-        tensors: dict[str, Stored] = {}
-        for tensor in reader.tensors:
-            shape, kind = tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name
-            if kind in PLAIN:
-                tensors[tensor.name] = Raw(file, int(tensor.data_offset), shape, contiguous(shape), PLAIN[kind])
-            else:
-                bytes_ = tuple(int(n) for n in quant_shape_to_byte_shape(shape, tensor.tensor_type))
-                blocks = Raw(file, int(tensor.data_offset), bytes_, contiguous(bytes_), "uint8")
-                tensors[tensor.name] = Quantised(blocks, shape, kind)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a readable GGUF file ({error}). Copy or download it again.") from error
-    return tensors, fields
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        return Unreadable(file, shape, f"ggml's type {number}, which the gguf library does not know")
+    if any(n >= 1 << 63 for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    entries, size = GGML_QUANT_SIZES[kind]
+    if shape and shape[-1] % entries:
+        raise ValueError(f"{name} has rows of {shape[-1]} entries in blocks of {entries}")
+    if start + prod(shape) // entries * size > header.source.size:
+        raise ValueError(f"it ends before {name}")
+    if kind.name in PLAIN and (header.order == "<" or kind.name != "BF16"):
+        return Raw(file, start, shape, contiguous(shape), PLAIN[kind.name], swapped=header.order == ">")
+    if (
+        header.order == ">"
+    ):  # gguf's writer leaves the bytes inside of blocks in the little order, its converter turns them
+        return Unreadable(file, shape, f"big-endian {kind.name} blocks, whose writers disagree on the order of bytes")
+    if kind.name.startswith("I") and kind.name[1:].isdecimal():
+        return Unreadable(file, shape, kind.name)
+    rows = (*shape[:-1], shape[-1] // entries * size) if shape else (size,)
+    return Quantised(Raw(file, start, rows, contiguous(rows), "uint8"), shape, kind.name)
 
 
 def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str) -> Iterator[tuple[str, Stored]]:
@@ -151,11 +261,13 @@ def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str
     names = {own: module for module in modules if (own := table.get_name(module))}
     for name, stored in found.items():
         module, _, kind = name.rpartition(".")
-        if experts := _EXPERTS.fullmatch(name):
+        if (experts := _EXPERTS.fullmatch(name)) and len(stored.shape) == 3 and 0 not in stored.shape:
+            if stored.shape[0] > MOST_EXPERTS:
+                raise CheckpointError(f"{name} holds {stored.shape[0]} experts; expected at most {MOST_EXPERTS}.")
             for expert in range(stored.shape[0]):
                 where = f"model.layers.{experts['layer']}.mlp.experts.{expert}.{experts['role']}_proj.weight"
                 yield where, Rows(stored, ((0, stored.shape[1]),), (expert,))
-        elif architecture == "llama" and module.endswith((".attn_q", ".attn_k")):
+        elif architecture == "llama" and module.endswith((".attn_q", ".attn_k")) and stored.shape:
             of = heads if module.endswith("q") else fields.get("llama.attention.head_count_kv", heads)
             yield f"{names.get(module, module)}.{kind}", Rows(stored, _halves(stored.shape[0], of, name))
         else:

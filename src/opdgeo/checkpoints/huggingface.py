@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from opdgeo.checkpoints.stored import Safetensor, Stored
-from opdgeo.checkpoints.torchfile import raw, tensors_of, unpickle
+from opdgeo.checkpoints.stored import Safetensor, Stored, opened
+from opdgeo.checkpoints.torchfile import is_stored, tensors_of, unpickle
 from opdgeo.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -56,14 +56,19 @@ def _read(place: Path, suffix: str, each: Callable[[Path], dict[str, Stored]]) -
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{place} has no weight_map; expected tensor names mapped to shard files.")
     tensors: dict[str, Stored] = {}
-    for shard in sorted(set(map(str, listed.values()))):
+    names: dict[str, list[str]] = {}
+    for name, shard in listed.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{place} places {name} in a {type(shard).__name__}; expected the name of a file.")
+        names.setdefault(shard, []).append(name)
+    for shard in sorted(names):
         # An index is untrusted input: a shard is a plain file name in this folder.
         if not is_plain(shard) or not shard.endswith(suffix):
             raise CheckpointError(f"{place} names the shard {shard!r}; expected a {suffix} file in the folder.")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{place} names {shard}, which is missing from {folder}. Download it again.")
         found = each(folder / shard)
-        for name in (n for n, where in listed.items() if where == shard):
+        for name in names[shard]:
             if name not in found:
                 raise CheckpointError(f"{place} places {name} in {shard}, which does not hold it.")
             tensors[name] = found[name]
@@ -91,7 +96,7 @@ def headers(file: Path) -> dict[str, Stored]:
 
 def bin_headers(file: Path) -> dict[str, Stored]:
     """The tensors of one file of `torch.save`."""
-    return {name: raw(tensor, file) for name, tensor in tensors_of(unpickle(file), file)}
+    return {name: value for name, value in tensors_of(unpickle(file), file) if is_stored(value)}
 
 
 def is_plain(name: str) -> bool:
@@ -99,16 +104,41 @@ def is_plain(name: str) -> bool:
     return PurePath(name).name == name and "\\" not in name and name not in ("", ".", "..")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_json(file: Path, limit: int = 1 << 25) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes, nested at most a hundred deep.
 
     Raises:
-        CheckpointError: anything else.
+        CheckpointError: anything else, or no regular file.
     """
+    with opened(file) as source:
+        if source.size > limit:
+            raise CheckpointError(
+                f"{file} has {source.size} bytes; expected JSON of at most {limit}. Is it another file?"
+            )
+        data = source.read(0, source.size)
     try:
-        loaded = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        loaded = json.loads(data)
+        _refuse_what_is_deep(loaded)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a JSON object.")
     return loaded
+
+
+def _refuse_what_is_deep(loaded: Any) -> None:
+    level = [loaded]
+    for _ in range(100):
+        level = (
+            [
+                inner
+                for value in level
+                for inner in (value.values() if isinstance(value, dict) else value)
+                if isinstance(inner, (dict, list))
+            ]
+            if isinstance(loaded, (dict, list))
+            else []
+        )
+        if not level:
+            return
+    raise ValueError("nested more than a hundred deep")

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp
 from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.pickled import Record
 from opdgeo.checkpoints.stored import Pieces, Rows, Stored
-from opdgeo.checkpoints.torchfile import records, unpickle
+from opdgeo.checkpoints.torchfile import unpickle
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ _WHOLE = {
 _FC = re.compile(
     r"mlp\.(?:(?P<experts>experts\.experts)|shared_experts)?\.?(?P<fc>linear_fc1|linear_fc2)\.weight(?P<half>_w|_v)?"
 )
-_ARGS = [made for name in ("argparse.Namespace",) for made in records([name])]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> _Shape:
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     size, words, hidden = config.get("head_dim"), config.get("vocab_size"), config.get("hidden_size")
     if not config and (folder / "common.pt").is_file():
-        args = vars(_args(folder / "common.pt"))
+        args = _args(folder / "common.pt")
         heads, size, words, hidden = (
             args.get(n) for n in ("num_attention_heads", "kv_channels", "vocab_size", "hidden_size")
         )
@@ -228,9 +228,10 @@ def _shape(folder: Path, config: dict[str, Any]) -> _Shape:
     return _Shape(heads, groups, size, words if isinstance(words, int) else None)  # type: ignore[arg-type]
 
 
-def _args(file: Path) -> Any:
+def _args(file: Path) -> Record:
     try:
-        common = unpickle(file, _ARGS)
+        common = unpickle(file, ("argparse.Namespace",))
     except CheckpointError as error:
         raise CheckpointError(f"{error} Or put the Hugging Face config.json of the model beside it.") from error
-    return common.get("args", object()) if isinstance(common, dict) else object()
+    found = common.get("args") if isinstance(common, dict) else None
+    return found if isinstance(found, Record) else Record("argparse.Namespace", ())

@@ -1,6 +1,7 @@
 """Which tensors are linear weights, and which role and layer each has: exact rules, never substrings.
 
-A name is matched as a whole. What no rule matches is `unrecognised`: it is reported and not measured.
+A name is matched as a whole. What no rule matches is `unrecognised`: it is reported and not measured. That holds for layers and
+experts of more than nine digits, which no table holds, and for stacks of more experts than any model has.
 """
 
 from __future__ import annotations
@@ -15,28 +16,31 @@ if TYPE_CHECKING:
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROLES = ATTENTION + MLP
+MOST_EXPERTS = 1 << 14  # in a layer
 
 # Llama, Qwen2/3, Mistral, Gemma 1–3: nn.Linear, stored (out, in).
 _LLAMA = re.compile(
-    r"(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn\.(?P<a>[qkvo]_proj)|mlp\.(?P<m>(?:gate|up|down)_proj))\.weight"
+    r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.(?:self_attn\.(?P<a>[qkvo]_proj)|mlp\.(?P<m>(?:gate|up|down)_proj))\.weight"
 )
 # Phi-3: q, k and v, and gate and up, one below the other.
-_FUSED = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.(?P<part>self_attn\.qkv_proj|mlp\.gate_up_proj)\.weight")
+_FUSED = re.compile(
+    r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.(?P<part>self_attn\.qkv_proj|mlp\.gate_up_proj)\.weight"
+)
 # Qwen2/3-MoE, DeepSeek: one tensor an expert, and experts that every token passes.
 _EXPERT = re.compile(
-    r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.(?:experts\.(?P<expert>\d+)|shared_experts?)\.(?P<m>(?:gate|up|down)_proj)\.weight"
+    r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.mlp\.(?:experts\.(?P<expert>[0-9]{1,9})|shared_experts?)\.(?P<m>(?:gate|up|down)_proj)\.weight"
 )
 _MIXTRAL = re.compile(
-    r"(?:model\.)?layers\.(?P<layer>\d+)\.block_sparse_moe\.experts\.(?P<expert>\d+)\.(?P<w>w[123])\.weight"
+    r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.block_sparse_moe\.experts\.(?P<expert>[0-9]{1,9})\.(?P<w>w[123])\.weight"
 )
 _MIXTRAL_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # All experts in one 3-D tensor: (experts, 2·intermediate, hidden), gate above up, and (experts, hidden, intermediate).
 # Other families stack them in other ways (GPT-OSS transposes and interleaves), so the model type decides.
-_STACKED = re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
+_STACKED = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
 _STACKED_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe")
 # GPT-2: Conv1D, stored (in, out), with q, k and v side by side in c_attn.
 _GPT2 = re.compile(
-    r"(?:transformer\.)?h\.(?P<layer>\d+)\.(?P<part>attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
+    r"(?:transformer\.)?h\.(?P<layer>[0-9]{1,9})\.(?P<part>attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
 )
 _GPT2_ROLES = {"attn.c_proj": "o_proj", "mlp.c_fc": "up_proj", "mlp.c_proj": "down_proj"}
 
@@ -186,8 +190,10 @@ def _parts(part: str, rows: int, config: dict[str, Any]) -> list[tuple[str, int]
 
 def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matrix] | None:
     found = _STACKED.fullmatch(tensor)
-    if not found or _family(model_type) not in _STACKED_TYPES:
+    if not found or _family(model_type) not in _STACKED_TYPES or shape[0] > MOST_EXPERTS:
         return None
+    if 0 in shape:
+        return []
     experts, rows, cols = shape
     roles = ("gate_proj", "up_proj") if found["part"] == "gate_up_proj" else ("down_proj",)
     if rows % len(roles):

@@ -8,7 +8,9 @@ from typing import Any
 
 from opdgeo.checkpoints.checkpoint import Checkpoint
 from opdgeo.checkpoints.names import ATTENTION, MLP, ROLES, Matrix, matrices, other_kind
-from opdgeo.errors import ConfigError, PairingError
+from opdgeo.errors import CheckpointError, ConfigError, PairingError
+
+MOST = 1_000_000  # matrices of a model
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Pairing:
     tied: list[str] = field(default_factory=list)  # stored on one side, tied to the embedding on the other
     not_selected: dict[str, int] = field(default_factory=dict)  # kind or role -> tensors
     unrecognised: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)  # of `matrices`, those that will be skipped -> the reason
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -30,6 +33,7 @@ class Pairing:
             "tied": self.tied,
             "not_selected": self.not_selected,
             "unrecognised": self.unrecognised,
+            "unreadable": self.unreadable,
         }
 
 
@@ -51,8 +55,11 @@ def select_roles(text: str) -> set[str]:
 def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
     """Pair two checkpoints.
 
+    A tensor that is not measured may differ in shape, as a vocabulary does that has grown: it is counted as such.
+
     Raises:
-        PairingError: different architectures, a shape that differs (both sides are named), or nothing to measure.
+        PairingError: different architectures, a matrix whose shape differs (both sides are named), or nothing to measure.
+        CheckpointError: no matrix of those to measure is stored as plain numbers.
         ConfigError: an unknown role.
     """
     chosen = select_roles(roles)
@@ -77,18 +84,30 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
     unrecognised: list[str] = []
     for name in base.tensors.keys() & tuned.tensors.keys():
         ours, theirs = base.tensors[name].shape, tuned.tensors[name].shape
-        if ours != theirs:
-            raise PairingError(
-                f"{name} is {_shape(ours)} in {base.path} and {_shape(theirs)} in {tuned.path}; expected equal shapes. "
-                "Are these two checkpoints of the same model?"
-            )
         found = matrices(name, ours, base.config)
+        if ours != theirs:
+            both = [*(found or []), *(matrices(name, theirs, base.config) or [])]
+            if any(matrix.role in chosen for matrix in both):
+                raise PairingError(
+                    f"{name} is {_shape(ours)} in {base.path} and {_shape(theirs)} in {tuned.path}; expected equal shapes. "
+                    "Are these two checkpoints of the same model?"
+                )
+            kind = other_kind(name) or (both[0].role if both else None)
+            if kind:
+                not_selected[f"{kind} of another shape"] += 1
+            else:
+                unrecognised.append(name)
+            continue
         if found is None:
             kind = other_kind(name)
             if kind:
                 not_selected[kind] += 1
             else:
                 unrecognised.append(name)
+        elif not found:
+            not_selected["empty"] += 1
+        if len(measured) > MOST:
+            raise PairingError(f"{base.path} holds more than {MOST} matrices; expected a language model's.")
         for matrix in found or []:
             if matrix.role not in chosen:
                 not_selected[matrix.role] += 1
@@ -101,6 +120,11 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
             f"no linear weight of the roles {', '.join(r for r in ROLES if r in chosen)} stands in both {base.path} and {tuned.path}; "
             f"the first has {_some(base)}, the second {_some(tuned)}. Are these two checkpoints of the same model?"
         )
+    unreadable = {
+        m.name: reason for m in measured if (reason := base.unreadable(m.tensor) or tuned.unreadable(m.tensor))
+    }
+    if len(unreadable) == len(measured):
+        raise CheckpointError(f"none of {len(measured)} matrices can be read: {next(iter(unreadable.values()))}")
     measured.sort(key=lambda m: (m.layer, ROLES.index(m.role), -1 if m.expert is None else m.expert, m.name))
     return Pairing(
         measured,
@@ -109,6 +133,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, roles: str = "all") -> Pairing:
         tied=sorted(tied),
         not_selected=dict(sorted(not_selected.items())),
         unrecognised=sorted(unrecognised),
+        unreadable=unreadable,
     )
 
 

@@ -7,7 +7,10 @@ few kinds below, which keep paths and numbers only: they can be copied to anothe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -41,6 +44,64 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A file that is open: a regular one, read by position, so that a file cut short meanwhile is an error and no fault."""
+
+    file: Path
+    descriptor: int
+    size: int
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `start` on.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        done, length = 0, len(target)
+        while done < length:
+            got = os.preadv(self.descriptor, [target[done : done + (1 << 30)]], start + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.file} ends before a tensor that it should hold ({start + done} bytes). Copy or download it again."
+                )
+            done += got
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on; never more than the file has.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        if start < 0 or length < 0 or start + length > self.size:
+            raise CheckpointError(f"{self.file} ends early. Copy or download it again.")
+        found = bytearray(length)
+        self.read_into(start, memoryview(found))
+        return bytes(found)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Opened]:
+    """A regular file, opened; a pipe or device, which may never answer or never end, is not waited for.
+
+    Raises:
+        CheckpointError: anything else, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file} is no regular file; expected one of a checkpoint. Check the path.")
+        yield Opened(file, descriptor, status.st_size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
 class Safetensor:
     """A tensor of a safetensors file, by its name there."""
 
@@ -66,12 +127,54 @@ class Safetensor:
 
 @dataclass(frozen=True)
 class Raw:
-    """The bytes of a tensor from `offset` on in a file, with the strides (in entries) it was written with."""
+    """The bytes of a tensor from `offset` on in a file, with the strides (in entries) it was written with.
+
+    `swapped`: the bytes of an entry stand the other way round, as on a big-endian machine.
+    """
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: str
+    quantised: str | None = None
+    swapped: bool = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    def __getitem__(self, index: Index) -> Tensor:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        box = [bounds(i, n) for i, n in zip(index, self.shape, strict=True)]
+        shape = [end - start for start, end in box]
+        kept = tuple(0 if isinstance(i, int) else slice(None) for i in index)
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)[kept]
+        # What lies between the first and the last entry asked for.
+        first = sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
+        count = 1 + sum((n - 1) * step for n, step in zip(shape, self.stride, strict=True))
+        start, length = self.offset + first * dtype.itemsize, count * dtype.itemsize
+        with opened(self.file) as source:
+            if start < 0 or start + length > source.size:
+                raise CheckpointError(
+                    f"{self.file} ends before a tensor that it should hold ({source.size} bytes). Copy or download it again."
+                )
+            data = torch.empty(length, dtype=torch.uint8)
+            source.read_into(start, memoryview(data.numpy().data))
+        if self.swapped:
+            data = data.view(-1, dtype.itemsize // (2 if dtype.is_complex else 1)).flip(1).flatten()
+        return data.view(dtype).as_strided(shape, self.stride)[kept].contiguous()
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A tensor that is not stored as plain numbers; `dtype` says in words what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
     dtype: str
     quantised: str | None = None
 
@@ -80,34 +183,14 @@ class Raw:
         return (self.file,)
 
     def __getitem__(self, index: Index) -> Tensor:
-        import mmap
-
-        import torch
-
-        dtype = getattr(torch, self.dtype)
-        count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        if not math.prod(self.shape):
-            return torch.empty(self.shape, dtype=dtype)[index]
-        try:
-            with self.file.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {self.file}: {error}") from error
-        if self.offset < 0 or self.offset + count * dtype.itemsize > len(mapped):
-            raise CheckpointError(
-                f"{self.file} ends before a tensor that it should hold ({len(mapped)} bytes). Copy or download it again."
-            )
-        whole = torch.frombuffer(mapped, dtype=dtype, count=count, offset=self.offset).as_strided(
-            self.shape, self.stride
-        )
-        return whole[index].clone()
+        raise CheckpointError(f"{self.file} holds {self.dtype}, which does not lie in it as plain numbers.")
 
 
 @dataclass(frozen=True)
 class Pieces:
     """A tensor cut into boxes that lie in several places: each with the position of its first entry.
 
-    Pieces may overlap only as copies of one another (replicas). What they do not cover is an error when it is read.
+    What they do not cover, and where two of them disagree, is an error when it is read.
     """
 
     name: str
@@ -127,25 +210,46 @@ class Pieces:
         import torch
 
         box = [bounds(i, n) for i, n in zip(index, self.shape, strict=True)]
-        out = torch.empty([stop - start for start, stop in box], dtype=getattr(torch, self.dtype))
-        covered = torch.zeros(out.shape, dtype=torch.bool) if len(self.pieces) > 1 else None
-        filled = 0
+        inside = []
         for offsets, piece in self.pieces:
             ends = [o + n for o, n in zip(offsets, piece.shape, strict=True)]
             common = [(max(a, o), min(b, e)) for (a, b), o, e in zip(box, offsets, ends, strict=True)]
-            if any(start >= stop for start, stop in common):
-                continue
+            if all(start < stop for start, stop in common):
+                inside.append((offsets, piece, common))
+        shape = [stop - start for start, stop in box]
+        missing = CheckpointError(f"the parts of {self.name} do not cover it: a shard is missing. Copy it again.")
+        if sum(math.prod(b - a for a, b in common) for *_, common in inside) < math.prod(shape):
+            raise missing  # before memory is asked for
+        out = torch.empty(shape, dtype=getattr(torch, self.dtype))
+        covered = torch.zeros(shape, dtype=torch.bool) if len(inside) > 1 else None
+        for offsets, piece, common in inside:
             here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))
-            inside = tuple(slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True))
+            part = piece[tuple(slice(a - o, b - o) for (a, b), o in zip(common, offsets, strict=True))]
+            if part.dtype != out.dtype:
+                raise CheckpointError(
+                    f"{self.name} is {self.dtype} in one place and {str(part.dtype).removeprefix('torch.')} in another "
+                    f"({piece.files[-1]}); expected one dtype. Save it again."
+                )
             if covered is not None:
-                if bool(covered[here].all()):
-                    continue
+                known = covered[here]
+                if bool(known.any()) and not bool(_same_bits(out[here], part)[known].all()):
+                    raise CheckpointError(
+                        f"two parts of {self.name} cover the same entries with different values ({piece.files[-1]}): "
+                        "shards of two checkpoints? Copy it again."
+                    )
                 covered[here] = True
-            out[here] = piece[inside]
-            filled += out[here].numel()
-        if not (bool(covered.all()) if covered is not None else filled == out.numel()):
-            raise CheckpointError(f"the parts of {self.name} do not cover it: a shard is missing. Copy it again.")
+            out[here] = part
+        if covered is not None and not bool(covered.all()):
+            raise missing
         return out[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors of one dtype hold the same bits: NaN equals itself."""
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.view(bits) == b.view(bits)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ from opdgeo.experiments.rules import (
     PREVIOUS,
     R5,
     SIMILARITY,
-    SPARSITY,
     STABLE_RANK,
     Claim,
     Comparison,

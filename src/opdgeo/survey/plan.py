@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
-from opdgeo.errors import ConfigError
+from opdgeo.errors import ConfigError, printable
 from opdgeo.numerics.spectra import KRYLOV
 from opdgeo.survey.memory import LIBRARIES, PAGE, available_memory, peak_memory, working_set
 
@@ -84,8 +84,11 @@ def describe(plan: Plan, pairing: Pairing, checkpoints: int, workers: int) -> st
         if names := account[label]:
             more = ", …" if len(names) > 3 else ""
             lines.append(
-                f"not measured, {label.replace('_', ' ')}: {len(names)} tensors ({', '.join(names[:3])}{more})"
+                f"not measured, {label.replace('_', ' ')}: {len(names)} tensors ({', '.join(map(printable, names[:3]))}{more})"
             )
+    if account["unreadable"]:
+        lines.append(f"will be skipped, not stored as plain numbers: {len(account['unreadable'])} matrices")
+        lines += [f"  {printable(reason)}" for reason in dict.fromkeys(account["unreadable"].values())]
     return "\n".join(lines)
 
 
