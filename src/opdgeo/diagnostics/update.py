@@ -16,13 +16,14 @@ from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, ro
 from opdgeo.numerics.spectra import (
     EPS,
     Difference,
-    Factors,
+    LowRankMatrix,
     Spectrum,
-    leading,
     principal_angles,
     spectrum,
+    truncated_svd,
     truncation_error,
 )
+from opdgeo.numerics.subspaces import largest_rank
 
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ class Base:
 
     def cut(self, rank: int) -> tuple[int, str | None]:
         """A rank that the matrix allows, and what the row says if it is smaller than the one asked for."""
-        allowed = max(1, min(self.shape) // 2)
+        allowed = largest_rank(*self.shape)
         return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
     @cached
@@ -181,14 +182,14 @@ class Update:
     def __init__(
         self,
         base: Base,
-        tuned: Tensor | Factors,
+        tuned: Tensor | LowRankMatrix,
         *,
         directions: int = 0,
         sampled: bool = False,
         start: Tensor | None = None,
     ):
         self.base, self.settings = base, base.settings
-        self.factors = tuned if isinstance(tuned, Factors) else None
+        self.factors = tuned if isinstance(tuned, LowRankMatrix) else None
         if isinstance(tuned, Tensor):
             self.weights = tuned
         self.directions, self.sampled, self.start = directions, sampled, start
@@ -204,7 +205,7 @@ class Update:
         return self.base.shape
 
     @property
-    def delta(self) -> Difference | Factors:
+    def delta(self) -> Difference | LowRankMatrix:
         return self.factors or Difference(self.base.weights, self.weights, self.norm)
 
     @cached
@@ -245,13 +246,13 @@ class Update:
     @cached
     def delta_spectrum(self) -> Spectrum:
         """The leading `top_k` singular triplets of ΔW, or `directions`; of a small matrix, all singular values."""
-        largest = max(1, min(self.shape) // 2)
+        largest = largest_rank(*self.shape)
         k = min(self.settings.top_k, largest)
         if self.sampled:
-            return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
+            return truncated_svd(self.delta, k, tolerance=1e-4, angle=math.inf)
         if not self.directions:
-            return leading(self.delta, k, angle=math.inf, start=self.start)
-        return leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+            return truncated_svd(self.delta, k, angle=math.inf, start=self.start)
+        return truncated_svd(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, rank=k)
 
     @cached
     def angles(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -49,8 +50,7 @@ def thresholds(
     blocks: Blocks, entries: int, shares: Sequence[float], *, top: bool, slack: float = 0.0
 ) -> dict[float, Threshold]:
     """For every share, the threshold beyond which that share of the scores lies; scores are known to `slack`."""
-    counts = sum(torch.bincount(_bin(block), minlength=BINS) for block in blocks())
-    assert isinstance(counts, Tensor)
+    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks()))
     upto = counts.cumsum(0).cpu()
     ranks = {share: min(max(math.ceil(share * entries), 1), entries) for share in shares}
     ascending = {share: entries - rank + 1 if top else rank for share, rank in ranks.items()}

@@ -29,9 +29,13 @@ class Moments:
 
 
 def accumulate(
-    x_BLn: Tensor, delta_BTLm: Tensor, credit_OBT: Tensor, crosses: list[tuple[int, int]], token_UBT: Tensor,
+    x_BLn: Tensor,
+    delta_BTLm: Tensor,
+    credit_OBT: Tensor,
+    crosses: list[tuple[int, int]],
+    token_UBT: Tensor,
     blends: list[tuple[int, int, Tensor, Tensor]],
-) -> Moments:  # fmt: skip
+) -> Moments:
     """Second moments of B sequences under O credits, without forming a gradient of a token.
 
     Args:

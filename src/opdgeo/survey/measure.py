@@ -17,7 +17,8 @@ from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
 from opdgeo.diagnostics.update import undefined
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Factors, Spectrum
+from opdgeo.numerics.spectra import LowRankMatrix, Spectrum
+from opdgeo.numerics.subspaces import largest_rank
 from opdgeo.survey.cache import SpectrumCache
 
 if TYPE_CHECKING:
@@ -124,7 +125,11 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
         steps.append(step)
         with clock("read"):
             factors = checkpoint.factors(matrix)
-            tuned = Factors(*(f.to(job.device) for f in factors)) if factors else checkpoint.read(matrix).to(job.device)
+            tuned = (
+                LowRankMatrix(*(f.to(job.device) for f in factors))
+                if factors
+                else checkpoint.read(matrix).to(job.device)
+            )
             near = next((s.spectrum.right for s in reversed(steps) if s.spectrum), None)
             update = Update(before, tuned, directions=directions, start=near)
         reason = blocked or _non_finite(update.weights, checkpoint)
@@ -238,7 +243,7 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
         if settings.null == "gaussian":
             delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.weights.device)
         else:
-            delta = nulls.shuffled(update.delta.whole(), rng)
+            delta = nulls.shuffled(update.delta.dense(), rng)
         sampled = Update(update.base, delta.add_(update.base.weights), sampled=True)
         for name, diagnostic in missing.items():
             for variant, value in diagnostic.measure(sampled).items():
@@ -257,7 +262,7 @@ def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor
         checkpoint = job.checkpoints[index]
         factors = checkpoint.factors(matrix)
         if factors:
-            return Update(Base(base, job.settings), Factors(*(f.to(job.device) for f in factors))).weights
+            return Update(Base(base, job.settings), LowRankMatrix(*(f.to(job.device) for f in factors))).weights
         return checkpoint.read(matrix).to(job.device)
     except CheckpointError:
         return None
@@ -297,7 +302,7 @@ def _energies(update: Update, steps: list[Step]) -> Iterator[tuple[str, Value]]:
 def _energy_nulls(matrix: Matrix, settings: Settings, steps: list[Step]) -> Null:
     """The walk null of `_energies`, in closed form."""
     found: Null = {}
-    k, lengths = min(settings.top_k, max(1, min(matrix.rows, matrix.cols) // 2)), _lengths(steps)
+    k, lengths = min(settings.top_k, largest_rank(matrix.rows, matrix.cols)), _lengths(steps)
     for other, index in (("first", 0), ("previous", len(steps) - 2)):
         angle = _walk_angle(lengths, index, len(steps) - 1) if len(steps) > 1 else None
         for side, size in (("right", matrix.cols), ("left", matrix.rows)):
@@ -315,7 +320,7 @@ def _others(index: int, count: int) -> tuple[tuple[str, int], tuple[str, int]]:
 
 def _similarities(matrix: Matrix, index: int, settings: Settings, steps: list[Step]) -> Iterator[tuple[str, Value]]:
     """Similarity of the step `index` with the last and with the one before, for every K and both sides."""
-    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    largest = largest_rank(matrix.rows, matrix.cols)
     for kind, other in _others(index, len(steps)):
         for side in subspace_similarity.SIDES:
             for asked in subspace_similarity.ranks(settings):
@@ -335,7 +340,7 @@ def _similarities(matrix: Matrix, index: int, settings: Settings, steps: list[St
 def _walk(matrix: Matrix, settings: Settings, steps: list[Step]) -> dict[tuple[int, str], tuple[float, float]]:
     """The walk null of `_similarities`, by (index, variant)."""
     ranks, lengths = subspace_similarity.ranks(settings), _lengths(steps)
-    largest = max(1, min(matrix.rows, matrix.cols) // 2)
+    largest = largest_rank(matrix.rows, matrix.cols)
     table = nulls.pair_similarity(matrix.rows, matrix.cols, tuple(sorted({min(k, largest) for k in ranks})))
     found = {}
     for index in range(len(steps)):

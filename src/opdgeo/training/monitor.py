@@ -45,7 +45,7 @@ from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.numerics import subspaces
 from opdgeo.numerics.sharded import Rows, ShardedDifference
-from opdgeo.numerics.spectra import Difference, Spectrum, leading
+from opdgeo.numerics.spectra import Difference, Spectrum, truncated_svd
 from opdgeo.training.constrain import parameter_name
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ class _MonitoredBase(Base):
     @cached
     def spectrum(self) -> Spectrum:
         nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
-        return leading(_difference(nothing, self.weights, self.norm, self.rows), self.cut(self.settings.mask_rank)[0])
+        whole = _difference(nothing, self.weights, self.norm, self.rows)
+        return truncated_svd(whole, self.cut(self.settings.mask_rank)[0])
 
 
 class _MonitoredUpdate(Update):
@@ -437,7 +438,7 @@ def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) ->
         for name, of in spectra.items():
             k = of.right.shape[1]
             tensors |= {f"{i} {name} right": of.right.contiguous(), f"{i} {name} sigma": of.sigma[: k + 1].contiguous()}
-            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "rest")}
+            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "tail_bound")}
             facts.append({"place": i, "step": step, "matrix": name, **numbers})
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"history": json.dumps(facts)})
