@@ -17,6 +17,7 @@ from opdgeo.numerics.spectra import (
     EPS,
     Difference,
     LowRankMatrix,
+    MatrixOperator,
     Spectrum,
     principal_angles,
     spectrum,
@@ -172,7 +173,7 @@ class Base:
 class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
-    `tuned` is W₊ as it is stored, or ΔW in factors; then W₊ is their sum, formed only where its entries are asked for.
+    `tuned` is W₊ as it is stored; a ΔW that is known in factors is a `LowRankUpdate`.
     `directions` asks for so many singular triplets of ΔW, the vectors to full accuracy, which a trajectory compares (0: the
     values of the leading `top_k`); `sampled` marks a draw
     whose spread is far above rounding, and which is therefore measured to three digits; `start` holds directions expected
@@ -182,36 +183,26 @@ class Update:
     def __init__(
         self,
         base: Base,
-        tuned: Tensor | LowRankMatrix,
+        tuned: Tensor,
         *,
         directions: int = 0,
         sampled: bool = False,
         start: Tensor | None = None,
     ):
         self.base, self.settings = base, base.settings
-        self.factors = tuned if isinstance(tuned, LowRankMatrix) else None
-        if isinstance(tuned, Tensor):
-            self.weights = tuned
+        self.weights = tuned
         self.directions, self.sampled, self.start = directions, sampled, start
-
-    @cached
-    def weights(self) -> Tensor:
-        """W₊."""
-        assert self.factors is not None
-        return torch.addmm(self.base.matrix, self.factors.left, self.factors.right.T)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
 
     @property
-    def delta(self) -> Difference | LowRankMatrix:
-        return self.factors or Difference(self.base.weights, self.weights, self.norm)
+    def delta(self) -> MatrixOperator:
+        return Difference(self.base.weights, self.weights, self.norm)
 
     @cached
     def moved(self) -> bool:
-        if self.factors:
-            return self.norm > 0
         if self.weights.dtype == self.base.weights.dtype:
             return not torch.equal(self.weights, self.base.weights)
         return any(bool((after.double() != before.double()).any()) for before, after in self.blocks())
@@ -219,19 +210,15 @@ class Update:
     @cached
     def norm(self) -> float:
         """‖ΔW‖_F."""
-        if self.factors:
-            return self.factors.norm
         return _norm(after.double() - before for before, after in self.blocks())
 
     @property
     def norm_method(self) -> str:
-        return "factors" if self.factors else "sum"
+        return "sum"
 
     @property
     def norm_error(self) -> float:
-        """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences, or of the core."""
-        if self.factors:
-            return self.factors.error / self.norm if self.moved else 0.0
+        """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences."""
         return EPS * (8 + math.sqrt(self.weights.numel()))
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -273,6 +260,50 @@ class Update:
     def visible(self) -> Tensor:
         """The mask M of visible updates: entries changed under the η rule."""
         return ~self.unchanged[0]
+
+
+class LowRankUpdate(Update):
+    """An update whose ΔW is known in factors: what is spectral comes from them, and W₊ is W₀ + ΔW in float64, formed only where its
+    entries are asked for."""
+
+    def __init__(
+        self,
+        base: Base,
+        delta: LowRankMatrix,
+        *,
+        directions: int = 0,
+        sampled: bool = False,
+        start: Tensor | None = None,
+    ):
+        self.base, self.settings, self.low_rank = base, base.settings, delta
+        self.directions, self.sampled, self.start = directions, sampled, start
+
+    @cached
+    def weights(self) -> Tensor:
+        """W₊."""
+        return torch.addmm(self.base.matrix, self.low_rank.left, self.low_rank.right.T)
+
+    @property
+    def delta(self) -> MatrixOperator:
+        return self.low_rank
+
+    @cached
+    def moved(self) -> bool:
+        return self.norm > 0
+
+    @cached
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+        return self.low_rank.norm
+
+    @property
+    def norm_method(self) -> str:
+        return "factors"
+
+    @property
+    def norm_error(self) -> float:
+        """A bound on the rounding error of `norm`, relative to it: of the core of the factors."""
+        return self.low_rank.error / self.norm if self.moved else 0.0
 
 
 def _norm(blocks: Iterator[Tensor]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import MODULES, Base, Settings, Update, Value, channel_energy, diagnostics, subspace_similarity
 from opdgeo.diagnostics.gaussian_null import Null, gaussian_null, mean_std
-from opdgeo.diagnostics.update import undefined
+from opdgeo.diagnostics.update import LowRankUpdate, undefined
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
 from opdgeo.numerics.spectra import LowRankMatrix, Spectrum
@@ -124,14 +124,8 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
         step = Step()
         steps.append(step)
         with clock("read"):
-            factors = checkpoint.factors(matrix)
-            tuned = (
-                LowRankMatrix(*(f.to(job.device) for f in factors))
-                if factors
-                else checkpoint.read(matrix).to(job.device)
-            )
             near = next((s.spectrum.right for s in reversed(steps) if s.spectrum), None)
-            update = Update(before, tuned, directions=directions, start=near)
+            update = _update(before, checkpoint, matrix, job.device, directions=directions, start=near)
         reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
         curves: dict[str, list[float]] = {}
@@ -252,6 +246,14 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
+def _update(base: Base, checkpoint: Checkpoint, matrix: Matrix, device: str, **how: Any) -> Update:
+    """The matrix in a checkpoint as an update of the base: in its factors where the checkpoint is an adapter."""
+    factors = checkpoint.factors(matrix)
+    if factors:
+        return LowRankUpdate(base, LowRankMatrix(*(f.to(device) for f in factors)), **how)
+    return Update(base, checkpoint.read(matrix).to(device), **how)
+
+
 def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor | None:
     """The finite weights before the newest step, W₀ where there are none; None where they are gone: a run may keep its last
     checkpoints only."""
@@ -259,11 +261,7 @@ def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor
     if index is None:
         return base
     try:
-        checkpoint = job.checkpoints[index]
-        factors = checkpoint.factors(matrix)
-        if factors:
-            return Update(Base(base, job.settings), LowRankMatrix(*(f.to(job.device) for f in factors))).weights
-        return checkpoint.read(matrix).to(job.device)
+        return _update(Base(base, job.settings), job.checkpoints[index], matrix, job.device).weights
     except CheckpointError:
         return None
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update
+from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError
 from opdgeo.numerics import subspaces
 from opdgeo.numerics.spectra import LowRankMatrix, Spectrum, principal_angles, truncated_svd
@@ -332,7 +333,8 @@ class Channel:
 
 def _update(base: Checkpoint, tuned: Checkpoint, matrix: Matrix) -> Update:
     before, factors = base.read(matrix), tuned.factors(matrix)
-    update = Update(Base(before, Settings()), LowRankMatrix(*factors) if factors else tuned.read(matrix))
+    origin = Base(before, Settings())
+    update = LowRankUpdate(origin, LowRankMatrix(*factors)) if factors else Update(origin, tuned.read(matrix))
     if not bool(torch.isfinite(before).all() and torch.isfinite(update.weights).all()):
         raise NumericsError(f"{matrix.name} has entries that are not finite in {base.path} or {tuned.path}.")
     return update
