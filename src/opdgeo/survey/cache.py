@@ -31,7 +31,7 @@ from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import Spectrum
 
 NUMERICS = "3"  # raise it when the same weights would give another spectrum, or the file another form
-TENSORS, NUMBERS = ("sigma", "errors", "left", "right"), ("error", "method", "residual", "gram", "rest")
+TENSORS, NUMBERS = ("sigma", "errors", "left", "right"), ("error", "method", "residual", "gram", "tail_bound")
 MARK = "opdgeo", "spectrum"  # key and value in the header of every entry
 ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Factors of base checkpoints, kept by opdgeo; `opdgeo cache clear` removes them.\n"
