@@ -291,7 +291,7 @@ def test_hostile_torch_files_end(tmp_path: Path) -> None:
     torch.save(some_state(), file)
     whole = file.read_bytes()
     opened = open_checkpoint(file)
-    file.write_bytes(whole[:2000])  # cut short between opening and reading
+    file.write_bytes(whole[:500])  # cut short between opening and reading
     assert "OpdgeoError" in within_limits(lambda: opened.tensors[UP][:, :])
 
 
@@ -409,6 +409,7 @@ def test_meshes_of_ranks_that_are_not_there_end(ranks: int, tmp_path: Path) -> N
 # Patterns of adapters -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab.|()*+?[]{}1,\\d^$", max_size=8), st.text("ab.1", max_size=6))
 def test_patterns_match_as_python_matches_them(pattern: str, name: str) -> None:

@@ -35,7 +35,7 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64
 # Types of values in the header: what `struct` calls them; 8 is text, 9 an array.
 _VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-MOST = 1 << 22  # texts in a header, tensors in a file
+MOST = 1 << 21  # texts in a header, tensors in a file
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 _EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,9})\.ffn_(?P<role>gate|up|down)_exps\.weight")
 _LAYER_NAMES = (

@@ -129,7 +129,7 @@ def matrices(tensor: str, shape: tuple[int, ...], config: dict[str, Any] | None 
     >>> matrices("visual.blocks.0.attn.qkv.weight", (12, 4)) is None
     True
     """
-    text: dict[str, Any] = {**(config or {}), **((config or {}).get("text_config") or {})}
+    text = _language(config or {})
     if len(shape) == 3:
         return _stacked(tensor, shape, str(text.get("model_type", "")))
     if len(shape) != 2:
@@ -211,8 +211,14 @@ def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matri
 
 def stacks_experts(config: dict[str, Any]) -> bool:
     """Whether a model of this `config.json` keeps its experts in memory as `_STACKED` describes, however it stores them."""
-    text = {**config, **(config.get("text_config") or {})}
+    text = _language(config)
     return _family(str(text.get("model_type", ""))) in _STACKED_TYPES
+
+
+def _language(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model, also where it stands inside a multimodal one's."""
+    inner = config.get("text_config")
+    return config | inner if isinstance(inner, dict) else config
 
 
 def _family(model_type: str) -> str:
