@@ -178,7 +178,9 @@ class Panel:
     rank: Callable[[str], int | None]
 
 
-Subject, Found, Against = TypeVar("Subject"), TypeVar("Found"), TypeVar("Against")
+Subject = TypeVar("Subject")
+Found = TypeVar("Found")
+Against = TypeVar("Against")
 
 
 @dataclass(frozen=True, kw_only=True)
