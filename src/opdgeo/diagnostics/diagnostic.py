@@ -17,11 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from opdgeo.errors import ConfigError
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from opdgeo.diagnostics.gaussian_null import Isotropic
-    from opdgeo.diagnostics.trajectory import Trajectory
-    from opdgeo.diagnostics.update import Update
     from opdgeo.numerics.spectra import Spectrum
 
 PAPER = "arXiv 2606.07082"
@@ -263,9 +258,3 @@ class Diagnostic(Generic[Subject, Found, Against]):
     def ratio(self) -> bool:
         """Whether two of its values are compared by their ratio. Shares of something are compared by their difference."""
         return self.unit != "share" or self.size
-
-
-if TYPE_CHECKING:
-    OfUpdate = Diagnostic[Update, dict[str, Value], Isotropic]
-    OfTrajectory = Diagnostic[Trajectory, dict[str, Value], Trajectory]
-    OfRun = Diagnostic[pl.DataFrame, list[dict[str, Any]], None]
