@@ -21,8 +21,9 @@ import torch
 
 from opdgeo.checkpoints import Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update, diagnostics
+from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.numerics import lapack
-from opdgeo.numerics.spectra import Factors
+from opdgeo.numerics.spectra import LowRankMatrix
 
 SPECTRAL = ("frobenius_norm", "relative_norm", "operator_norm", "stable_rank", "hill_exponent", "principal_energy")
 SETTINGS = Settings(rank=64)  # the rank of the principal angles, which are not measured here
@@ -85,7 +86,7 @@ def main() -> None:
             def from_factors(matrix: Matrix = matrix, base: Base = base) -> Update:
                 found = factored.factors(matrix)
                 assert found is not None
-                return Update(base, Factors(*found), directions=True)
+                return LowRankUpdate(base, LowRankMatrix(*found), directions=True)
 
             def from_merged(matrix: Matrix = matrix, base: Base = base) -> Update:
                 return Update(base, whole.read(matrix), directions=True)

@@ -162,7 +162,7 @@ def bench(
         matrix, name = SimpleNamespace(name="bench", rows=rows, cols=cols), SimpleNamespace(name="tuned")
         record["nulls"], _ = timed(lambda: _null(update, matrix, name))  # type: ignore[arg-type]
     plain, times = [], []
-    for m in (before.double(), after.double(), update.delta.whole()):
+    for m in (before.double(), after.double(), update.delta.dense()):
         elapsed, factors = timed(lambda m=m: torch.linalg.svd(m, full_matrices=False))
         times.append(elapsed)
         plain.append(factors)

@@ -71,8 +71,8 @@ def sharded_spectrum() -> dict[str, float]:
         mine = parts[dist.get_rank()]
         place = Rows(rows, int(mine[0]))
         delta = ShardedDifference(before[mine], after[mine], norm, place)
-        found = spectra.leading(delta, 16)
-        whole = spectra.leading(spectra.Difference(before, after, norm), 16)
+        found = spectra.truncated_svd(delta, 16)
+        whole = spectra.truncated_svd(spectra.Difference(before, after, norm), 16)
         assert found.method == whole.method == "krylov", found.method
         apart = max(
             float(spectra.principal_angles(getattr(found, s), getattr(whole, s))[-1]) for s in ("left", "right")

@@ -97,11 +97,11 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert loaded is not None
     assert thresholds == limits
     assert torch.equal(loaded.sigma, found.sigma)
-    assert (loaded.error, loaded.method, loaded.gram, loaded.rest) == (
+    assert (loaded.error, loaded.method, loaded.gram, loaded.tail_bound) == (
         found.error,
         found.method,
         found.gram,
-        found.rest,
+        found.tail_bound,
     )
 
 

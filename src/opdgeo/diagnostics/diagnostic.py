@@ -104,7 +104,9 @@ def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
     >>> cut(16, (20, 100))
     (10, 'rank 16 cut to 10: half the smaller side')
     """
-    allowed = max(1, min(shape) // 2)
+    from opdgeo.numerics.subspaces import largest_rank
+
+    allowed = largest_rank(*shape)
     return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
 

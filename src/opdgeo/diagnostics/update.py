@@ -16,13 +16,15 @@ from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, ro
 from opdgeo.numerics.spectra import (
     EPS,
     Difference,
-    Factors,
+    LowRankMatrix,
+    MatrixOperator,
     Spectrum,
-    leading,
     principal_angles,
     spectrum,
+    truncated_svd,
     truncation_error,
 )
+from opdgeo.numerics.subspaces import largest_rank
 
 T = TypeVar("T")
 
@@ -114,7 +116,7 @@ class Update:
     """ΔW = W₊ − W₀ of one (rows, cols) matrix, with its shared quantities computed at most once, in float64.
 
     Args:
-        tuned: W₊ as it is stored, or ΔW in factors. Of factors, W₊ is formed only where its entries are asked for.
+        tuned: W₊ as it is stored. A ΔW that is known in factors is a `LowRankUpdate`.
         directions: how many singular triplets of ΔW a trajectory compares; their vectors are computed to full accuracy. With 0
             only the leading `top_k` singular values are.
         sampled: marks a draw of a null model. Its spread is far above rounding, so it is measured to three digits.
@@ -124,36 +126,26 @@ class Update:
     def __init__(
         self,
         base: Base,
-        tuned: Tensor | Factors,
+        tuned: Tensor,
         *,
         directions: int = 0,
         sampled: bool = False,
         start: Tensor | None = None,
     ):
         self.base, self.settings = base, base.settings
-        self.factors = tuned if isinstance(tuned, Factors) else None
-        if isinstance(tuned, Tensor):
-            self.weights = tuned
+        self.weights = tuned
         self.directions, self.sampled, self.start = directions, sampled, start
-
-    @cached
-    def weights(self) -> Tensor:
-        """W₊."""
-        assert self.factors is not None
-        return torch.addmm(self.base.matrix, self.factors.left, self.factors.right.T)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
 
     @property
-    def delta(self) -> Difference | Factors:
-        return self.factors or Difference(self.base.weights, self.weights, self.norm)
+    def delta(self) -> MatrixOperator:
+        return Difference(self.base.weights, self.weights, self.norm)
 
     @cached
     def moved(self) -> bool:
-        if self.factors:
-            return self.norm > 0
         if self.weights.dtype == self.base.weights.dtype:
             return not torch.equal(self.weights, self.base.weights)
         return any(bool((after.double() != before.double()).any()) for before, after in self.blocks())
@@ -161,19 +153,15 @@ class Update:
     @cached
     def norm(self) -> float:
         """‖ΔW‖_F."""
-        if self.factors:
-            return self.factors.norm
         return _norm(after.double() - before for before, after in self.blocks())
 
     @property
     def norm_method(self) -> str:
-        return "factors" if self.factors else "sum"
+        return "sum"
 
     @property
     def norm_error(self) -> float:
-        """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences, or of the core."""
-        if self.factors:
-            return self.factors.error / self.norm if self.moved else 0.0
+        """A bound on the rounding error of `norm`, relative to it: of a pairwise sum of exact differences."""
         return EPS * (8 + math.sqrt(self.weights.numel()))
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,19 +176,20 @@ class Update:
     @cached
     def delta_spectrum(self) -> Spectrum:
         """The leading `top_k` singular triplets of ΔW, or `directions` of them. Of a small matrix, all singular values."""
-        largest = max(1, min(self.shape) // 2)
+        largest = largest_rank(*self.shape)
         k = min(self.settings.top_k, largest)
         if self.sampled:
-            return leading(self.delta, k, tolerance=1e-4, angle=math.inf)
+            return truncated_svd(self.delta, k, tolerance=1e-4, angle=math.inf)
         if not self.directions:
-            return leading(self.delta, k, angle=math.inf, start=self.start)
-        found = leading(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, cut=k)
+            return truncated_svd(self.delta, k, angle=math.inf, start=self.start)
+        most = min(max(self.directions, k), largest)
+        found = truncated_svd(self.delta, most, angle=1e-5, start=self.start, rank=k)
         return replace(found, floor=self.rounding)
 
     @property
     def rounding(self) -> float:
-        """How large the singular values are that the rounding of W₊ as it is stored gives to ΔW; factors have none."""
-        return 0.0 if self.factors else precision.rounding(*precision.squares(self.weights), self.weights.dtype)
+        """How large the singular values are that the rounding of W₊ as it is stored gives to ΔW."""
+        return precision.rounding(*precision.squares(self.weights), self.weights.dtype)
 
     @cached
     def angles(self) -> dict[str, Tensor]:
@@ -221,6 +210,55 @@ class Update:
     def visible(self) -> Tensor:
         """The mask M of visible updates: entries changed under the η rule."""
         return ~self.unchanged[0]
+
+
+class LowRankUpdate(Update):
+    """An update whose ΔW is known in factors: what is spectral comes from them, and W₊ is W₀ + ΔW in float64, formed only where its
+    entries are asked for."""
+
+    def __init__(
+        self,
+        base: Base,
+        delta: LowRankMatrix,
+        *,
+        directions: int = 0,
+        sampled: bool = False,
+        start: Tensor | None = None,
+    ):
+        self.base, self.settings, self.low_rank = base, base.settings, delta
+        self.directions, self.sampled, self.start = directions, sampled, start
+
+    @cached
+    def weights(self) -> Tensor:
+        """W₊."""
+        return torch.addmm(self.base.matrix, self.low_rank.left, self.low_rank.right.T)
+
+    @property
+    def delta(self) -> MatrixOperator:
+        return self.low_rank
+
+    @cached
+    def moved(self) -> bool:
+        return self.norm > 0
+
+    @cached
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+        return self.low_rank.norm
+
+    @property
+    def norm_method(self) -> str:
+        return "factors"
+
+    @property
+    def norm_error(self) -> float:
+        """A bound on the rounding error of `norm`, relative to it: of the core of the factors."""
+        return self.low_rank.error / self.norm if self.moved else 0.0
+
+    @property
+    def rounding(self) -> float:
+        """Factors are not rounded to the weights that they are added to."""
+        return 0.0
 
 
 def _norm(blocks: Iterator[Tensor]) -> float:

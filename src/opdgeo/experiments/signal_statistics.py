@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opdgeo.numerics import moments
 from opdgeo.numerics.moments import Products
+from opdgeo.numerics.subspaces import largest_rank
 from opdgeo.training.evaluation import Completions
 
 ALPHAS = (0.75, 0.5, 0.25)
@@ -74,7 +75,7 @@ def _of_side(
     """Everything about the second moments of one side of one matrix."""
     rows: list[dict[str, Any]] = []
     size = next(iter(entries.values())).shape[1]
-    k = max(1, min(top_k, size // 2, directions.shape[1] // 2))
+    k = min(top_k, largest_rank(size, directions.shape[1]))
     products = Products(entries, sizes)
     traces = {a: e.diagonal(dim1=1, dim2=2).sum(1).double().numpy() for a, e in entries.items()}
     totals = {a: (counts @ traces[a]) / (counts @ sizes[a]) for a in entries}

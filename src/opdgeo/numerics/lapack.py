@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,23 +39,19 @@ def threads(count: int) -> Any:
     return threadpool_limits(count, user_api="blas")
 
 
-def _places(arguments: tuple[Tensor | int | bytes | float, ...]) -> tuple[list[Any], list[Any]]:
+_SCALARS: dict[type, Any] = {bytes: ctypes.c_char, int: ctypes.c_int, float: ctypes.c_double}
+
+
+def _places(arguments: tuple[Tensor | int | bytes | float, ...]) -> tuple[list[int], list[Any]]:
     """Addresses of Fortran arguments, and the scalars that must live as long as the call."""
     held: list[Any] = []
-    places: list[Any] = []
+    places: list[int] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            places.append(argument.data_ptr())
-            continue
-        scalar: Any = (
-            ctypes.c_char(argument)
-            if isinstance(argument, bytes)
-            else ctypes.c_int(argument)
-            if isinstance(argument, int)
-            else ctypes.c_double(argument)
-        )
-        held.append(scalar)
-        places.append(ctypes.addressof(scalar))
+        if type(argument) in _SCALARS:
+            held.append(_SCALARS[type(argument)](argument))
+            places.append(ctypes.addressof(held[-1]))
+        else:
+            places.append(cast(Tensor, argument).data_ptr())
     return places, held
 
 
@@ -68,8 +64,12 @@ def _call(name: str, *arguments: Tensor | int | bytes | float) -> None:
         raise EigenError(f"{name} returned info = {info.value}.")
 
 
-def gram(tall: Tensor) -> Tensor:
-    """The upper triangle of AᵀA of a float64 (rows, cols) matrix; what stands below it means nothing."""
+def gram_matrix(tall: Tensor) -> Tensor:
+    """The upper triangle of AᵀA of a float64 (rows, cols) matrix: (cols, cols); what stands below it means nothing.
+
+    >>> gram_matrix(torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)).triu().tolist()
+    [[1.0, 2.0], [0.0, 5.0]]
+    """
     rows, cols = tall.shape
     if tall.device.type != "cpu":
         return tall.T @ tall
@@ -92,6 +92,10 @@ def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         EigenError: LAPACK did not converge.
+
+    >>> values, vectors = eigen(torch.tensor([[2.0, 0.0], [0.0, 3.0]], dtype=torch.float64), 1)
+    >>> values.tolist(), vectors.abs().flatten().tolist()
+    ([3.0, 2.0], [0.0, 1.0])
     """
     n = symmetric.shape[0]
     if symmetric.device.type != "cpu":
@@ -138,10 +142,9 @@ def _separate(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor]
     support, whole = torch.empty(2 * k, dtype=torch.int32), torch.empty(10 * n, dtype=torch.int32)
     relative = torch.ones(1, dtype=torch.int32)
     work = diagonal.new_empty(18 * n)
-    _call(
-        "dstemr", b"V", b"I", n, diagonal, beside, 0.0, 0.0, n - k + 1, n, found, top, vectors, n, k, support, relative,
-        work, work.numel(), whole, whole.numel(),
-    )  # fmt: skip
+    matrix, selected = (n, diagonal, beside), (0.0, 0.0, n - k + 1, n)
+    result = (found, top, vectors, n, k, support, relative)
+    _call("dstemr", b"V", b"I", *matrix, *selected, *result, work, work.numel(), whole, whole.numel())
     if int(found) != k:
         raise EigenError(f"dstemr found {int(found)} of {k} vectors.")
     return values, vectors

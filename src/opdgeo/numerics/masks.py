@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ IN, TIED, NEAR = 1, 2, 4
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a mask ends: scores beyond `value` are in, those equal to it count `tied_weight`.
+    """Where a mask ends.
 
-    `near`: whether other scores than one lie within the slack of it.
+    Attributes:
+        value: the threshold; scores beyond it are in.
+        tied_weight: what each score equal to it counts, in (0, 1].
+        near: whether other scores than one lie within the slack of it.
     """
 
     value: float
@@ -37,6 +41,11 @@ class Threshold:
 
 
 def rows_of_block(cols: int) -> int:
+    """Rows of a block of `BLOCK` entries, at least one.
+
+    >>> rows_of_block(1 << 16), rows_of_block(1 << 30)
+    (4, 1)
+    """
     return max(1, BLOCK // cols)
 
 
@@ -48,9 +57,18 @@ def magnitudes(matrix: Tensor) -> Blocks:
 def thresholds(
     blocks: Blocks, entries: int, shares: Sequence[float], *, top: bool, slack: float = 0.0
 ) -> dict[float, Threshold]:
-    """For every share, the threshold beyond which that share of the scores lies; scores are known to `slack`."""
-    counts = sum(torch.bincount(_bin(block), minlength=BINS) for block in blocks())
-    assert isinstance(counts, Tensor)
+    """For every share, the threshold beyond which that share of the scores lies.
+
+    Law: entries beyond the threshold and `tied_weight` of those equal to it make `share` × `entries` exactly.
+
+    Args:
+        blocks: gives the scores anew on every call; it is called twice.
+        entries: how many scores there are.
+        shares: between 0 and 1.
+        top: the mask holds the largest scores, else the smallest.
+        slack: a bound on the error of every score.
+    """
+    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks()))
     upto = counts.cumsum(0).cpu()
     ranks = {share: min(max(math.ceil(share * entries), 1), entries) for share in shares}
     ascending = {share: entries - rank + 1 if top else rank for share, rank in ranks.items()}
@@ -96,7 +114,11 @@ class Mask:
     threshold: Threshold
 
     def overlap(self, visible: Tensor) -> tuple[float, float]:
-        """Share of the visible entries inside, and how much of it hangs on scores within the slack of the threshold."""
+        """The share of the visible entries inside, and how much of it hangs on scores within the slack of the threshold.
+
+        Args:
+            visible: (rows, cols) bool, with at least one entry set.
+        """
         size = rows_of_block(visible.shape[1])  # what a block needs stays in cache
         inside = tied = near = total = 0
         for codes, seen in zip(self.codes.split(size), visible.view(torch.uint8).split(size), strict=True):
@@ -111,7 +133,7 @@ class Mask:
         return _count(self.codes & IN) + self.threshold.tied_weight * _count(self.codes & TIED)
 
     def weight(self) -> Tensor:
-        """Membership of every code, a table of 8."""
+        """What an entry of each code counts: a table of 8, float64."""
         tied = self.threshold.tied_weight
         return torch.tensor([float(code & IN) + tied * bool(code & TIED) for code in range(8)], dtype=torch.float64)
 
@@ -125,10 +147,19 @@ def masks(
     slack: float = 0.0,
     known: Mapping[float, Threshold] | None = None,
 ) -> dict[float, Mask]:
-    """The masks of every share, of scores that are known to `slack`.
+    """The mask of every share.
 
-    `known`: thresholds found earlier, most of the work; found anew where they do not cut exactly, since scores from another device
-    or number of threads differ in their last bits.
+    >>> scores = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
+    >>> half = masks(magnitudes(scores), (2, 2), [0.5], top=True)[0.5]
+    >>> half.threshold.value, half.threshold.tied_weight, half.size()  # 3 is in, each 1 counts a half
+    (1.0, 0.5, 2.0)
+
+    Args:
+        shape: (rows, cols) of all scores together.
+        known: thresholds found earlier, which are most of the work. They are found anew where they do not cut exactly: scores from
+            another device or number of threads differ in their last bits.
+
+    The other arguments are those of `thresholds`.
     """
     if not known and shape[0] * shape[1] <= KEPT:
         kept = list(blocks())

@@ -29,12 +29,19 @@ class Moments:
 
 
 def accumulate(
-    x_BLn: Tensor, delta_BTLm: Tensor, credit_OBT: Tensor, crosses: list[tuple[int, int]], token_UBT: Tensor,
+    x_BLn: Tensor,
+    delta_BTLm: Tensor,
+    credit_OBT: Tensor,
+    crosses: list[tuple[int, int]],
+    token_UBT: Tensor,
     blends: list[tuple[int, int, Tensor, Tensor]],
-) -> Moments:  # fmt: skip
-    """Second moments of B sequences under O credits, without forming a gradient of a token.
+) -> Moments:
+    """Second moments of B sequences of L positions and T credited tokens under O credits, without forming a gradient of a token.
 
     Args:
+        x_BLn: what the matrix multiplies, at every position.
+        delta_BTLm: the gradient of each token's log-probability at the matrix's output.
+        credit_OBT: the credit of every token under each objective.
         crosses: pairs (i, j) of credits; gives E[GᵢᵀGⱼ + GⱼᵀGᵢ].
         token_UBT: credits whose token-by-token second moment is wanted.
         blends: (credit, token credit, p_B, q_B): p · GᵀG + q · Σ_t a_t² φ_tᵀφ_t, a weight a sequence.
@@ -68,7 +75,11 @@ def accumulate(
 
 
 def draws(blocks: int, count: int, seed: int) -> np.ndarray:
-    """Block counts (1 + count, blocks): first every block once, then bootstrap draws."""
+    """Block counts (1 + count, blocks): first every block once, then bootstrap draws.
+
+    >>> draws(3, 2, seed=0).sum(axis=1).tolist()
+    [3.0, 3.0, 3.0]
+    """
     rng = np.random.default_rng(seed)
     return np.vstack([np.ones(blocks), rng.multinomial(blocks, [1 / blocks] * blocks, size=count)])
 
@@ -129,7 +140,13 @@ class Products:
 
 
 def unequal(table: np.ndarray, sizes_a: np.ndarray, sizes_b: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Σ_{i≠j} w_i w_j table_ij / Σ_{i≠j} w_i w_j n_i n_j for every row w of `counts`."""
+    """Σ_{i≠j} w_i w_j table_ij / Σ_{i≠j} w_i w_j n_i n_j for every row w of `counts`: (R,).
+
+    Args:
+        table: (J, J) inner products of block sums.
+        sizes_a, sizes_b: (J,) sequences in each block, of either entry.
+        counts: (R, J).
+    """
 
     def pairs(matrix: np.ndarray) -> np.ndarray:
         return np.einsum("ri,ij,rj->r", counts, matrix, counts) - (counts**2) @ np.diag(matrix)
@@ -139,6 +156,7 @@ def unequal(table: np.ndarray, sizes_a: np.ndarray, sizes_b: np.ndarray, counts:
 
 
 def spectrum(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending, negative rounding cut to 0) and eigenvectors in columns of a second moment, in float64."""
+    """Eigenvalues (n,), descending, with negative rounding cut to 0, and eigenvectors in columns (n, n) of a second moment, in
+    float64."""
     values, vectors = torch.linalg.eigh(moment.double())
     return values.flip(0).clamp(min=0), vectors.flip(1)

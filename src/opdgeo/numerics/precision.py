@@ -13,7 +13,11 @@ FINEST = 2.0**-8  # neighbouring bf16 numbers differ by at least this, relative 
 
 
 def to_bf16(weights: Tensor) -> Tensor:
-    """The values after a round-to-nearest-even cast to bf16. Stored bf16, fp16 and fp32 cast in one rounding."""
+    """The values after a round-to-nearest-even cast to bf16. Stored bf16, fp16 and fp32 cast in one rounding; float64 in two.
+
+    >>> to_bf16(torch.tensor([1.0 + 2**-9, 1.0 + 3 * 2**-9])).tolist()
+    [1.0, 1.0078125]
+    """
     return weights.to(torch.float32).to(torch.bfloat16)
 
 
@@ -22,6 +26,13 @@ def unchanged(base: Tensor, tuned: Tensor, eta: float) -> tuple[Tensor, Tensor]:
 
     η rule (PAPER §2): |ŵ − w| ≤ η·max(|w|, |ŵ|) after the bf16 cast. For η below 2⁻⁸, the finest relative spacing of
     bf16, that is equality, and the two masks are the same up to the sign of zero.
+
+    Args:
+        base, tuned: (rows, cols) as stored, of any float dtypes.
+        eta: the relative tolerance, at least 0.
+
+    Returns:
+        Two (rows, cols) bool masks.
     """
     within = torch.empty(base.shape, dtype=torch.bool, device=base.device)
     same_bits = torch.empty_like(within)

@@ -23,8 +23,8 @@ from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import Spectrum
 from opdgeo.survey.results import write_atomically
 
-NUMERICS = "2"  # raise it when the same weights would give another spectrum, or the file another form
-TENSORS, NUMBERS = ("sigma", "errors", "left", "right"), ("error", "method", "residual", "gram", "rest")
+NUMERICS = "3"  # raise it when the same weights would give another spectrum, or the file another form
+TENSORS, NUMBERS = ("sigma", "errors", "left", "right"), ("error", "method", "residual", "gram", "tail_bound")
 SMALLEST = 1 << 16  # entries; a smaller matrix is factored sooner than it is found
 
 

@@ -27,9 +27,10 @@ from opdgeo.diagnostics import (
 )
 from opdgeo.diagnostics.diagnostic import mean_std, skipped
 from opdgeo.diagnostics.gaussian_null import gaussian_null
+from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import Factors
+from opdgeo.numerics.spectra import LowRankMatrix
 from opdgeo.survey.cache import SpectrumCache
 
 if TYPE_CHECKING:
@@ -122,10 +123,8 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
         step = Step()
         steps.append(step)
         with clock("read"):
-            factors = checkpoint.factors(matrix)
-            tuned = Factors(*(f.to(job.device) for f in factors)) if factors else checkpoint.read(matrix).to(job.device)
             near = next((s.spectrum.right for s in reversed(steps) if s.spectrum), None)
-            update = Update(before, tuned, directions=directions, start=near)
+            update = _update(before, checkpoint, matrix, job.device, directions=directions, start=near)
         place = Trajectory(before.shape, settings, steps, index, update)
         reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
@@ -237,7 +236,7 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
         if settings.null == "gaussian":
             delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.weights.device)
         else:
-            delta = nulls.shuffled(update.delta.whole(), rng)
+            delta = nulls.shuffled(update.delta.dense(), rng)
         sampled = Update(update.base, delta.add_(update.base.weights), sampled=True)
         for d in missing:
             for variant, value in d.measure(sampled).items():
@@ -251,6 +250,14 @@ def _walk(place: Trajectory, wanted: Iterable[Diagnostic]) -> Null:
     return {(d.name, variant): null for d in wanted for variant, null in d.null(place).items()}
 
 
+def _update(base: Base, checkpoint: Checkpoint, matrix: Matrix, device: str, **how: Any) -> Update:
+    """The matrix in a checkpoint as an update of the base: in its factors where the checkpoint is an adapter."""
+    factors = checkpoint.factors(matrix)
+    if factors:
+        return LowRankUpdate(base, LowRankMatrix(*(f.to(device) for f in factors)), **how)
+    return Update(base, checkpoint.read(matrix).to(device), **how)
+
+
 def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor | None:
     """The finite weights before the newest step, W₀ where there are none; None where they are gone: a run may keep its last
     checkpoints only."""
@@ -258,11 +265,7 @@ def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor
     if index is None:
         return base
     try:
-        checkpoint = job.checkpoints[index]
-        factors = checkpoint.factors(matrix)
-        if factors:
-            return Update(Base(base, job.settings), Factors(*(f.to(job.device) for f in factors))).weights
-        return checkpoint.read(matrix).to(job.device)
+        return _update(Base(base, job.settings), job.checkpoints[index], matrix, job.device).weights
     except CheckpointError:
         return None
 

@@ -15,6 +15,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 from opdgeo.numerics.masks import KEPT
 from opdgeo.numerics.spectra import KRYLOV
+from opdgeo.numerics.subspaces import largest_rank
 
 LIBRARIES = 40 << 20  # bytes of what the first matrix loads: LAPACK and its buffers
 PAGE = 120 << 20  # bytes that drawing the page takes, when the matrices are gone
@@ -26,7 +27,7 @@ def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Set
     in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared."""
     rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
     base, *tuned = (c.itemsize(matrix.tensor) for c in checkpoints)
-    entries, k = rows * cols, min(max(settings.rank, settings.mask_rank), max(1, small // 2))
+    entries, k = rows * cols, min(max(settings.rank, settings.mask_rank), largest_rank(rows, cols))
     factors = 8 * k * (rows + cols)
     spectrum = 8 * entries + 8 * small * small * (3 if 6 * k > small else 1) + factors
     delta = 16 * entries + 8 * small * small if small < KRYLOV else 8 * entries

@@ -11,6 +11,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 from opdgeo.numerics.spectra import KRYLOV
+from opdgeo.numerics.subspaces import largest_rank
 from opdgeo.survey.memory import LIBRARIES, PAGE, available_memory, peak_memory, working_set
 
 STARTUP = 2.5  # seconds
@@ -98,7 +99,7 @@ def duration(seconds: float) -> str:
 def _flops(rows: int, cols: int, settings: Settings, updates: int) -> float:
     """Work of one matrix in units of a multiply or an add inside a matrix product; what is bound by memory counts more."""
     small, large = min(rows, cols), max(rows, cols)
-    k = min(max(settings.rank, settings.mask_rank), small // 2)
+    k = min(max(settings.rank, settings.mask_rank), largest_rank(rows, cols))
     values = large * small**2 + 4.0 * small**3
     factors = values + 4 * small**2 * k + 2 * large * small * k + 4 * large * k**2
     delta = 2200.0 * rows * cols if small >= KRYLOV else values

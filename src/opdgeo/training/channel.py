@@ -26,9 +26,10 @@ from torch import Tensor
 
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update
+from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError
 from opdgeo.numerics import subspaces
-from opdgeo.numerics.spectra import Factors, Spectrum, leading, principal_angles
+from opdgeo.numerics.spectra import LowRankMatrix, Spectrum, principal_angles, truncated_svd
 from opdgeo.numerics.subspaces import Side
 
 FILE = "channel.safetensors"
@@ -332,7 +333,8 @@ class Channel:
 
 def _update(base: Checkpoint, tuned: Checkpoint, matrix: Matrix) -> Update:
     before, factors = base.read(matrix), tuned.factors(matrix)
-    update = Update(Base(before, Settings()), Factors(*factors) if factors else tuned.read(matrix))
+    origin = Base(before, Settings())
+    update = LowRankUpdate(origin, LowRankMatrix(*factors)) if factors else Update(origin, tuned.read(matrix))
     if not bool(torch.isfinite(before).all() and torch.isfinite(update.weights).all()):
         raise NumericsError(f"{matrix.name} has entries that are not finite in {base.path} or {tuned.path}.")
     return update
@@ -345,7 +347,7 @@ def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace
     smaller = min(matrix.rows, matrix.cols)
     asked = min(k, smaller) if isinstance(k, int) else min(16, smaller)
     while True:
-        spectrum = leading(update.delta, asked, angle=1e-5)
+        spectrum = truncated_svd(update.delta, asked, angle=1e-5)
         energy = (spectrum.sigma[:asked] / update.norm).square().cumsum(0)
         if not isinstance(k, float) or float(energy[-1]) >= k or asked == smaller:
             break
@@ -357,7 +359,7 @@ def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace
     else:
         chosen = max(1, int((update.norm / float(spectrum.sigma[0])) ** 2 * (1 + 1e-9)))
         if chosen > asked:
-            spectrum = leading(update.delta, chosen, angle=1e-5)
+            spectrum = truncated_svd(update.delta, chosen, angle=1e-5)
     chosen = min(chosen, int((spectrum.sigma > spectrum.errors[: len(spectrum.sigma)]).sum()))
     basis = (spectrum.right if side == "right" else spectrum.left)[:, :chosen]
     return Subspace(

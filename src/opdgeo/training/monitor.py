@@ -53,7 +53,7 @@ from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.numerics import precision, subspaces
 from opdgeo.numerics.sharded import Rows, ShardedDifference
-from opdgeo.numerics.spectra import Difference, Spectrum, leading
+from opdgeo.numerics.spectra import Difference, Spectrum, truncated_svd
 from opdgeo.training.constrain import parameter_name
 
 if TYPE_CHECKING:
@@ -279,7 +279,8 @@ class _MonitoredBase(Base):
     @cached
     def spectrum(self) -> Spectrum:
         nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
-        return leading(_difference(nothing, self.weights, self.norm, self.rows), self.cut(self.settings.mask_rank)[0])
+        whole = _difference(nothing, self.weights, self.norm, self.rows)
+        return truncated_svd(whole, self.cut(self.settings.mask_rank)[0])
 
 
 class _MonitoredUpdate(Update):
@@ -303,7 +304,7 @@ class _MonitoredUpdate(Update):
     def rounding(self) -> float:
         of_rows, of_cols = precision.squares(self.weights)
         if rows := self.base.rows:
-            of_rows, of_cols = rows.whole(of_rows[:, None])[:, 0], rows.sum(of_cols)
+            of_rows, of_cols = rows.all_gather(of_rows[:, None])[:, 0], rows.all_reduce(of_cols)
         return precision.rounding(of_rows, of_cols, self.weights.dtype)
 
 
@@ -472,7 +473,7 @@ def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) ->
         for name, of in spectra.items():
             k = of.right.shape[1]
             tensors |= {f"{i} {name} right": of.right.contiguous(), f"{i} {name} sigma": of.sigma[: k + 1].contiguous()}
-            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "rest", "floor")}
+            numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "tail_bound", "floor")}
             facts.append({"place": i, "step": step, "matrix": name, **numbers})
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"history": json.dumps(facts)})
