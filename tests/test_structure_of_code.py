@@ -27,10 +27,9 @@ LEFT_OF = {
     "training": {"tasks", "checkpoints", "numerics", "diagnostics"},
     "experiments": {"tasks", "training", "checkpoints", "numerics", "diagnostics", "survey", "report"},
 }
-TOP = {"cli", "commands", "__main__", ""}  # may import everything; "" is `opdgeo` itself, whose names load lazily
+TOP = {"api", "cli", "commands", "__main__", ""}  # may import everything; "" is `opdgeo` itself, whose names load lazily
 
 BACKWARD = {
-    ("survey.results", "report"),
     ("training.plan", "survey.memory"),
     ("training.plan", "survey.plan"),
 }
@@ -46,7 +45,6 @@ LONG_SIGNATURES = {
     "experiments.signal_statistics._of_side",
     "experiments.signals._checkpoint",
     "experiments.signals.samples",
-    "report.charts.heatmap",
     "survey.run._survey",
     "training.constrain._part",
     "training.evaluation._accuracies",

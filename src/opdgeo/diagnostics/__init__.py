@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from opdgeo.diagnostics.diagnostic import Diagnostic, Settings, Value
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfRun, OfTrajectory, OfUpdate
+    from opdgeo.diagnostics.kinds import OfRun, OfTrajectory, OfUpdate
     from opdgeo.diagnostics.trajectory import Point, Trajectory
     from opdgeo.diagnostics.update import Base, Update
 

@@ -27,7 +27,7 @@ from opdgeo.diagnostics.diagnostic import (
 from opdgeo.diagnostics.subspace_similarity import SIDES, name
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfTrajectory
+    from opdgeo.diagnostics.kinds import OfTrajectory
     from opdgeo.diagnostics.trajectory import Trajectory
     from opdgeo.diagnostics.update import Update
     from opdgeo.numerics.spectra import Spectrum

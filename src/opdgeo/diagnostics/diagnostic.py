@@ -17,11 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from opdgeo.errors import ConfigError
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from opdgeo.diagnostics.gaussian_null import Isotropic
-    from opdgeo.diagnostics.trajectory import Trajectory
-    from opdgeo.diagnostics.update import Update
     from opdgeo.numerics.spectra import Spectrum
 
 PAPER = "arXiv 2606.07082"
@@ -109,7 +104,9 @@ def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
     >>> cut(16, (20, 100))
     (10, 'rank 16 cut to 10: half the smaller side')
     """
-    allowed = max(1, min(shape) // 2)
+    from opdgeo.numerics.subspaces import largest_rank
+
+    allowed = largest_rank(*shape)
     return (rank, None) if rank <= allowed else (allowed, f"rank {rank} cut to {allowed}: half the smaller side")
 
 
@@ -178,7 +175,9 @@ class Panel:
     rank: Callable[[str], int | None]
 
 
-Subject, Found, Against = TypeVar("Subject"), TypeVar("Found"), TypeVar("Against")
+Subject = TypeVar("Subject")
+Found = TypeVar("Found")
+Against = TypeVar("Against")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +260,3 @@ class Diagnostic(Generic[Subject, Found, Against]):
     def ratio(self) -> bool:
         """Whether two of its values are compared by their ratio. Shares of something are compared by their difference."""
         return self.unit != "share" or self.size
-
-
-if TYPE_CHECKING:
-    OfUpdate = Diagnostic[Update, dict[str, Value], Isotropic]
-    OfTrajectory = Diagnostic[Trajectory, dict[str, Value], Trajectory]
-    OfRun = Diagnostic[pl.DataFrame, list[dict[str, Any]], None]

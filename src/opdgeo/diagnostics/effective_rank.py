@@ -20,8 +20,8 @@ import numpy as np
 from opdgeo.diagnostics.diagnostic import PAPER, UNMOVED, Diagnostic, Null, Value, cut, mean_std, undefined
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
     from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.kinds import OfUpdate
     from opdgeo.diagnostics.update import Update
 
 DRAWS = 8

@@ -7,27 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opdgeo.diagnostics.diagnostic import Null
+from opdgeo.diagnostics.diagnostic import Diagnostic, Null
 from opdgeo.diagnostics.update import Update, cached
 from opdgeo.numerics import nulls
 from opdgeo.numerics.masks import Mask, rows_of_block
 from opdgeo.numerics.precision import FINEST
-
-if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
 
 SPECTRA, SHIFTS = 16, 64  # draws of what costs little
 SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, an update is not a small perturbation
 
 
 def gaussian_null(
-    update: Update, wanted: Collection[OfUpdate], *key: object
+    update: Update, wanted: Collection[Diagnostic], *key: object
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """The null of the wanted diagnostics, by name and variant, where they have one without a drawn matrix.
 

@@ -17,7 +17,7 @@ from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, name, parts, ra
 if TYPE_CHECKING:
     import polars as pl
 
-    from opdgeo.diagnostics.diagnostic import OfRun
+    from opdgeo.diagnostics.kinds import OfRun
 
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 TOLD = 0.8  # the threshold of the one sentence

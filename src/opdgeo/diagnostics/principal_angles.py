@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Settings, Value, mean_std, undefined, undetermined
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
     from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.kinds import OfUpdate
     from opdgeo.diagnostics.update import Update
 
 STATISTICS = {"max": "largest", "mean": "mean"}

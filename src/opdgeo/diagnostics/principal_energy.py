@@ -21,8 +21,8 @@ from opdgeo.diagnostics.diagnostic import (
 )
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
     from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.kinds import OfUpdate
     from opdgeo.diagnostics.update import Update
 
 

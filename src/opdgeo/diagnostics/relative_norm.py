@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Value, undefined
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
     from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.kinds import OfUpdate
     from opdgeo.diagnostics.update import Update
 
 

@@ -30,7 +30,7 @@ from opdgeo.diagnostics.diagnostic import (
 )
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfTrajectory
+    from opdgeo.diagnostics.kinds import OfTrajectory
     from opdgeo.diagnostics.trajectory import Trajectory
     from opdgeo.numerics.spectra import Spectrum
 

@@ -182,7 +182,8 @@ class Update:
             return truncated_svd(self.delta, k, tolerance=1e-4, angle=math.inf)
         if not self.directions:
             return truncated_svd(self.delta, k, angle=math.inf, start=self.start)
-        found = truncated_svd(self.delta, min(max(self.directions, k), largest), angle=1e-5, start=self.start, rank=k)
+        most = min(max(self.directions, k), largest)
+        found = truncated_svd(self.delta, most, angle=1e-5, start=self.start, rank=k)
         return replace(found, floor=self.rounding)
 
     @property
@@ -256,7 +257,7 @@ class LowRankUpdate(Update):
 
     @property
     def rounding(self) -> float:
-        """Factors are exact: no rounding of stored weights enters ΔW."""
+        """Factors are not rounded to the weights that they are added to."""
         return 0.0
 
 

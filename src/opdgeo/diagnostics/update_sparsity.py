@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Settings, Value
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.diagnostic import OfUpdate
     from opdgeo.diagnostics.gaussian_null import Isotropic
+    from opdgeo.diagnostics.kinds import OfUpdate
     from opdgeo.diagnostics.update import Update
 
 LABELS = {"bf16_eta": "η rule", "bf16_exact": "bit-equal"}

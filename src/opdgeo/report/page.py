@@ -170,7 +170,7 @@ def _lead(checkpoint: dict[str, Any]) -> Markup:
         if d.headline is None or not d.headline.clause or found is None or found.row["mean"] is None:
             continue
         clause = _say(d.headline.clause, Markup("<strong>{}</strong>").format(_shown(found.row["mean"], found.unit)))
-        null = found.null and found.null.get("mean")
+        null = found.null.get("mean") if found.null else None
         if d.headline.beside and null is not None:
             clause += ", " + _say(d.headline.beside, _shown(null, found.unit))
         said.append(clause)
