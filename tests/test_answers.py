@@ -88,7 +88,7 @@ def test_every_checkpoint_is_listed_or_said_to_be_left_out(trajectory: tuple[Pat
     assert all(name in words(said) for name in names)
     assert re.search(r"Not shown, for want of room: step-0000\d0.*has? all 6|have all 6", words(said)), said
     page = words((out / "report.html").read_text(encoding="utf-8"))
-    assert f"Checkpoints: {', '.join(names)}." in page
+    assert f"Checkpoints: {', '.join(names)}; the tables" in page
     assert "–: there is no earlier checkpoint (" in words(said), "the dash is decoded"
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from opdgeo.checkpoints import Checkpoint
-from opdgeo.checkpoints.checkpoint import read_json
+from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError
 
 
