@@ -248,8 +248,9 @@ def content(path: Path, ignored: set[str]) -> bytes:
 
 
 def _without(value: Any, ignored: set[str]) -> Any:
+    """The value without the entries of lists that name an ignored diagnostic."""
     if isinstance(value, dict):
-        return {key: _without(inner, ignored) for key, inner in value.items() if key.partition(".")[0] not in ignored}
+        return {key: _without(inner, ignored) for key, inner in value.items()}
     if isinstance(value, list):
         kept = [x for x in value if not (isinstance(x, dict) and x.get("diagnostic") in ignored)]
         return [_without(inner, ignored) for inner in kept]
