@@ -27,7 +27,13 @@ LEFT_OF = {
     "training": {"tasks", "checkpoints", "numerics", "diagnostics"},
     "experiments": {"tasks", "training", "checkpoints", "numerics", "diagnostics", "survey", "report"},
 }
-TOP = {"api", "cli", "commands", "__main__", ""}  # may import everything; "" is `opdgeo` itself, whose names load lazily
+TOP = {
+    "api",
+    "cli",
+    "commands",
+    "__main__",
+    "",
+}  # may import everything; "" is `opdgeo` itself, whose names load lazily
 
 BACKWARD = {
     ("training.plan", "survey.memory"),

@@ -311,12 +311,9 @@ def _limits(results: Results) -> dict[str, Any]:
     table = []
     for row in limits.rows(claims):
         cells = [(row.get(key), row.get(f"{key}_null"), unit) for key, _, unit in limits.COLUMNS]
-        table.append(
-            {
-                "name": limits.ARMS.get(row["arm"], arm_label(row["arm"])), "exploratory": row.get("exploratory", False),
-                "learning_rate": row.get("learning_rate"), "sequences": row.get("sequences"), "cells": cells,
-            }
-        )  # fmt: skip
+        budget = {key: row.get(key) for key in ("learning_rate", "sequences")}
+        name = limits.ARMS.get(row["arm"], arm_label(row["arm"]))
+        table.append({"name": name, "exploratory": row.get("exploratory", False), **budget, "cells": cells})
     heads = [name for _, name, _ in limits.COLUMNS]
     return {"text": limits.paragraphs(claims), "heads": heads, "rows": table, "note": limits.note(claims)}
 
