@@ -96,16 +96,16 @@ def write_roads(folder: Path) -> None:
     rng = torch.Generator().manual_seed(1)
     layers = [smollm2_layer(layer) for layer in (1, 2, 3)]
     square = layers[0]["self_attn.q_proj"]
-    almost, equal = square.clone(), square.clone()
-    almost[1:4] = almost[:1] * (1 + 1e-7 * torch.randn(3, square.shape[1], generator=rng))
+    almost, equal = layers[1]["mlp.up_proj"].clone(), square.clone()
+    almost[:, 1:4] = almost[:, :1] * (1 + 1e-6 * torch.randn(len(almost), 3, generator=rng))
     equal[1:4] = equal[:1]
     large = torch.cat([layer["mlp.up_proj"] for layer in layers], dim=1)
     pairs = {
-        "0.self_attn.q_proj": (almost, moved(almost, 1e-3, rng)),
+        "1.mlp.up_proj": (almost, moved(almost, 1e-3, rng)),
         "1.self_attn.q_proj": (equal, moved(equal, 1e-3, rng)),
         "2.self_attn.q_proj": (square, square),
         "0.self_attn.k_proj": (square[:96], moved(square[:96], 1e-3, rng)),
-        "0.mlp.up_proj": (large, moved(large, 1e-3, rng)),
+        "0.mlp.up_proj": (large, moved(large, 1e-3, rng, rank=60)),
         "0.mlp.down_proj": (large.T, moved(large.T, 1e-3, rng, rank=0)),
     }
     for place, side in (("base", 0), ("tuned", 1)):
@@ -321,7 +321,18 @@ def main() -> int:
             if "roads" in cases:
                 write_roads(inputs / "roads")
                 pair = [str(inputs / "roads" / side) for side in ("base", "tuned")]
-                surveys["roads"] = ["compare", *pair, "--null", "shuffled", "--nulls", "1", "--rank", "64"]
+                surveys["roads"] = [
+                    "compare",
+                    *pair,
+                    "--null",
+                    "shuffled",
+                    "--nulls",
+                    "1",
+                    "--rank",
+                    "64",
+                    "--top-k",
+                    "40",
+                ]
             if "track" in cases:
                 write_track(inputs / "track", old / "src" / "opdgeo" / "assets" / "tiny" / "base")
                 steps = [str(path) for path in sorted((inputs / "track").glob("step-*"))]
