@@ -17,9 +17,9 @@ import torch
 import opdgeo
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
-from opdgeo.training import callbacks, engine, rollouts
+from opdgeo.training import callbacks, distributed, rollouts
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 from test_training_runs import assert_bit_equal, config, origin, teacher, weights  # noqa: F401
 
 Make = Callable[..., TrainConfig]
@@ -33,7 +33,7 @@ from accelerate.state import GradientState
 from opdgeo.tasks.arithmetic import Arithmetic
 from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 Arithmetic.verify = lambda self, completion, answer: float(len(completion) < 5)
 for run in map(Path, sys.argv[1:]):
     asked = TrainConfig.from_json(run.with_suffix(".json").read_text())
@@ -103,7 +103,7 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(engine.launch_file(name)),
+        str(distributed.launch_file(name)),
         "--num_processes",
         "2",
     ]
@@ -276,8 +276,8 @@ def test_several_updates_share_a_rollout(config: Make, tmp_path: Path, monkeypat
 def test_batches_must_divide_among_the_processes(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="sequences_per_step is 8 and 3 processes share them"):
-        engine.batch_sizes(config("sft"))
+        distributed.batch_sizes(config("sft"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert engine.batch_sizes(config("sft")) == (4, 1)
-    assert engine.batch_sizes(config("sft", micro_batch=2)) == (2, 2)
-    assert engine.batch_sizes(config("sft", micro_batch=8)) == (4, 1)
+    assert distributed.batch_sizes(config("sft")) == (4, 1)
+    assert distributed.batch_sizes(config("sft", micro_batch=2)) == (2, 2)
+    assert distributed.batch_sizes(config("sft", micro_batch=8)) == (4, 1)

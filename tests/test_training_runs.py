@@ -27,8 +27,8 @@ from opdgeo.tasks import Example, characters
 from opdgeo.training import callbacks, evaluation, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.policy import PolicyTrainer
-from opdgeo.training.run import train
 from opdgeo.training.sft import tokenized
+from opdgeo.training.train import train
 
 torch.set_num_threads(1)
 
@@ -457,7 +457,7 @@ def test_presets_say_what_is_known() -> None:
 
 
 def test_presets_load_without_torch() -> None:
-    script = "import sys, opdgeo.experiments.presets, opdgeo.training.run; assert 'torch' not in sys.modules"
+    script = "import sys, opdgeo.experiments.presets, opdgeo.training.train; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -434,9 +434,9 @@ def _finish(args: argparse.Namespace, result) -> int:  # type: ignore[no-untyped
 
 def _train(args: argparse.Namespace) -> int:
     from opdgeo.experiments.presets import make_teacher, train_config
-    from opdgeo.training.engine import is_main
+    from opdgeo.training.distributed import is_main
     from opdgeo.training.models import resolve
-    from opdgeo.training.run import train
+    from opdgeo.training.train import train
 
     names = (
         "steps", "seed", "alpha", "token_share", "token_choice", "rollouts", "record_rollouts", "monitor", "channel", "constrain",
@@ -458,11 +458,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_plan(config, hardware: str | None) -> int:  # type: ignore[no-untyped-def]
-    from opdgeo.training import plan
+    from opdgeo.training import resources
 
-    made = plan.plan(config, plan.hardware(hardware))
-    print(plan.describe(made))
-    plan.refuse_what_cannot_fit(made)
+    made = resources.plan(config, resources.hardware(hardware))
+    print(resources.describe(made))
+    resources.refuse_what_cannot_fit(made)
     return DONE
 
 
@@ -506,7 +506,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _signals(args: argparse.Namespace) -> int:
-    from opdgeo.experiments.signals import signals
+    from opdgeo.experiments.gradient_moments import signals
     from opdgeo.report import write_report
     from opdgeo.report.signals import print_signals
 

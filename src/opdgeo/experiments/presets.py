@@ -187,7 +187,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def make_teacher(config: TrainConfig, progress: bool = False) -> None:
     """Train the models that `config` names and a preset makes, if they are not there yet."""
     from opdgeo.training import models
-    from opdgeo.training.run import train
+    from opdgeo.training.train import train
 
     last = models.smollm2_run() / f"step-{SMOLLM2_RUN[SMOLLM2_TEACHER]:06d}"
     if {config.teacher, config.origin} & SMOLLM2_RUN.keys() and not last.is_dir():

@@ -205,7 +205,7 @@ def _end_with_the_parent() -> None:
 
 
 def _done(job: Job, out: Path) -> bool:
-    from opdgeo.training.run import finished
+    from opdgeo.training.train import finished
 
     if job.arm is None or job.config is None:
         return (out / "models" / job.name).is_dir()
@@ -219,7 +219,7 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
     from opdgeo.experiments import derived
     from opdgeo.survey import track
     from opdgeo.training import models
-    from opdgeo.training.run import quiet, train
+    from opdgeo.training.train import quiet, train
 
     if job.arm is None or job.config is None:
         with quiet():

@@ -42,7 +42,7 @@ def evaluate(
     import transformers
 
     from opdgeo.training import callbacks, evaluation, models
-    from opdgeo.training.run import quiet
+    from opdgeo.training.train import quiet
 
     folder = models.resolve(model_name)
     task, chat = _task(problems, folder, plain)

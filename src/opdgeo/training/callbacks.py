@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
-from opdgeo.training import constrain, engine, models, rollouts
+from opdgeo.training import constrain, distributed, models, rollouts
 from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.monitor import PREFIX
@@ -123,7 +123,7 @@ class Recorder(TrainerCallback):
 
     Order at a checkpoint step: the step's row, the weights, the evaluation's row, then the trainer state. A run killed in
     between resumes from the state before and does these again. Of several processes only the first one writes;
-    `gather` (`engine.whole_weights`) and `evaluate` are called in all of them.
+    `gather` (`distributed.whole_weights`) and `evaluate` are called in all of them.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.config, self.out, self.tokenizer, self.evaluate, self.gather = config, out, tokenizer, evaluate, gather
         self.saved_at = set(config.checkpoint_steps)
-        self.bar: Progress | None = _bar() if progress and engine.is_main() else None
+        self.bar: Progress | None = _bar() if progress and distributed.is_main() else None
         self.bar_task: TaskID | None = None
         self.started = self.seconds = 0.0
         self.tokens_before = 0.0
 
     def _row(self, row: dict[str, Any]) -> None:
-        if not engine.is_main():
+        if not distributed.is_main():
             return
         with (self.out / LOG).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -159,7 +159,7 @@ class Recorder(TrainerCallback):
         """The weights, an adapter's factors beside them in adapter/, and the moments where they are kept."""
         weights = self.gather()
         moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
-        if not engine.is_main():
+        if not distributed.is_main():
             return
         factors: dict[str, Any] = {}
         if self.config.constrain == "adapter":

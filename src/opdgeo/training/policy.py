@@ -1,6 +1,6 @@
 """OPD, RLVR, their mixtures, token sparsification and teacher rollouts: one subclass of TRL's `GRPOTrainer`.
 
-Objective, per step, on completions y of prompts x (see `signal.py` for the advantage A):
+Objective, per step, on completions y of prompts x (see `advantages.py` for the advantage A):
 
     L = − mean over completions of (1/|y|) Σ_t min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t)
 
@@ -19,7 +19,7 @@ Departures from the paper:
 * With `rollout_prompts` several updates follow one rollout, as many as whole batches fit; otherwise every update has its own.
 * A completion cut at `max_tokens` is trained on as it is.
 * With teacher rollouts the ratio is taken to the student itself (1 in value), as no importance weight is applied: the
-  same signal on other tokens. ε is 1.0, as in the paper.
+  same credit on other tokens. ε is 1.0, as in the paper.
 
 Departures from TRL: advantages have shape (B, T) instead of (B,); the student's log-probabilities are computed before the
 update to form them, and once more in the loss unless the batch is used whole and once; no model card is written; trainer
@@ -41,7 +41,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from opdgeo.tasks import Task
-from opdgeo.training import engine, evaluation, rollouts, signal
+from opdgeo.training import advantages, distributed, evaluation, rollouts
 from opdgeo.training.callbacks import Resumable
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.rollouts import Recorded
@@ -90,7 +90,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         if isinstance(teacher, PreTrainedModel):
             # Prepared as GRPOTrainer prepares its reference model: the fused head first, with the same temperature.
             add_fused_lm_head(self.teacher, temperature=self.temperature, outputs=("log_probs",))
-            self.teacher = engine.prepare_teacher(self, self.teacher)
+            self.teacher = distributed.prepare_teacher(self, self.teacher)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts and group-relative advantages, with `advantages` (B,) replaced by (B, T)."""
@@ -114,8 +114,10 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             student_BT, teacher_BT = self._score(output)
             gap_BT = student_BT - teacher_BT
             noise_BT = self._noise(gap_BT) if self.config.token_choice == "random" else None
-            keep_BT = signal.keep_tokens(gap_BT, mask_BT, self.config.token_share, self.config.token_choice, noise_BT)
-            adv_opd_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
+            keep_BT = advantages.keep_tokens(
+                gap_BT, mask_BT, self.config.token_share, self.config.token_choice, noise_BT
+            )
+            adv_opd_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
             sums = torch.stack([torch.where(mask_BT.bool(), gap_BT, 0.0).sum(), mask_BT.sum().to(gap_BT.dtype)])
             total, count = self.accelerator.reduce(sums, reduction="sum")
             self._metrics["train" if self.model.training else "eval"]["kl_teacher"].append((total / count).item())
@@ -124,8 +126,8 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         if self.config.credit == "correct":
             texts = self.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
             reward_G = adv_G.new_tensor(self.reward(texts, [row["answer"] for row in inputs]))
-            adv_G = signal.correct_advantages(reward_G, self.accelerator.reduce(reward_G.mean(), reduction="mean"))
-        output["advantages"] = signal.token_advantages(adv_opd_BT, adv_G, mask_BT, self.config.alpha)
+            adv_G = advantages.correct_advantages(reward_G, self.accelerator.reduce(reward_G.mean(), reduction="mean"))
+        output["advantages"] = advantages.token_advantages(adv_opd_BT, adv_G, mask_BT, self.config.alpha)
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -145,7 +147,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
             student_BTV = model(**sequences).logits[:, -tokens - 1 : -1]
             with torch.no_grad():
                 teacher_BTV = self.teacher(**sequences).logits[:, -tokens - 1 : -1]
-        kl_BT = signal.divergence(student_BTV, teacher_BTV, self.config.credit)
+        kl_BT = advantages.divergence(student_BTV, teacher_BTV, self.config.credit)
         mean = ((kl_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)).mean()
         return mean / self.current_gradient_accumulation_steps
 

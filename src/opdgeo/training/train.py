@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
-from opdgeo.training import engine
+from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     """
     out = Path(out)
     folder = out / f"step-{config.steps:06d}"
-    if engine.is_main() and not resume and _occupied(out):
+    if distributed.is_main() and not resume and _occupied(out):
         raise ConfigError(
             f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
             "with --resume."
@@ -71,12 +71,12 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use alpha = 1 (OPD) or SFT with it."
         )
 
-    engine.require_devices(config)
+    distributed.require_devices(config)
     server = _server(config, origin, task)
     channel = _channel(config, out)
     states = callbacks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
-    if engine.is_main():
+    if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         callbacks.write_whole(out / "config.json", config.to_json())
         if channel is not None:
@@ -93,7 +93,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         finally:
             recorder.close()
     trainer.accelerator.wait_for_everyone()
-    if engine.is_main():
+    if distributed.is_main():
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
     return folder
 
@@ -106,7 +106,7 @@ def finished(config: TrainConfig, out: Path) -> bool:
     """
     from opdgeo.training.callbacks import read_log
 
-    if engine.is_main() and _occupied(out):
+    if distributed.is_main() and _occupied(out):
         _check_recorded(config, out)
     if not (out / f"step-{config.steps:06d}").is_dir():
         return False
@@ -233,9 +233,9 @@ def _build(
             longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
-    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: engine.whole_weights(trainer), progress)
+    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: distributed.whole_weights(trainer), progress)
     arguments = trl_arguments(config, out, cuda)
-    engine.shard_without_gpu()
+    distributed.shard_without_gpu()
     trainer: Any
     if demonstrations:
         data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
@@ -243,15 +243,15 @@ def _build(
             model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
             args=arguments,
         )  # fmt: skip
-        trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
+        trainer.teacher = teacher and distributed.prepare_teacher(trainer, teacher)
     else:
         trainer = policy.PolicyTrainer(
             config=config, task=task, model=model, teacher=teacher or server, tokenizer=tokenizer, callbacks=[recorder],
             train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
             record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
-    start = start and engine.prepare_teacher(trainer, start)
-    engine.prepare_student(trainer)
+    start = start and distributed.prepare_teacher(trainer, start)
+    distributed.prepare_student(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
 
@@ -262,7 +262,7 @@ def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
 
     from opdgeo.training import callbacks
 
-    size, micro_batches = engine.batch_sizes(config)
+    size, micro_batches = distributed.batch_sizes(config)
     cosine = config.schedule == "cosine"
     common: dict[str, Any] = dict(
         output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,

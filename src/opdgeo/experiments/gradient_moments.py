@@ -1,7 +1,7 @@
 """Gradient second moments under every objective, at given checkpoints (PAPER: "On the Geometry of On-Policy Distillation", §3).
 
 The paper argues that the objectives' gradient covariances decide where an update goes, and measures none of them. Here
-every update is g = Σ_t a_t φ_t with φ_t = ∇ log p(y_t | x, y_<t), as in §3; the credit a_t comes from `training/signal.py`,
+every update is g = Σ_t a_t φ_t with φ_t = ∇ log p(y_t | x, y_<t), as in §3; the credit a_t comes from `training/advantages.py`,
 the φ_t from `training/gradients.py`, and one pass over the tokens serves all objectives:
 
 * `sft`: a_t = 1 on demonstrations, over the mean length (TRL's mean over a batch's tokens);
@@ -46,8 +46,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdgeo import tasks
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair, run_checkpoints
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.experiments.presets import train_config
-from opdgeo.experiments.signal_statistics import (
+from opdgeo.experiments.gradient_statistics import (
     ALPHAS,
     BLOCKS,
     BOOTSTRAP,
@@ -59,15 +58,16 @@ from opdgeo.experiments.signal_statistics import (
     number_row,
     statistics,
 )  # fmt: skip
+from opdgeo.experiments.presets import train_config
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import PARTS, write_atomically, write_json
 from opdgeo.survey.run import provenance
-from opdgeo.training import evaluation, gradients, models, signal
+from opdgeo.training import advantages, evaluation, gradients, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.evaluation import Completions
-from opdgeo.training.run import quiet
 from opdgeo.training.sft import tokenized
+from opdgeo.training.train import quiet
 
 AT_ONCE = 2**27  # bytes of δ in memory
 KEPT = 6 * 2**27  # bytes of block sums in memory: matrices that need more than this together get a pass of their own
@@ -328,21 +328,21 @@ def samples(
         noise_BT = torch.rand(done.mask_BT.shape)
         student_BT, teacher_BT = (_log_probs(m, done) for m in (model, teacher))
     rewards = torch.tensor([task.verify(t, e.answer) for t, e in zip(done.texts(tokenizer), repeated, strict=True)])
-    adv_G, mask_BT = signal.group_advantages(rewards, generations), done.mask_BT
+    adv_G, mask_BT = advantages.group_advantages(rewards, generations), done.mask_BT
 
     def distilled(share: float, choice: Any) -> Tensor:
-        keep_BT = signal.keep_tokens(student_BT - teacher_BT, mask_BT, share, choice, noise_BT)
-        return signal.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
+        keep_BT = advantages.keep_tokens(student_BT - teacher_BT, mask_BT, share, choice, noise_BT)
+        return advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
 
     full_BT = distilled(1.0, "top")
     credit = {"opd": 1.0, "rlvr": 0.0} | {f"mixture.{a:g}": a for a in ALPHAS}
-    advantages = {k: signal.token_advantages(full_BT, adv_G, mask_BT, alpha) for k, alpha in credit.items()}
-    advantages |= {
-        f"{choice}.{s:g}": signal.token_advantages(distilled(s, choice), adv_G, mask_BT, 1.0) for choice, s in MASKS
+    credits_BT = {k: advantages.token_advantages(full_BT, adv_G, mask_BT, alpha) for k, alpha in credit.items()}
+    credits_BT |= {
+        f"{choice}.{s:g}": advantages.token_advantages(distilled(s, choice), adv_G, mask_BT, 1.0) for choice, s in MASKS
     }
-    advantages["random_credit"] = mask_BT.float()
+    credits_BT["random_credit"] = mask_BT.float()
     length_B1 = mask_BT.sum(1, keepdim=True)
-    rollouts = Sample(done, {k: a / length_B1 for k, a in advantages.items()}, blocks, rewards)
+    rollouts = Sample(done, {k: a / length_B1 for k, a in credits_BT.items()}, blocks, rewards)
 
     pairs = [tokenized(e, tokenizer, settings.max_prompt_tokens + settings.max_tokens) for e in examples]
     shown = _padded(pairs, int(tokenizer.pad_token_id or 0))

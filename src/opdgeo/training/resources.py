@@ -19,7 +19,7 @@ from typing import Any
 
 from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.training import engine
+from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
 GB = 1e9
@@ -130,10 +130,10 @@ def hardware(stated: str | None) -> Hardware:
 
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return Hardware(torch.cuda.get_device_name(), engine.processes(), float(free), *_measured("cuda"), True)
-    memory = available_memory() / engine.processes()
+        return Hardware(torch.cuda.get_device_name(), distributed.processes(), float(free), *_measured("cuda"), True)
+    memory = available_memory() / distributed.processes()
     name = f"this machine's CPU, {torch.get_num_threads()} thread(s)"
-    return Hardware(name, engine.processes(), memory, *_measured("cpu"), False)
+    return Hardware(name, distributed.processes(), memory, *_measured("cpu"), False)
 
 
 def _measured(device: str) -> tuple[float, float]:
