@@ -188,7 +188,7 @@ def test_flat_groups_are_replaced(
     for drop in (False, True):
         out = tmp_path / str(drop)
         asked = settings(
-            "rlvr", config, drop_flat_groups=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
+            "rlvr", config, dynamic_sampling=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
         )
         train(asked, out, progress=False)
         rows = [json.loads(line) for line in (out / rollouts.FILE).read_text().splitlines()]
@@ -228,7 +228,7 @@ def test_what_stays_flat_does_not_count_in_the_mean(
 
     monkeypatch.setattr(Arithmetic, "verify", verify)
     asked = settings(
-        "rlvr", config, drop_flat_groups=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,),
+        "rlvr", config, dynamic_sampling=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,),
         record_rollouts=True,
     )  # fmt: skip
     train(asked, tmp_path / "run", progress=False)

@@ -36,7 +36,7 @@ PAPER: dict[str, dict[str, Any]] = {
     "rlvr": {
         "origin": "ANCHOR", "rollouts": "student", "alpha": 0.0, "rollout_prompts": 1024, "generations": 8, "steps": 1023,
         "sequences_per_step": 512, "learning_rate": 1e-6, "schedule": "constant", "betas": (0.9, 0.98),
-        "weight_decay": 0.1, "adam_epsilon": 1e-15, "clip_low": 0.2, "clip_high": 0.28, "drop_flat_groups": True,
+        "weight_decay": 0.1, "adam_epsilon": 1e-15, "clip_low": 0.2, "clip_high": 0.28, "dynamic_sampling": True,
     },
 }  # fmt: skip
 

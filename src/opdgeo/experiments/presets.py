@@ -27,7 +27,7 @@ import difflib
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.training.config import TrainConfig
+from opdgeo.training.config import TrainConfig, by_present_names
 from opdgeo.training.models import SMOLLM2_ANCHOR, SMOLLM2_RUN, SMOLLM2_TEACHER
 
 TINY_TASK: dict[str, Any] = {
@@ -174,7 +174,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "adam_epsilon": 1e-15,
             "clip_low": 0.2,
             "clip_high": 0.28,
-            "drop_flat_groups": True,
+            "dynamic_sampling": True,
         },
         **{f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"} for size in ("8B", "14B", "30B-A3B")},
         **{f"sft-student-{size.lower()}": {**QWEN3_SFT, "origin": f"Qwen/Qwen3-{size}-Base"} for size in ("4B", "14B")},
@@ -205,7 +205,7 @@ def train_config(paradigm: str, preset: str, *, origin: str | None = None, **ove
     """
     arms = _lookup("preset", preset, PRESETS)
     values = dict(_lookup("arm", paradigm, arms, f" in preset {preset!r}"))
-    values.update({name: value for name, value in overrides.items() if value is not None})
+    values.update({name: value for name, value in by_present_names(overrides).items() if value is not None})
     if origin is not None:
         values["origin"] = str(origin)
     if "origin" not in values:

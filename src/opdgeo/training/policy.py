@@ -13,7 +13,7 @@ over the vocabulary at every token the student wrote, averaged in the same way a
 Temperature 1 without top-k or top-p, so that the sampling distribution is the one that is scored.
 
 Departures from the paper:
-* Groups without reward variance get A = 0 but stay in the mean, unless `drop_flat_groups`: then, as in the paper, they are
+* Groups without reward variance get A = 0 but stay in the mean, unless `dynamic_sampling`: then, as in the paper, they are
   dropped and replaced by other prompts, for at most `ROUNDS` rounds; should some remain, the mean is over the others.
 * Adam's ε is 1e-8 in every arm; the paper gives 1e-15 for RLVR and nothing for the others.
 * With `rollout_prompts` several updates follow one rollout, as many as whole batches fit; otherwise every update has its own.
@@ -74,7 +74,7 @@ class PolicyTrainer(Resumable, GRPOTrainer):
                 return [None] * len(completions)  # TRL's word for no reward
             return [task.verify(text, right) for text, right in zip(completions, answer, strict=True)]
 
-        prepared = config.replays is not None or config.drop_flat_groups
+        prepared = config.replays is not None or config.dynamic_sampling
         source = (lambda prompts, trainer: trainer.prepared) if prepared else teacher_rollouts
         super().__init__(
             model=model, reward_funcs=[reward], args=args, train_dataset=train_dataset, processing_class=tokenizer,
@@ -98,9 +98,9 @@ class PolicyTrainer(Resumable, GRPOTrainer):
         if self.recorded is not None:
             count = len(inputs) * self.accelerator.num_processes
             rows = self.recorded.step(self.state.global_step + 1, count)
-            scale = self._scale(rows) if self.config.drop_flat_groups else 1.0
+            scale = self._scale(rows) if self.config.dynamic_sampling else 1.0
             inputs = self._prepare(rows)
-        elif self.config.drop_flat_groups:
+        elif self.config.dynamic_sampling:
             rows, scale = self._informative(inputs)
             inputs = self._prepare(rows)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)

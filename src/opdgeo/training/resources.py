@@ -271,7 +271,7 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
     if not demonstrations:
         tokens["sampled"] = steps * sequences * completion
         drawn = 1.0
-        if config.drop_flat_groups:
+        if config.dynamic_sampling:
             drawn = 1.5
             assumed.append("a third of the groups has no reward variance and is sampled again")
         writer = teacher if config.rollouts == "teacher" and teacher is not None else student

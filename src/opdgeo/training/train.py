@@ -194,7 +194,7 @@ def _build(
     per_step = config.sequences_per_step // (1 if demonstrations else config.generations)
     updates = config.updates_per_rollout
     count = per_step * updates * -(-config.steps // updates)
-    spare = config.drop_flat_groups and config.replays is None
+    spare = config.dynamic_sampling and config.replays is None
     wanted = min(config.train_examples or count, count)
     examples = task.examples(wanted * (1 + spare), config.data_seed, held_out=False)
     if len(examples) < per_step * updates:
