@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from opdgeo import Channel, tasks
-from opdgeo.training import constrain, distributed, models
+from opdgeo.training import constrain, distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
 STEPS, BATCH = 50, 4
@@ -43,7 +43,7 @@ def trainer(origin: Path, out: Path, callbacks: list[Any], steps: int = STEPS, m
         logging_steps=10, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
         packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
-    distributed.shard_without_gpu()
+    trl_hooks.shard_without_gpu()
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from opdgeo import GeometryMonitor, tasks
 from opdgeo.numerics import spectra
 from opdgeo.numerics.sharded import Rows, ShardedDifference
-from opdgeo.training import distributed, models
+from opdgeo.training import distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
 STEPS, EVERY, BATCH = 6, 2, 4
@@ -47,7 +47,7 @@ def trainer(origin: Path, out: Path, reporter: Reporter, peft_config: Any = None
         max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
     args = SFTConfig(**settings | changes)
-    distributed.shard_without_gpu()
+    trl_hooks.shard_without_gpu()
     model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(
         model=model, processing_class=tokenizer, args=args, callbacks=[reporter], peft_config=peft_config,

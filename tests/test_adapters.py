@@ -40,7 +40,7 @@ def rollout() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected(alpha: float, share: float) -> Tensor:
-    """What `policy.PolicyTrainer` gives the same completions."""
+    """What `policy.TokenCredit` gives the same completions."""
     student, teacher_, mask = rollout()
     keep = advantages.keep_tokens(student - teacher_, mask, share, "top")
     opd = advantages.distillation_advantages(student, teacher_, mask, keep)

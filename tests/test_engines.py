@@ -208,17 +208,17 @@ def test_what_stays_flat_does_not_count_in_the_mean(
 ) -> None:
     """Doubling a batch with groups that teach nothing changes nothing."""
     from opdgeo.tasks.arithmetic import Arithmetic
-    from opdgeo.training.policy import PolicyTrainer
+    from opdgeo.training.policy import TokenCredit
 
     seen: list[torch.Tensor] = []
-    score = PolicyTrainer._generate_and_score_completions
+    credit = TokenCredit.advantages
 
-    def spy(self: Any, inputs: Any) -> Any:
-        output = score(self, inputs)
-        seen.append(output["advantages"].sum(1) / output["completion_mask"].sum(1))
-        return output
+    def spy(self: Any, trainer: Any, rows: Any, batch: Any) -> Any:
+        found = credit(self, trainer, rows, batch)
+        seen.append(found.sum(1) / batch["completion_mask"].sum(1))
+        return found
 
-    monkeypatch.setattr(PolicyTrainer, "_generate_and_score_completions", spy)
+    monkeypatch.setattr(TokenCredit, "advantages", spy)
     # Only one prompt of the run can ever have variance: with every other one the answer is always wrong.
     first: list[str] = []
 

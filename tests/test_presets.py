@@ -20,7 +20,8 @@ from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks.problems import verify
 from opdgeo.training import distributed, models
 from opdgeo.training.benchmark import evaluate, interval
-from opdgeo.training.train import train, trl_arguments
+from opdgeo.training.train import train
+from opdgeo.training.trl_hooks import trl_arguments
 
 # "On the Geometry of On-Policy Distillation", §4: the table, entry by entry.
 PAPER: dict[str, dict[str, Any]] = {

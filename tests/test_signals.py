@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -210,23 +211,23 @@ def test_a_draw_of_one_block_estimates_nothing() -> None:
 def test_the_group_advantage_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from opdgeo.experiments.presets import train_config
     from opdgeo.tasks.arithmetic import Arithmetic
-    from opdgeo.training.policy import PolicyTrainer
+    from opdgeo.training.policy import TokenCredit
     from opdgeo.training.train import train
 
     seen = []
-    original = PolicyTrainer._generate_and_score_completions
+    original = TokenCredit.advantages
 
-    def spy(self: PolicyTrainer, inputs: list) -> dict:  # type: ignore[type-arg]
-        output = original(self, inputs)
-        lengths = output["completion_mask"].sum(1)
-        seen.append((output["advantages"], output["completion_mask"], (lengths % 3 == 0).float()))
-        return output
+    def spy(self: TokenCredit, trainer: Any, rows: Any, batch: dict[str, Any]) -> torch.Tensor:
+        found = original(self, trainer, rows, batch)
+        lengths = batch["completion_mask"].sum(1)
+        seen.append((found, batch["completion_mask"], (lengths % 3 == 0).float()))
+        return found
 
     def verify(self: Arithmetic, completion: str, answer: str) -> float:
         tokens = len(completion) + (len(completion) < 6)  # a completion that ended has an end token too
         return float(tokens % 3 == 0)
 
-    monkeypatch.setattr(PolicyTrainer, "_generate_and_score_completions", spy)
+    monkeypatch.setattr(TokenCredit, "advantages", spy)
     monkeypatch.setattr(Arithmetic, "verify", verify)
     config = train_config(
         "rlvr", "tiny", origin="tiny/base", steps=1, sequences_per_step=16, generations=4, max_tokens=6, eval_prompts=0,

@@ -25,6 +25,7 @@ from opdgeo.training import constrain, distributed, models, rollouts
 from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.monitor import PREFIX
+from opdgeo.training.trl_hooks import torch_optimizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -85,45 +86,12 @@ def forget_after(out: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-class Resumable:
-    """Mixed into a `transformers.Trainer`: its states appear under their name only when complete, newest kept."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        args: TrainingArguments = self.args  # type: ignore[attr-defined]
-        final = Path(args.output_dir)
-        partial = final / ".partial"
-        if args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-        args.output_dir = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            args.output_dir = str(final)
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-        if args.should_save:
-            older = states(final)
-            for written in partial.glob("checkpoint-*"):
-                written.rename(final / written.name)
-            for state in older:
-                shutil.rmtree(state)
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """No README in the state folder."""
-
-
-def states(folder: Path) -> list[Path]:
-    """Complete trainer states in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 class Recorder(TrainerCallback):
     """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and moves the progress bar.
 
     Order at a checkpoint step: the step's row, the weights, the evaluation's row, then the trainer state. A run killed in
     between resumes from the state before and does these again. Of several processes only the first one writes;
-    `gather` (`distributed.whole_weights`) and `evaluate` are called in all of them.
+    `gather` (`trl_hooks.whole_weights`) and `evaluate` are called in all of them.
     """
 
     def __init__(
@@ -256,13 +224,12 @@ class Recorder(TrainerCallback):
 
 def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, Any]:
     """Dtypes of parameters and of the optimizer's moments, with how many numbers each, and the autocast dtype."""
-    inner = getattr(optimizer, "optimizer", optimizer)
     parameters: dict[str, int] = {}
     for parameter in model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
         parameters[name] = parameters.get(name, 0) + parameter.numel()
     moments: dict[str, int] = {}
-    for slots in getattr(inner, "state", {}).values():
+    for slots in getattr(torch_optimizer(optimizer), "state", {}).values():  # DeepSpeed's has none
         for key in {"exp_avg", "exp_avg_sq"} & slots.keys():
             name = str(slots[key].dtype).removeprefix("torch.")
             moments[name] = moments.get(name, 0) + slots[key].numel()

@@ -48,6 +48,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from opdgeo.checkpoints.names import Matrix, plain
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.training.channel import Channel
+from opdgeo.training.trl_hooks import before_clipping, before_logging, torch_optimizer
 
 Mode = Literal["gradient", "update", "adapter"]
 Moments = Literal["reset", "project", "keep"]
@@ -103,20 +104,17 @@ def constrain(
     prepare(trainer.model, channel, mode, unconstrained)
     held = _Held(channel, mode, moments, Path(moments_from) if moments_from else None)
     trainer.add_callback(held)
-    step, log = trainer.training_step, trainer.log
 
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        loss = step(*args, **kwargs)
-        if held.constraint is not None and trainer.accelerator.sync_gradients:
-            held.constraint.project_gradients()  # before the trainer clips them
-        return loss
+    def project() -> None:
+        if held.constraint is not None:
+            held.constraint.project_gradients()
 
-    def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def add_outside(logs: dict[str, float]) -> None:
         if "grad_norm" in logs and held.constraint and (outside := held.constraint.outside()) is not None:
             logs["channel/outside"] = outside
-        log(logs, *args, **kwargs)
 
-    trainer.training_step, trainer.log = training_step, logged
+    before_clipping(trainer, project)
+    before_logging(trainer, add_outside)
 
 
 def check_choices(mode: str, moments: str, unconstrained: str) -> None:
@@ -359,8 +357,7 @@ class _Held(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        model, optimizer = kwargs["model"], torch_optimizer(kwargs["optimizer"])
         folder = Path(args.output_dir)
         constraint = Constraint(model.named_parameters(), self.channel, self.mode)
         path = _anchor_path(folder, constraint)
@@ -397,7 +394,7 @@ class Carried(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            optimizer = torch_optimizer(kwargs["optimizer"])
             load_moments(kwargs["model"].named_parameters(), optimizer, self.folder, None)
 
 
@@ -408,7 +405,7 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 @torch.no_grad()
 def moments_of(parameters: Iterable[tuple[str, Tensor]], optimizer: Any) -> tuple[dict[str, Tensor], int]:
     """Adam's moments by parameter name, whole and on the CPU, and its step; every process of a sharded model must ask."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = torch_optimizer(optimizer)
     found, step = {}, 0
     for name, parameter in parameters:
         for slot in _SLOTS if (slots := optimizer.state.get(parameter)) else ():

