@@ -30,7 +30,6 @@ projects its copy; under FSDP2 its rows, on which V acts without communication (
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from opdgeo.checkpoints.names import Matrix, plain
+from opdgeo.checkpoints.names import Matrix, plain, unwrapped
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.training.channel import Channel
 from opdgeo.training.trl_hooks import before_clipping, before_logging, torch_optimizer
@@ -56,16 +55,15 @@ Unconstrained = Literal["free", "frozen"]
 
 ANCHOR = "channel-anchor"
 FACTOR = ".channel_B"
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|module|_fsdp_wrapped_module)\.")
 
 
 def parameter_name(name: str) -> str:
-    """A parameter's name as checkpoints have it: without the wrappers of torch and of multimodal models.
+    """A parameter's name as checkpoints have it: without what torch, PEFT and multimodal models put around it.
 
     >>> parameter_name("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
     'model.layers.0.mlp.up_proj.weight'
     """
-    return plain(_WRAPPERS.sub("", name))
+    return plain(unwrapped(name))
 
 
 def constrain(

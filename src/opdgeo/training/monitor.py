@@ -330,7 +330,7 @@ def _subjects(model: torch.nn.Module, watch: int | Sequence[str], origin: Checkp
     found: dict[str, tuple[Matrix, str]] = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        plain = parameter_name(name).replace(".base_layer.", ".").removeprefix("base_model.model.")
+        plain = parameter_name(name).replace(".base_layer.", ".")  # a LoRA layer is measured with its factors added
         if not hasattr(parameter, "ds_id"):
             found |= {m.name: (m, name) for m in matrices(plain, tuple(parameter.shape), config) or []}
     if isinstance(watch, int):
