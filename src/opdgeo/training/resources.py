@@ -19,6 +19,7 @@ from typing import Any
 
 from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.machine import available_memory, duration
 from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
@@ -125,8 +126,6 @@ def hardware(stated: str | None) -> Hardware:
             raise ConfigError(f"the hardware is {stated!r}; expected one of {known}, with a number of GPUs: h100x8.")
         return Hardware(stated, int(count or 1), *HARDWARE[name], GPU_KERNEL, True)
     import torch
-
-    from opdgeo.survey.memory import available_memory
 
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
@@ -369,8 +368,6 @@ def refuse_what_cannot_fit(made: Plan) -> None:
 
 def describe(made: Plan) -> str:
     """The plan as text."""
-    from opdgeo.survey.plan import duration
-
     machine = made.hardware
     lines = [f"on {machine.name}, {machine.processes} process(es), memory of one:"]
     lines += [f"  {part:<14} {size / GB:>9.2f} GB" for part, size in made.memory.items()]
