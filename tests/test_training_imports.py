@@ -56,3 +56,12 @@ def test_no_two_modules_differ_by_a_letter() -> None:
     for name in own:
         assert names.count(name) == 1, name
         assert f"{name}s" not in names and name.removesuffix("s") not in set(names) - {name}, name
+
+
+@pytest.mark.parametrize("folder", ["training", "experiments"])
+def test_no_function_takes_more_than_six_arguments_by_position(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+                assert len(names) <= 6, f"{path.name}: {node.name}({', '.join(names)})"

@@ -246,9 +246,14 @@ def _progress(out: Path, jobs: list[Job]) -> Iterator[Any]:
 
     console = Console(stderr=True)
     bars = progress.Progress(
-        progress.TextColumn("{task.description:<24}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+        progress.TextColumn("{task.description:<24}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
     whole = bars.add_task("runs", total=len(jobs))
     tasks: dict[str, progress.TaskID] = {}
     told: set[str] = set()

@@ -48,9 +48,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
     beside: Callable[[Path], Any] = lambda folder: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced.
 
     `beside` writes more into it before it gets its name.
@@ -234,9 +237,11 @@ def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, 
             name = str(slots[key].dtype).removeprefix("torch.")
             moments[name] = moments.get(name, 0) + slots[key].numel()
     return {
-        "parameters": parameters, "optimizer": moments, "autocast": "bfloat16" if args.bf16 else None,
+        "parameters": parameters,
+        "optimizer": moments,
+        "autocast": "bfloat16" if args.bf16 else None,
         "max_grad_norm": args.max_grad_norm,
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
@@ -255,6 +260,11 @@ def _bar() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -88,9 +88,14 @@ class Channel:
 
     @classmethod
     def extract(
-        cls, base: str | Path | Checkpoint, tuned: str | Path | Checkpoint, k: Choice = 16, side: Side = "right",
-        roles: str = "all", progress: Callable[[list[Matrix]], Iterable[Matrix]] | None = None,
-    ) -> Channel:  # fmt: skip
+        cls,
+        base: str | Path | Checkpoint,
+        tuned: str | Path | Checkpoint,
+        k: Choice = 16,
+        side: Side = "right",
+        roles: str = "all",
+        progress: Callable[[list[Matrix]], Iterable[Matrix]] | None = None,
+    ) -> Channel:
         """The top-K singular subspace of ΔW for every matrix of the chosen roles.
 
         K is cut to the rank of ΔW as stored, up to float64 rounding; a matrix that did not move gets K = 0.
@@ -299,11 +304,21 @@ class Channel:
         usual = max(set(ranks.values()), key=list(ranks.values()).count)
         others = {name: k for name, k in ranks.items() if k != usual}
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
-            "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0,
-            "bias": "none", "use_rslora": False, "use_dora": False, "target_modules": sorted(ranks),
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(base),
+            "inference_mode": True,
+            "r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "target_modules": sorted(ranks),
             "fan_in_fan_out": any(s.matrix.transposed for s in self.open()),
-        }  # fmt: skip
+        }
 
     def open(self) -> list[Subspace]:
         """The subspaces with K > 0: the matrices that may move."""
@@ -361,9 +376,12 @@ def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace
     chosen = min(chosen, int((spectrum.sigma > spectrum.errors[: len(spectrum.sigma)]).sum()))
     basis = (spectrum.right if side == "right" else spectrum.left)[:, :chosen]
     return Subspace(
-        matrix, basis.float().contiguous(), min(1.0, float((spectrum.sigma[:chosen] / update.norm).square().sum())),
-        _gap(spectrum, chosen), spectrum.subspace_error(chosen, side),
-    )  # fmt: skip
+        matrix,
+        basis.float().contiguous(),
+        min(1.0, float((spectrum.sigma[:chosen] / update.norm).square().sum())),
+        _gap(spectrum, chosen),
+        spectrum.subspace_error(chosen, side),
+    )
 
 
 def _gap(spectrum: Spectrum, k: int) -> float | None:

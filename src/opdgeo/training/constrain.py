@@ -46,7 +46,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opdgeo.checkpoints.names import Matrix, plain, unwrapped
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.training.channel import Channel
+from opdgeo.training.channel import Channel, Subspace
 from opdgeo.training.trl_hooks import before_clipping, before_logging, torch_optimizer
 
 Mode = Literal["gradient", "update", "adapter"]
@@ -67,9 +67,14 @@ def parameter_name(name: str) -> str:
 
 
 def constrain(
-    trainer: Any, channel: Channel, mode: Mode = "update", *, moments: Moments = "reset",
-    unconstrained: Unconstrained = "free", moments_from: str | Path | None = None,
-) -> None:  # fmt: skip
+    trainer: Any,
+    channel: Channel,
+    mode: Mode = "update",
+    *,
+    moments: Moments = "reset",
+    unconstrained: Unconstrained = "free",
+    moments_from: str | Path | None = None,
+) -> None:
     """Hold the model of a transformers or TRL trainer in `channel`; call it before `trainer.train()`.
 
     The switch-on is the start of `train()`, also where that resumes the state of an unconstrained run. A later resume goes on
@@ -257,7 +262,7 @@ class Constraint:
             start, local = 0, parameter.detach()
             if isinstance(parameter, DTensor):
                 start, self.group, local = _sharding(s.matrix.tensor, parameter)
-            part = _part(s.matrix, parameter, local, start, s.basis, channel.side, self.group)
+            part = _part(s, channel.side, parameter, local=local, start=start, group=self.group)
             if part is not None:
                 part.factor = factor
                 self.parts.append(part)
@@ -458,15 +463,19 @@ def load_moments(
                     rows = rows.to(local.dtype).contiguous()
                     if isinstance(parameter, DTensor):
                         rows = DTensor.from_local(
-                            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-                        )  # fmt: skip
+                            rows,
+                            parameter.device_mesh,
+                            parameter.placements,
+                            shape=parameter.shape,
+                            stride=parameter.stride(),
+                        )
                     state[slot] = rows
                 optimizer.state[parameter] = state
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not hold this model's moments: {error}.") from error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Part:
     """One matrix of the channel inside this process's part of a parameter.
 
@@ -505,37 +514,38 @@ class _Part:
         return basis @ inside
 
 
-def _part(
-    matrix: Matrix, parameter: Tensor, local: Tensor, start: int, basis: Tensor, side: str, group: Any
-) -> _Part | None:
+def _part(subspace: Subspace, side: str, parameter: Tensor, *, local: Tensor, start: int, group: Any) -> _Part | None:
     """The matrix's part of `local`, the rows of `parameter` from `start` on; None where another process has its expert."""
+    matrix = subspace.matrix
     if not _fits(matrix, tuple(parameter.shape)):
         raise ConfigError(
             f"{matrix.tensor} has shape {tuple(parameter.shape)} and the channel's matrix {matrix.rows}×{matrix.cols}; expected a "
             "channel of this model, and FSDP2 rather than FSDP1."
         )
-    on_columns, basis = (side == "right") != matrix.transposed, basis.to(local.device)
+    on_columns, basis = (side == "right") != matrix.transposed, subspace.basis.to(local.device)
+    index: tuple[Any, ...]
     rows = slice(matrix.start, matrix.start + matrix.rows)
     if matrix.stacked:
         expert = (matrix.expert or 0) - start
         if not 0 <= expert < local.shape[0]:
             return None
-        return _Part(matrix.name, parameter, (expert, rows), basis, on_columns, None, local)
-    end = start + local.shape[0]
-    if matrix.transposed:
-        return _Part(
-            matrix.name,
-            parameter,
-            (slice(None), rows),
-            basis if on_columns else basis[start:end],
-            on_columns,
-            group,
-            local,
-        )
-    low = min(max(matrix.start, start), end)
-    high = max(low, min(rows.stop, end))
-    held = basis if on_columns else basis[low - matrix.start : high - matrix.start]
-    return _Part(matrix.name, parameter, (slice(low - start, high - start),), held, on_columns, group, local)
+        index, held, group = (expert, rows), slice(None), None
+    elif matrix.transposed:
+        index, held = (slice(None), rows), slice(start, start + local.shape[0])
+    else:
+        end = start + local.shape[0]
+        low = min(max(matrix.start, start), end)
+        high = max(low, min(rows.stop, end))
+        index, held = (slice(low - start, high - start),), slice(low - matrix.start, high - matrix.start)
+    return _Part(
+        name=matrix.name,
+        parameter=parameter,
+        index=index,
+        basis=basis if on_columns else basis[held],
+        on_columns=on_columns,
+        group=group,
+        anchor=local,
+    )
 
 
 def _source(name: str) -> str:

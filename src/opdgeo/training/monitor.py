@@ -79,9 +79,16 @@ class GeometryMonitor(FirstCallback):
     """
 
     def __init__(
-        self, every: int = 25, *, watch: int | Sequence[str] = 8, base: str | Path | None = None,
-        channel: Channel | None = None, stop: Rule | None = None, alert: Rule | None = None, lock: float = 0.8,
-    ):  # fmt: skip
+        self,
+        every: int = 25,
+        *,
+        watch: int | Sequence[str] = 8,
+        base: str | Path | None = None,
+        channel: Channel | None = None,
+        stop: Rule | None = None,
+        alert: Rule | None = None,
+        lock: float = 0.8,
+    ):
         if every < 1:
             raise ConfigError(f"every is {every}; expected a number of steps of at least 1.")
         if not 0 < lock <= 1:
@@ -115,9 +122,13 @@ class GeometryMonitor(FirstCallback):
         return control
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> TrainerControl:  # fmt: skip
+    ) -> TrainerControl:
         if logs is None:
             return control
         if self._pending:

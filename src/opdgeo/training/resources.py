@@ -180,12 +180,18 @@ def shape(name: str) -> Shape:
     try:
         heads = config["num_attention_heads"]
         return Shape(
-            config["num_hidden_layers"], config["hidden_size"],
-            config.get("moe_intermediate_size") or config["intermediate_size"], heads,
-            config.get("num_key_value_heads", heads), config.get("head_dim") or config["hidden_size"] // heads,
-            config["vocab_size"], bool(config.get("tie_word_embeddings")), "qwen3" in config.get("model_type", ""),
-            config.get("num_experts") or config.get("num_local_experts") or 1, config.get("num_experts_per_tok") or 1,
-        )  # fmt: skip
+            layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            mlp=config.get("moe_intermediate_size") or config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads", heads),
+            head=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            normed="qwen3" in config.get("model_type", ""),
+            experts=config.get("num_experts") or config.get("num_local_experts") or 1,
+            active=config.get("num_experts_per_tok") or 1,
+        )
     except KeyError as error:
         raise CheckpointError(
             f"the config.json of {name} has no {error}; expected a Llama- or Qwen-like architecture. The plan knows no other."
@@ -243,9 +249,11 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
     logits = 4.0 * 4 * min(LOSS_CHUNK, micro * length) * student.vocabulary
     memory = {
         "program": PROGRAM if not machine.gpu else 1.5 * GB,
-        "weights": weights / share, "gradients": weights / share, "optimizer": 2 * weights / share,
+        "weights": weights / share,
+        "gradients": weights / share,
+        "optimizer": 2 * weights / share,
         "activations": micro * length * kept * number + logits,
-    }  # fmt: skip
+    }
     if machine.gpu:
         memory["bf16 copies"] = 2.0 * student.parameters / (student.layers if share > 1 else 1) * 2
     if teacher is not None:
@@ -257,7 +265,9 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
         elif config.vllm == "colocate":
             memory["vLLM"] = config.vllm_memory * machine.memory
     if config.eval_prompts:
-        memory["evaluation"] = _evaluation_memory(config, student, teacher, prompt, longest, machine, number)
+        memory["evaluation"] = _evaluation_memory(
+            config, student, teacher, tokens=prompt + longest, machine=machine, number=number
+        )
 
     # work of all processes, in tokens through the student's forward pass
     steps, sequences = config.steps, config.sequences_per_step
@@ -302,13 +312,13 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
 
 
 def _evaluation_memory(
-    config: TrainConfig, student: Shape, teacher: Shape | None, prompt: float, longest: float, machine: Hardware, number: int
-) -> float:  # fmt: skip
+    config: TrainConfig, student: Shape, teacher: Shape | None, *, tokens: float, machine: Hardware, number: int
+) -> float:
     from opdgeo.training.evaluation import LOGITS_AT_ONCE
 
     batch = min(config.eval_batch, -(-config.eval_prompts // machine.processes))
-    scored = min(LOGITS_AT_ONCE, batch * (prompt + longest) * student.vocabulary)
-    cache = batch * ((prompt + longest) * student.cache * number + 4.0 * 4 * student.vocabulary)
+    scored = min(LOGITS_AT_ONCE, batch * tokens * student.vocabulary)
+    cache = batch * (tokens * student.cache * number + 4.0 * 4 * student.vocabulary)
     return cache + (scored * 4 * 5 if teacher is not None else 0)
 
 
@@ -354,9 +364,11 @@ def refuse_what_cannot_fit(made: Plan) -> None:
     largest = sorted(made.memory, key=lambda part: -made.memory[part])[:3]
     parts = ", ".join(f"{part} {made.memory[part] / GB:.1f} GB" for part in largest)
     cures = {
-        "activations": "a smaller micro_batch or gradient_checkpointing = true", "rollouts": "a smaller rollout_prompts, or vLLM",
-        "evaluation": "a smaller eval_batch", "vLLM": "a smaller vllm_memory",
-    }  # fmt: skip
+        "activations": "a smaller micro_batch or gradient_checkpointing = true",
+        "rollouts": "a smaller rollout_prompts, or vLLM",
+        "evaluation": "a smaller eval_batch",
+        "vLLM": "a smaller vllm_memory",
+    }
     cure = next(
         (cures[part] for part in largest if part in cures), "more processes with FSDP2 or ZeRO-3, or a smaller model"
     )

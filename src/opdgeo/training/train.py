@@ -84,7 +84,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         callbacks.forget_after(out, trl_hooks.state_step(state) if state else -1)
 
     with quiet():
-        trainer, recorder = _build(config, out, origin, teacher, server, task, progress)
+        trainer, recorder = _build(config, out, origin, task, teacher=teacher, server=server, progress=progress)
         _constrain(trainer, config, channel, origin)
         if config.monitor:
             trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
@@ -149,9 +149,13 @@ def _constrain(trainer: Any, config: TrainConfig, channel: Channel | None, origi
     carried = None if config.moments == "reset" else origin
     if channel is not None and config.constrain is not None:
         constrain.constrain(
-            trainer, channel, config.constrain, moments=config.moments, unconstrained=config.unconstrained,
+            trainer,
+            channel,
+            config.constrain,
+            moments=config.moments,
+            unconstrained=config.unconstrained,
             moments_from=carried,
-        )  # fmt: skip
+        )
     elif carried is not None:
         trainer.add_callback(constrain.Carried(carried))
 
@@ -172,9 +176,16 @@ def _check_recorded(config: TrainConfig, out: Path) -> None:
 
 
 def _build(
-    config: TrainConfig, out: Path, origin: Path, teacher_folder: Path | None, server: ServedTeacher | None, task: tasks.Task,
+    config: TrainConfig,
+    out: Path,
+    origin: Path,
+    task: tasks.Task,
+    *,
+    teacher: Path | None,
+    server: ServedTeacher | None,
     progress: bool,
-) -> tuple[Any, Recorder]:  # fmt: skip
+) -> tuple[Any, Recorder]:
+    """The trainer of a run and what writes its folder; `teacher` is a model's folder, `server` a served one."""
     import torch
     from datasets import Dataset
 
@@ -186,7 +197,7 @@ def _build(
     if config.weights == "bfloat16" and not cuda:
         models.multiply_in_float32(model)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
-    teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
+    judge = models.load_model(teacher, "bfloat16" if cuda else "float32").eval() if teacher else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
@@ -227,10 +238,17 @@ def _build(
         if not held_out[:count]:
             return None
         return evaluation.evaluate(
-            trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=teacher, max_tokens=config.max_tokens, origin=start,
-            longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
-        )  # fmt: skip
+            trainer.accelerator.unwrap_model(model),
+            tokenizer,
+            task,
+            held_out[:count],
+            batch=config.eval_batch,
+            teacher=judge,
+            max_tokens=config.max_tokens,
+            origin=start,
+            longest=config.max_prompt_tokens + config.max_tokens,
+            accelerator=trainer.accelerator,
+        )
 
     recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: trl_hooks.whole_weights(trainer), progress)
     arguments = trl_hooks.trl_arguments(config, out / callbacks.RESUME, cuda)
@@ -238,15 +256,19 @@ def _build(
     if demonstrations:
         data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
         trainer = trl_hooks.demonstration_trainer(model, tokenizer, args=arguments, data=data, callbacks=[recorder])
-        teacher = teacher and trl_hooks.place_frozen(trainer, teacher)
+        judge = judge and trl_hooks.place_frozen(trainer, judge)
     else:
         credit = policy.TokenCredit(
-            config, task, teacher=teacher or server, reserve=_prompts(reserve), vocabulary=model.config.vocab_size,
+            config,
+            task,
+            teacher=judge or server,
+            reserve=_prompts(reserve),
+            vocabulary=model.config.vocab_size,
             record=out / rollouts.FILE if config.record_rollouts else None,
-        )  # fmt: skip
+        )
         data = Dataset.from_list(_prompts(examples))
         trainer = trl_hooks.policy_trainer(credit, model, tokenizer, args=arguments, data=data, callbacks=[recorder])
-        teacher = teacher and credit.teacher
+        judge = judge and credit.teacher
     start = start and trl_hooks.place_frozen(trainer, start)
     return trainer, recorder
 

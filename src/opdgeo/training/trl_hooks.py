@@ -297,9 +297,13 @@ class PolicyHooks:
     def _log_probs(self, model: Any, batch: dict[str, Any], **more: bool) -> tuple[Any, ...]:
         ids_BL, attention_BL = sequences(batch)
         return self._get_per_token_logps_and_entropies(
-            model, ids_BL, attention_BL, batch["completion_ids"].shape[1],
-            batch_size=self.args.per_device_train_batch_size, **more,
-        )  # fmt: skip
+            model,
+            ids_BL,
+            attention_BL,
+            batch["completion_ids"].shape[1],
+            batch_size=self.args.per_device_train_batch_size,
+            **more,
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollouts, with `advantages` (B,) replaced by (B, T)."""
@@ -354,9 +358,14 @@ def policy_trainer(
         """`GRPOTrainer` with a credit for every token."""
 
     trainer: Any = PolicyTrainer(
-        model=model, reward_funcs=[credit.reward], args=args, train_dataset=data, processing_class=tokenizer,
-        callbacks=callbacks, rollout_func=credit.complete if credit.completes else None,
-    )  # fmt: skip
+        model=model,
+        reward_funcs=[credit.reward],
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        rollout_func=credit.complete if credit.completes else None,
+    )
     trainer.credit = credit
     if isinstance(credit.teacher, PreTrainedModel):
         # Prepared as GRPOTrainer prepares its reference model: the fused head first, with the same temperature.
