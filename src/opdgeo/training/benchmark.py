@@ -1,4 +1,4 @@
-"""avg@k of one checkpoint on a set of problems, with everything that it depends on beside it.
+"""avg@k of one checkpoint on a set of problems, and a record of everything that it depends on.
 
 OUT/evaluation.json      average, its interval, generation settings, model, problems, versions
 OUT/completions.jsonl    one row a problem: prompt, answer, its k completions, rewards and lengths

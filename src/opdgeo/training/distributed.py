@@ -1,7 +1,7 @@
-"""One process or many: `accelerate launch` starts the processes, accelerate shards, this file is what opdgeo adds.
+"""One process or many. `accelerate launch` starts the processes and accelerate shards the model; this file divides the work.
 
-Law: the number of processes and the way the model is sharded change nothing but rounding. A step's batch is the
-configuration's, whatever the number of processes; checkpoints hold whole weights and are written by the first process.
+Law: the number of processes and the way the model is sharded change nothing but rounding. A step has the configured number
+of sequences on any number of processes. Checkpoints hold whole weights, and the first process writes them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_main() -> bool:
 
 
 def batch_sizes(config: TrainConfig) -> tuple[int, int]:
-    """(sequences a process holds at once, micro-batches a step), so that every step sees `sequences_per_step`.
+    """The sequences that a process holds at once, and its micro-batches in a step. All processes together see `sequences_per_step`.
 
     Raises:
         ConfigError: the step's sequences cannot be divided evenly among the processes.

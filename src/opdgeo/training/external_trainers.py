@@ -1,6 +1,6 @@
-"""The same credit and the same channel in trainers that are not TRL's: verl (read at 0.9.1) and slime (read in October 2026).
+"""The credit and the channel of `opdgeo train` in two other trainers: verl (read at 0.9.1) and slime (read in October 2026).
 
-verl. The teacher is its reference model, whose log-probabilities it already subtracts from the rewards:
+In verl the teacher is the reference model, whose log-probabilities verl subtracts from the rewards itself:
 
     algorithm.adv_estimator=opdgeo  +algorithm.opdgeo_alpha=1.0        (also opdgeo_token_share, opdgeo_token_choice)
     algorithm.use_kl_in_reward=True  algorithm.kl_penalty=kl  algorithm.kl_ctrl.kl_coef=1.0     (for alpha > 0)
@@ -11,24 +11,24 @@ verl. The teacher is its reference model, whose log-probabilities it already sub
     from opdgeo.training.external_trainers import verl_advantages
     register_adv_est("opdgeo")(verl_advantages)
 
-The reward function returns `VERL_REWARD` for a right completion and 0 for a wrong one; that number is what lets both be told apart in
-the one tensor that verl hands over. The channel:
+The reward function returns `VERL_REWARD` for a right completion and 0 for a wrong one. verl hands over reward and log-ratio as one
+sum, and a reward of that size lets the two be told apart. The channel:
 
     actor_rollout_ref.actor.optim.optimizer_impl=opdgeo.training.external_trainers  actor_rollout_ref.actor.optim.optimizer=ChannelAdamW
     actor_rollout_ref.actor.strategy=fsdp2
     +actor_rollout_ref.actor.optim.override_optimizer_config.channel=CHANNEL
     +actor_rollout_ref.actor.optim.override_optimizer_config.model=ANCHOR
 
-slime. It has a hook for exactly this, and computes the teacher's log-probabilities itself:
+slime has an option for such a function, and computes the teacher's log-probabilities itself:
 
     --custom-advantage-function-path opdgeo.training.external_trainers.slime_advantages
     --use-opd --opd-type megatron --opd-teacher-load TEACHER --opd-kl-coef 0      (the term is in our function; its own is off)
 
-with opdgeo_alpha, opdgeo_token_share and opdgeo_token_choice in the file of --custom-config-path. Its optimizer is Megatron's, over fused
-and sharded buffers, so that a channel cannot be held there; `opdgeo channel` and its adapter are the way.
+with opdgeo_alpha, opdgeo_token_share and opdgeo_token_choice in the file of --custom-config-path. slime's optimizer is Megatron's. It
+works on fused and sharded buffers, so a channel cannot be held there. Train the adapter that `opdgeo channel` writes instead.
 
-Departures of both from `opdgeo train`: gradients are clipped before they are projected; random tokens are drawn from torch's own
-random state.
+Both depart from `opdgeo train` in two points. Gradients are clipped before they are projected, and random tokens are drawn from
+torch's own random state.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from opdgeo.training.channel import Channel
 from opdgeo.training.constrain import Constraint, Mode
 
 VERL_REWARD = 256.0
-"""A power of two, so that adding it to a log-ratio and taking it off again costs at most 2⁻¹⁵ nats; no gap comes near half of it."""
+"""A power of two. Adding it to a log-ratio and subtracting it again costs at most 2⁻¹⁵ nats, and no gap comes near half of it."""
 
 
 def _settings(source: Any) -> tuple[float, float, Any]:
-    """alpha, token share and token choice from a mapping or an object; the preset's defaults where they are not set."""
+    """alpha, token share and token choice from a mapping or an object. Where one is not set: 1, 1 and top."""
     read = source.get if hasattr(source, "get") else lambda name, default: getattr(source, name, default)
     alpha, share = float(read("opdgeo_alpha", 1.0)), float(read("opdgeo_token_share", 1.0))
     choice = read("opdgeo_token_choice", "top")

@@ -4,13 +4,13 @@
     trainer.add_callback(GeometryMonitor())
 
 Every `every` steps, and at the last one, a few matrices are measured against where training started, with the formulas of
-`opdgeo track`; the means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
+`opdgeo track`. The means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
 `docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix.
 
-What is read. The parameters as the optimizer leaves them: fp32 under autocast, DDP and FSDP2, whose mixed precision keeps
-fp32 shards. Parameters that are held in bf16 are all there is, unless DeepSpeed keeps masters of them elsewhere; they are
-measured as they are, and a warning says so. Under FSDP2 every process keeps and reads its own rows; only narrow blocks are
-exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to read here: the monitor says so and stays silent.
+The monitor reads the parameters as the optimizer leaves them. They are fp32 under autocast, under DDP and under FSDP2, whose
+mixed precision keeps fp32 shards. Parameters that are held in bf16 are measured as they are, and a warning says so. Under FSDP2
+every process keeps and reads its own rows, and only narrow blocks are exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to
+read here: the monitor warns once and measures nothing.
 
 The row that a trainer logs is a dictionary, which its callbacks see one after another. The monitor is a `FirstCallback`: it comes
 before the reporters, so that they see its numbers.
@@ -160,7 +160,7 @@ class GeometryMonitor(FirstCallback):
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """Measure now; returns the means over the matrices, by the names of the log."""
+        """Measure now and return the means over the matrices by their names in the log."""
         now: dict[str, Spectrum] = {}
         values: dict[str, list[float]] = {}
         for subject in self._subjects:
@@ -199,7 +199,7 @@ class GeometryMonitor(FirstCallback):
         return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
 
     def _locked(self, step: int, now: dict[str, Spectrum]) -> int | None:
-        """The step since which the channel has been what it is now, as `track` would say if training ended here."""
+        """The step from which on the channel has been what it is now. `track` would give it if training ended here."""
         curve: list[float | None] = []
         for _, earlier in self._history:
             found = [
@@ -219,7 +219,7 @@ class GeometryMonitor(FirstCallback):
             self._history = [first, *middle[1::2], last]
 
     def _origin(self, model: Any, state: TrainerState) -> Checkpoint | None:
-        """The checkpoint with W₀; None where the weights in memory are W₀."""
+        """The checkpoint that holds W₀. None where the weights in memory are W₀."""
         if self.base is None and not state.global_step:
             return None
         where = self.base or getattr(model, "name_or_path", "") or ""
@@ -253,7 +253,7 @@ class _Known:
 
 
 class _MonitoredBase(Base):
-    """W₀ as far as the monitor asks: this process's rows of it, and the top of its spectrum instead of all."""
+    """The rows of W₀ that this process holds, and the top of its spectrum."""
 
     def __init__(self, weights: Tensor, rows: Rows | None, known: _Known | None):
         super().__init__(weights, SETTINGS)
@@ -276,7 +276,7 @@ class _MonitoredBase(Base):
 
 
 class _MonitoredUpdate(Update):
-    """ΔW, of which this process may hold some rows only."""
+    """ΔW. This process may hold only some of its rows."""
 
     base: _MonitoredBase
 
@@ -304,7 +304,7 @@ def _difference(before: Tensor, after: Tensor, norm: float, rows: Rows | None) -
 
 @dataclass
 class _Subject:
-    """One monitored matrix: where it is now, and W₀'s rows of this process on the CPU."""
+    """One monitored matrix: how to read it now, and the rows of W₀ that this process keeps on the CPU."""
 
     matrix: Matrix
     current: Callable[[], Tensor]
@@ -327,7 +327,7 @@ class _Subject:
         return update
 
     def over_rows(self, shares: dict[str, Value]) -> dict[str, Value]:
-        """Shares of this process's entries as shares of all."""
+        """Shares of all entries, from those of the entries that this process holds."""
         if self.rows is None:
             return shares
         mine = self.before.shape[0] / self.rows.total
@@ -380,7 +380,7 @@ def _spread(usable: list[Matrix], count: int) -> list[Matrix]:
 
 
 def _readable(model: Any, parameters: dict[str, Any], matrix: Matrix, name: str) -> bool:
-    """Whether the rows of this process can be read without gathering: not of a sharded part, and not of a sharded LoRA layer."""
+    """Whether this process can read its rows without gathering others. It cannot for a part of a sharded tensor or a sharded LoRA layer."""
     parameter = parameters[name]
     if not isinstance(parameter, DTensor):
         return True
@@ -393,7 +393,7 @@ def _readable(model: Any, parameters: dict[str, Any], matrix: Matrix, name: str)
 def _reader(
     model: Any, parameters: dict[str, Any], matrix: Matrix, name: str
 ) -> tuple[Callable[[], Tensor], Rows | None, torch.dtype]:
-    """How to read a matrix as it is now: this process's rows where it is sharded by rows, else all of it."""
+    """How to read a matrix as it is now: the rows of this process where it is sharded by rows, else all of it."""
     parameter = parameters[name]
     if not isinstance(parameter, DTensor):
         if ".base_layer." in name:
@@ -411,7 +411,7 @@ def _reader(
 
 
 def _live(model: Any, name: str) -> Any:
-    """The parameter of that name now: FSDP2 swaps parameter objects."""
+    """The parameter of that name now. FSDP2 replaces the objects, so none is kept."""
     module, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(module), attribute)
 
@@ -440,7 +440,7 @@ def _outside(channel: Channel, update: Update, name: str) -> float:
 
 
 def _kept(of: Spectrum) -> Spectrum:
-    """What later steps compare with, in little memory: the right vectors."""
+    """The right vectors in little memory, for later steps to compare with."""
     return replace(of, left=of.left[:0], right=of.right.float().cpu(), sigma=of.sigma.cpu(), errors=of.errors.cpu())
 
 
@@ -463,7 +463,7 @@ def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) ->
 
 
 def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
-    """What `_save_history` wrote; nothing where that is not there or not readable."""
+    """What `_save_history` wrote. Empty where the file is missing or not readable."""
     history: dict[int, tuple[int, dict[str, Spectrum]]] = {}
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
         for fact in json.loads(file.metadata()["history"]):
@@ -476,7 +476,7 @@ def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
 
 
 class _Decision:
-    """A rule and its words; None of a row that does not have its name."""
+    """A rule and its words. It gives None for a row that lacks the number it asks for."""
 
     def __init__(self, words: str, decide: Callable[[Mapping[str, float]], bool | None]):
         self.words, self.decide, self.asked = words, decide, False

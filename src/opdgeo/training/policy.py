@@ -4,26 +4,27 @@ Objective, per step, on completions y of prompts x (see `advantages.py` for the 
 
     L = − mean over completions of (1/|y|) Σ_t min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t)
 
-with ρ_t the ratio of the current to the sampling policy. With one update per rollout ρ_t = 1 in value and the clip never
-binds: the gradient is A_t ∇ log p(y_t). KL direction: reverse, KL(student ‖ teacher), by the score function
-on the sampled token; nothing is back-propagated through A. No KL to the origin, no entropy bonus, no dropout.
-Three other credits stand beside it as controls (`TrainConfig.credit`): the exact KL(student ‖ teacher) or KL(teacher ‖ student)
-over the vocabulary at every token the student wrote, averaged in the same way and back-propagated through the student; and
-1 on the tokens of right completions (SFT on the student's own samples, drawn anew every step).
-Temperature 1 without top-k or top-p, so that the sampling distribution is the one that is scored.
+ρ_t is the ratio of the current policy to the one that sampled. With one update per rollout ρ_t = 1 in value and the clip
+never binds, so the gradient is A_t ∇ log p(y_t). The KL is the reverse one, KL(student ‖ teacher), estimated by the score
+function on the sampled token. Nothing is back-propagated through A. There is no KL to the origin, no entropy bonus and no
+dropout. The temperature is 1, without top-k or top-p: tokens are scored under the distribution that they were drawn from.
+
+Three other credits are controls (`TrainConfig.credit`). Two are the exact KL(student ‖ teacher) and KL(teacher ‖ student) over
+the vocabulary, at every token that the student wrote; they are averaged in the same way and back-propagated through the
+student. The third is 1 on the tokens of right completions: SFT on the student's own samples, drawn anew every step.
 
 Departures from the paper:
-* Groups without reward variance get A = 0 but stay in the mean, unless `dynamic_sampling`: then, as in the paper, they are
-  dropped and replaced by other prompts, for at most `ROUNDS` rounds; should some remain, the mean is over the others.
+* Groups without reward variance get A = 0 and stay in the mean. With `dynamic_sampling` they are dropped and replaced by other
+  prompts, as in the paper, for at most `ROUNDS` rounds. If some remain, the mean is over the others.
 * Adam's ε is 1e-8 in every arm; the paper gives 1e-15 for RLVR and nothing for the others.
-* With `rollout_prompts` several updates follow one rollout, as many as whole batches fit; otherwise every update has its own.
+* With `rollout_prompts` one rollout serves several updates, as many as it fills whole batches. Else every update has its own.
 * A completion cut at `max_tokens` is trained on as it is.
-* With teacher rollouts the ratio is taken to the student itself (1 in value), as no importance weight is applied: the
-  same credit on other tokens. ε is 1.0, as in the paper.
+* With teacher rollouts no importance weight is applied: the ratio is taken to the student itself and is 1 in value. Other
+  tokens get the same credit. ε is 1.0, as in the paper.
 
-Departures from TRL: advantages have shape (B, T) instead of (B,); the student's log-probabilities are computed before the
-update to form them, and once more in the loss unless the batch is used whole and once; no model card is written; trainer
-states are written whole or not at all.
+Departures from TRL: advantages have shape (B, T) instead of (B,). They need the student's log-probabilities, which are computed
+before the update; the loss uses the same pass where a batch is used whole and once, and else computes them again. No model
+card is written. Trainer states are written whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What a run will take, before it starts: memory by part, tokens, hours, disk; and whether it fits.
 
-A model of the run, with constants measured on small runs on a CPU (docs/engines.md compares it with three): the parts of the
-memory are added, not overlapped, except that activations, rollouts and evaluation never exist at once. Work is counted in
-floating-point operations of matrix products, and in kernels, whose fixed cost is most of a small model's time; what both cost is
-measured when the plan is made, on this machine, or stated for a GPU by `HARDWARE`.
+The plan is a model of the run. Its constants were measured on small runs on a CPU, and docs/engines.md compares it with three
+runs. The parts of the memory are added; activations, rollouts and evaluation never exist at once, so only the largest of them
+counts. Work is counted in floating-point operations of matrix products, and in kernels, whose fixed cost is most of a small
+model's time. What an operation and a kernel cost is measured on this machine when the plan is made, or stated for a GPU by
+`HARDWARE`.
 
-Per token and layer the backward pass keeps, in floats (h width, i MLP width, q and k widths of queries and keys, c context):
+For every token and layer the backward pass keeps, in floats (h width, i MLP width, q and k widths of queries and keys, c context):
     6h + 4i + 4q + c          with norms on queries and keys: + 2q + 2k
 """
 
@@ -34,7 +35,7 @@ START_SECONDS = 8.0  # imports and set-up
 
 @dataclass(frozen=True)
 class Shape:
-    """What the plan needs of an architecture; `experts` and `active` are 1 for a dense model."""
+    """What the plan needs to know of an architecture. `experts` and `active` are 1 for a dense model."""
 
     layers: int
     width: int
@@ -139,7 +140,7 @@ def _measured(device: str) -> tuple[float, float]:
     """(flops a second of matrix products, seconds of a kernel that does next to nothing), the best of several."""
     import torch
 
-    # On a CPU this thread's own time is counted: what others run meanwhile is not the run's cost.
+    # On a CPU the time of this thread is counted, because what other programs do meanwhile is no cost of the run.
     clock = time.perf_counter if device == "cuda" else time.thread_time
 
     def seconds(repeats: int, a: Any, wait: Any) -> float:
@@ -218,7 +219,7 @@ class Plan:
 
 
 def plan(config: TrainConfig, machine: Hardware) -> Plan:
-    """The plan of `config` on `machine`; nothing is loaded but headers and, where they are at hand, examples."""
+    """The plan of `config` on `machine`. Only headers are read and, where they are at hand, examples."""
     student = shape(config.origin) if config.origin != "ANCHOR" else shape(_released(config))
     teacher = shape(config.teacher) if config.teacher and not config.teacher_server else None
     assumed = ["the teacher's server answers at once"] if config.teacher_server else []
@@ -350,7 +351,7 @@ def _lengths(config: TrainConfig, assumed: list[str]) -> tuple[float, float, flo
     if not any(e.completion for e in examples):
         mean = config.max_tokens / 2
         assumed.append(f"completions of {mean:.0f} tokens, half of max_tokens")
-    # A sampled batch ends with its longest completion, and one of many runs to the limit.
+    # A batch is sampled until its longest completion ends, and one of many runs to the limit.
     longest = max(completions) if config.rollouts == "demonstrations" else config.max_tokens
     return sum(prompts) / len(prompts), mean, longest
 

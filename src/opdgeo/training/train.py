@@ -1,11 +1,11 @@
-"""Train one arm: check the request, build the TRL trainer, run it, leave a run folder.
+"""Train one arm. The request is checked, the TRL trainer is built and run, and a run folder is left.
 
 OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
-OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
+OUT/rollouts.jsonl       every completion, if the run records them (`rollouts`)
 OUT/channel.safetensors  the channel of a constrained run
-OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's factors beside the weights
-OUT/resume/              trainer state, only while the run is unfinished
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; beside the weights the factors of an adapter
+OUT/resume/              the trainer's state, until the run is finished
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
     """Run `config` into the folder `out` and return the last checkpoint's folder.
 
-    With `resume`, a killed run goes on from its last trainer state and ends with the weights it would have had (bit-equal
-    on the same machine with the same number of threads); a finished run returns at once; an empty folder starts afresh.
+    With `resume`, a killed run goes on from its last trainer state. It ends with the weights it would have had, to the bit on
+    the same machine with the same number of threads. A finished run returns at once, and an empty folder starts a new run.
 
     Raises:
         ConfigError: `out` is in use, the settings differ from the recorded ones, or the teacher does not fit.
@@ -114,7 +114,7 @@ def finished(config: TrainConfig, out: Path) -> bool:
 
 
 def _server(config: TrainConfig, origin: Path, task: tasks.Task) -> ServedTeacher | None:
-    """The teacher's server, once it is clear that it answers and means the student's tokens."""
+    """The teacher's server. It has answered, and its token ids mean what the student's mean."""
     if config.teacher_server is None or config.rollouts == "demonstrations" or config.alpha == 0:
         return None
     from opdgeo.training.models import load_tokenizer
@@ -128,14 +128,14 @@ def _server(config: TrainConfig, origin: Path, task: tasks.Task) -> ServedTeache
 
 
 def _occupied(out: Path) -> bool:
-    """True when `out` holds anything but leftovers of a start that was killed before its config was written."""
+    """True when `out` holds files of a run. Hidden files do not count: a start that was killed early leaves them."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder for the run. Choose another name.")
     return out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
 
 
 def _channel(config: TrainConfig, out: Path) -> Channel | None:
-    """The channel of the run: its own copy once it has one."""
+    """The channel of the run. It is read from the run's own copy where there is one."""
     from opdgeo.training.channel import FILE, Channel
 
     if config.channel is None:
@@ -278,7 +278,7 @@ def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
 
 
 def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluation | None:
-    """What the run that wrote `origin` measured there, when it measured in the same way; so arms share one evaluation."""
+    """What the run that wrote `origin` measured of it in the same way, or None. Arms with one start share its evaluation."""
     from opdgeo.training import callbacks, evaluation
 
     recorded = origin.parent / "config.json"
@@ -314,7 +314,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, warnings and information from transformers, datasets, TRL and accelerate; put all back."""
+    """Silence transformers, datasets, TRL and accelerate: their progress bars, warnings and information. Undone at the end."""
     import datasets
     import transformers
 
