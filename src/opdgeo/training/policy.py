@@ -121,7 +121,7 @@ class TokenCredit:
             adv_opd_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
             sums = torch.stack([torch.where(mask_BT.bool(), gap_BT, 0.0).sum(), mask_BT.sum().to(gap_BT.dtype)])
             total, count = trainer.accelerator.reduce(sums, reduction="sum")
-            trainer.record("kl_teacher", (total / count).item())
+            trainer.add_to_log("kl_teacher", (total / count).item())
         # The mask of padding is never edited to drop tokens: it is the attention mask too.
         adv_G = batch["advantages"] * self.scale
         if self.config.credit == "correct":
@@ -182,7 +182,7 @@ class TokenCredit:
             mine = drawn[trainer.accelerator.process_index * each :][:each]
             inputs = [row for row in mine for _ in range(size)]
         kept = kept[:wanted]
-        trainer.record("dropped_groups", float(len(flat)))
+        trainer.add_to_log("dropped_groups", float(len(flat)))
         batch = kept + flat[: wanted - len(kept)]
         return [row for group in batch for row in group], wanted / max(1, len(kept))
 

@@ -257,7 +257,7 @@ class PolicyHooks:
     credit: Credit
     scored: tuple[Any, ...] = NOTHING
 
-    def record(self, name: str, value: float) -> None:
+    def add_to_log(self, name: str, value: float) -> None:
         """Add a number to the next row of the log, which has the mean of them."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)  # type: ignore[attr-defined]
 
