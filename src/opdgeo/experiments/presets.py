@@ -159,7 +159,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sft-matched": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "demonstrations"},
         "opd": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 1.0},
         "rlvr": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 0.0, "sequences_per_step": 16},
-        "teacher": {**SMOLLM2_SFT, "steps": SMOLLM2_RUN[SMOLLM2_TEACHER], "learning_rate": 1e-4, "checkpoints": (SMOLLM2_RUN[SMOLLM2_ANCHOR] / SMOLLM2_RUN[SMOLLM2_TEACHER], 1.0), "eval_prompts": 0},
+        "teacher": {
+            **SMOLLM2_SFT,
+            "steps": SMOLLM2_RUN[SMOLLM2_TEACHER],
+            "learning_rate": 1e-4,
+            "checkpoints": (SMOLLM2_RUN[SMOLLM2_ANCHOR] / SMOLLM2_RUN[SMOLLM2_TEACHER], 1.0),
+            "eval_prompts": 0,
+        },
     },
     "qwen3-8b": {
         "sft": QWEN3_SFT,
@@ -176,12 +182,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "clip_high": 0.28,
             "dynamic_sampling": True,
         },
-        **{f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"} for size in ("8B", "14B", "30B-A3B")},
+        **{
+            f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"}
+            for size in ("8B", "14B", "30B-A3B")
+        },
         **{f"sft-student-{size.lower()}": {**QWEN3_SFT, "origin": f"Qwen/Qwen3-{size}-Base"} for size in ("4B", "14B")},
         **{f"opd-student-{size.lower()}": QWEN3_OPD for size in ("4B", "14B")},
-        "opd-code": {**QWEN3_OPD, "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset", "subset": "primeintellect"}},
+        "opd-code": {
+            **QWEN3_OPD,
+            "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset", "subset": "primeintellect"},
+        },
     },
-}  # fmt: skip
+}
 
 
 def make_teacher(config: TrainConfig, progress: bool = False) -> None:
