@@ -30,8 +30,8 @@ from opdgeo import Channel, open_checkpoint, tasks
 from opdgeo.checkpoints import pair
 from opdgeo.training import constrain, models
 from opdgeo.training.channel import Subspace
-from opdgeo.training.run import quiet
 from opdgeo.training.sft import tokenized
+from opdgeo.training.train import quiet
 
 MODES = (None, "gradient", "update", "adapter")
 

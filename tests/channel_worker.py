@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from opdgeo import Channel, tasks
-from opdgeo.training import constrain, engine, models
+from opdgeo.training import constrain, distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
 STEPS, BATCH = 50, 4
@@ -38,12 +38,12 @@ def trainer(origin: Path, out: Path, callbacks: list[Any], steps: int = STEPS, m
     examples = tasks.load("arithmetic", {"operands": 2}).examples(BATCH * steps, 0, held_out=False)
     args = SFTConfig(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=1, use_cpu=True, bf16=False,
-        gradient_accumulation_steps=BATCH // engine.processes(), learning_rate=1e-3,
+        gradient_accumulation_steps=BATCH // distributed.processes(), learning_rate=1e-3,
         lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, optim="adamw_torch", report_to="none",
         logging_steps=10, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
         packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
-    engine.shard_without_gpu()
+    trl_hooks.shard_without_gpu()
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from opdgeo import GeometryMonitor, tasks
 from opdgeo.numerics import spectra
 from opdgeo.numerics.sharded import Rows, ShardedDifference
-from opdgeo.training import engine, models
+from opdgeo.training import distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
 STEPS, EVERY, BATCH = 6, 2, 4
@@ -41,13 +41,13 @@ def trainer(origin: Path, out: Path, reporter: Reporter, peft_config: Any = None
     tokenizer = models.load_tokenizer(origin)
     examples = tasks.load("arithmetic", {"operands": 2}).examples(BATCH * STEPS, 0, held_out=False)
     settings: dict[str, Any] = dict(
-        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=BATCH // engine.processes(), use_cpu=True,
+        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=BATCH // distributed.processes(), use_cpu=True,
         bf16=False, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, report_to="none", logging_steps=4,
         save_strategy="steps", save_steps=EVERY, save_only_model=True, disable_tqdm=True, dataloader_pin_memory=False,
         max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
     args = SFTConfig(**settings | changes)
-    engine.shard_without_gpu()
+    trl_hooks.shard_without_gpu()
     model = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32)
     return SFTTrainer(
         model=model, processing_class=tokenizer, args=args, callbacks=[reporter], peft_config=peft_config,
@@ -103,7 +103,7 @@ def main(origin: Path, out: Path) -> None:
         "parameters": type(parameter.data).__name__,
         "held": sum(s.before.numel() for s in monitor._subjects),
         "whole": sum(s.matrix.rows * s.matrix.cols for s in monitor._subjects),
-        "sharded": sharded_spectrum() if engine.processes() > 1 else {},
+        "sharded": sharded_spectrum() if distributed.processes() > 1 else {},
     }
     (out / f"facts-{watched.args.process_index}.json").write_text(json.dumps(facts))
     watched.accelerator.wait_for_everyone()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from opdgeo import Channel
 from opdgeo.errors import ConfigError
-from opdgeo.training import signal
-from opdgeo.training.adapters import (
+from opdgeo.training import advantages
+from opdgeo.training.external_trainers import (
     VERL_REWARD,
     ChannelAdamW,
     group_advantages,
@@ -40,15 +40,15 @@ def rollout() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected(alpha: float, share: float) -> Tensor:
-    """What `policy.PolicyTrainer` gives the same completions."""
+    """What `policy.TokenCredit` gives the same completions."""
     student, teacher_, mask = rollout()
-    keep = signal.keep_tokens(student - teacher_, mask, share, "top")
-    opd = signal.distillation_advantages(student, teacher_, mask, keep)
+    keep = advantages.keep_tokens(student - teacher_, mask, share, "top")
+    opd = advantages.distillation_advantages(student, teacher_, mask, keep)
     group = torch.zeros(8)
     for uid in "ab":
         rows = torch.tensor([u == uid for u in UIDS])
         group[rows] = (RIGHT[rows] - RIGHT[rows].mean()) / (RIGHT[rows].std() + 1e-4)
-    return signal.token_advantages(opd, group, mask, alpha)
+    return advantages.token_advantages(opd, group, mask, alpha)
 
 
 CREDITS = [(1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.25, 0.25), (0.0, 1.0)]
@@ -162,7 +162,7 @@ def test_inside_the_real_verl(origin: Path, teacher: Path, tmp_path: Path) -> No
     built = optimizers.build_optimizer(
         model.parameters(),
         optimizers.FSDPOptimizerConfig(
-            lr=1e-3, optimizer="ChannelAdamW", optimizer_impl="opdgeo.training.adapters",
+            lr=1e-3, optimizer="ChannelAdamW", optimizer_impl="opdgeo.training.external_trainers",
             override_optimizer_config={"channel": str(path), "model": str(origin)},
         ),
     )  # fmt: skip

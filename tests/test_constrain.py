@@ -22,8 +22,8 @@ from opdgeo import Channel
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.training import callbacks, constrain
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.engine import launch_file
-from opdgeo.training.run import train
+from opdgeo.training.distributed import launch_file
+from opdgeo.training.train import train
 from test_training_runs import assert_bit_equal, config, origin, random_model, teacher, weights  # noqa: F401
 
 torch.set_num_threads(1)

@@ -17,9 +17,9 @@ import torch
 import opdgeo
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
-from opdgeo.training import callbacks, engine, rollouts
+from opdgeo.training import callbacks, distributed, rollouts
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 from test_training_runs import assert_bit_equal, config, origin, teacher, weights  # noqa: F401
 
 Make = Callable[..., TrainConfig]
@@ -33,7 +33,7 @@ from accelerate.state import GradientState
 from opdgeo.tasks.arithmetic import Arithmetic
 from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 Arithmetic.verify = lambda self, completion, answer: float(len(completion) < 5)
 for run in map(Path, sys.argv[1:]):
     asked = TrainConfig.from_json(run.with_suffix(".json").read_text())
@@ -103,7 +103,7 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
         "-m",
         "accelerate.commands.launch",
         "--config_file",
-        str(engine.launch_file(name)),
+        str(distributed.launch_file(name)),
         "--num_processes",
         "2",
     ]
@@ -188,7 +188,7 @@ def test_flat_groups_are_replaced(
     for drop in (False, True):
         out = tmp_path / str(drop)
         asked = settings(
-            "rlvr", config, drop_flat_groups=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
+            "rlvr", config, dynamic_sampling=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
         )
         train(asked, out, progress=False)
         rows = [json.loads(line) for line in (out / rollouts.FILE).read_text().splitlines()]
@@ -208,17 +208,17 @@ def test_what_stays_flat_does_not_count_in_the_mean(
 ) -> None:
     """Doubling a batch with groups that teach nothing changes nothing."""
     from opdgeo.tasks.arithmetic import Arithmetic
-    from opdgeo.training.policy import PolicyTrainer
+    from opdgeo.training.policy import TokenCredit
 
     seen: list[torch.Tensor] = []
-    score = PolicyTrainer._generate_and_score_completions
+    credit = TokenCredit.advantages
 
-    def spy(self: Any, inputs: Any) -> Any:
-        output = score(self, inputs)
-        seen.append(output["advantages"].sum(1) / output["completion_mask"].sum(1))
-        return output
+    def spy(self: Any, trainer: Any, rows: Any, batch: Any) -> Any:
+        found = credit(self, trainer, rows, batch)
+        seen.append(found.sum(1) / batch["completion_mask"].sum(1))
+        return found
 
-    monkeypatch.setattr(PolicyTrainer, "_generate_and_score_completions", spy)
+    monkeypatch.setattr(TokenCredit, "advantages", spy)
     # Only one prompt of the run can ever have variance: with every other one the answer is always wrong.
     first: list[str] = []
 
@@ -228,7 +228,7 @@ def test_what_stays_flat_does_not_count_in_the_mean(
 
     monkeypatch.setattr(Arithmetic, "verify", verify)
     asked = settings(
-        "rlvr", config, drop_flat_groups=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,),
+        "rlvr", config, dynamic_sampling=True, steps=1, sequences_per_step=16, eval_prompts=0, checkpoints=(1.0,),
         record_rollouts=True,
     )  # fmt: skip
     train(asked, tmp_path / "run", progress=False)
@@ -276,8 +276,8 @@ def test_several_updates_share_a_rollout(config: Make, tmp_path: Path, monkeypat
 def test_batches_must_divide_among_the_processes(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="sequences_per_step is 8 and 3 processes share them"):
-        engine.batch_sizes(config("sft"))
+        distributed.batch_sizes(config("sft"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert engine.batch_sizes(config("sft")) == (4, 1)
-    assert engine.batch_sizes(config("sft", micro_batch=2)) == (2, 2)
-    assert engine.batch_sizes(config("sft", micro_batch=8)) == (4, 1)
+    assert distributed.batch_sizes(config("sft")) == (4, 1)
+    assert distributed.batch_sizes(config("sft", micro_batch=2)) == (2, 2)
+    assert distributed.batch_sizes(config("sft", micro_batch=8)) == (4, 1)

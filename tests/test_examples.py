@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import opdgeo
 from opdgeo.training import rollouts
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 from test_training_runs import config, origin, teacher, weights  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

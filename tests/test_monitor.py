@@ -19,7 +19,7 @@ import opdgeo
 from opdgeo import Channel, GeometryMonitor
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
-from opdgeo.training.engine import launch_file
+from opdgeo.training.distributed import launch_file
 from test_training_runs import origin  # noqa: F401
 
 

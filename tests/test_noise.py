@@ -21,8 +21,8 @@ from opdgeo.report.markdown import _limits
 from opdgeo.survey.results import MEASUREMENTS
 from opdgeo.training import callbacks, signal
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
-from opdgeo.training.signal import coin_rewards, group_advantages, random_signs, token_advantages
+from opdgeo.training.train import train
+from opdgeo.training.advantages import coin_rewards, group_advantages, random_signs, token_advantages
 from test_training_runs import assert_bit_equal, config, origin, teacher, weights
 
 __all__ = ["config", "origin", "teacher"]  # fixtures
@@ -69,7 +69,7 @@ def test_noise_is_fair_and_keeps_every_size() -> None:
     "changes",
     [
         {"credit": "coin", "alpha": 1.0},
-        {"credit": "coin", "alpha": 0.0, "drop_flat_groups": True},
+        {"credit": "coin", "alpha": 0.0, "dynamic_sampling": True},
         {"credit": "random_sign", "alpha": 0.5},
         {"credit": "random_sign", "token_share": 0.5},
     ],

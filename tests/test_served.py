@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opdgeo.errors import ConfigError
 from opdgeo.training import callbacks, served
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
+from opdgeo.training.train import train
 from test_training_runs import config, origin, teacher, weights  # noqa: F401
 
 

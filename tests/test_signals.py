@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Conf
 
 from opdgeo.checkpoints import Matrix, open_checkpoint, pair
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import signals as module
+from opdgeo.experiments import gradient_moments as module
 from opdgeo.numerics import moments
-from opdgeo.training import gradients, signal
+from opdgeo.training import advantages, gradients
 from opdgeo.training.evaluation import Completions
 
 torch.set_num_threads(1)
@@ -127,9 +128,9 @@ def sample(token_share: float = 0.5) -> tuple[torch.Tensor, ...]:
 def test_the_mixture_formula_is_exact(alpha: float) -> None:
     x_BLn, delta_BTLm, _ = factors()
     student_BT, teacher_BT, mask_BT, reward_G = sample()
-    opd_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, mask_BT.float())
-    adv_G = signal.group_advantages(reward_G, 2)
-    credit = torch.stack([signal.token_advantages(opd_BT, adv_G, mask_BT, a) for a in (1.0, 0.0, alpha)])
+    opd_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, mask_BT.float())
+    adv_G = advantages.group_advantages(reward_G, 2)
+    credit = torch.stack([advantages.token_advantages(opd_BT, adv_G, mask_BT, a) for a in (1.0, 0.0, alpha)])
     found = moments.accumulate(x_BLn, delta_BTLm, credit, [(0, 1)], credit[:0], [])
     for opd, rlvr, mixed, cross in (found.right_Rnn, found.left_Omm):
         predicted = alpha**2 * opd + (1 - alpha) ** 2 * rlvr + alpha * (1 - alpha) * cross
@@ -142,14 +143,14 @@ def test_random_masks_have_the_predicted_moment_and_the_same_mean_gradient(share
     """By enumeration: every ordering of the noise is equally likely."""
     x_BLn, delta_BTLm, _ = factors()
     student_BT, teacher_BT, mask_BT, _ = sample()
-    full_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, mask_BT.float())
+    full_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, mask_BT.float())
     whole = moments.accumulate(x_BLn, delta_BTLm, full_BT[None], [], full_BT[:0, None], [])
     drawn = []
     for order in itertools.permutations((0.1, 0.5, 0.9)):
-        keep_BT = signal.keep_tokens(
+        keep_BT = advantages.keep_tokens(
             student_BT - teacher_BT, mask_BT, share, "random", torch.tensor(order).expand(4, 3)
         )
-        masked_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
+        masked_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
         drawn.append(moments.accumulate(x_BLn, delta_BTLm, masked_BT[None], [], masked_BT[:0, None], []))
     mean = torch.stack([d.mean_Omn[0] for d in drawn]).mean(0)
     torch.testing.assert_close(mean, whole.mean_Omn[0], rtol=1e-4, atol=1e-4)
@@ -161,8 +162,8 @@ def test_random_masks_have_the_predicted_moment_and_the_same_mean_gradient(share
     measured = torch.stack([d.right_Rnn[0] for d in drawn]).mean(0)
     torch.testing.assert_close(predicted.right_Rnn[-1], measured, rtol=1e-4, atol=1e-4)
 
-    top_BT = signal.keep_tokens(student_BT - teacher_BT, mask_BT, share, "top")
-    top_BT = signal.distillation_advantages(student_BT, teacher_BT, mask_BT, top_BT)
+    top_BT = advantages.keep_tokens(student_BT - teacher_BT, mask_BT, share, "top")
+    top_BT = advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, top_BT)
     top = moments.accumulate(x_BLn, delta_BTLm, top_BT[None], [], top_BT[:0, None], [])
     assert (top.mean_Omn[0] - whole.mean_Omn[0]).norm() > 0.1 * whole.mean_Omn[0].norm()
 
@@ -210,23 +211,23 @@ def test_a_draw_of_one_block_estimates_nothing() -> None:
 def test_the_group_advantage_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from opdgeo.experiments.presets import train_config
     from opdgeo.tasks.arithmetic import Arithmetic
-    from opdgeo.training.policy import PolicyTrainer
-    from opdgeo.training.run import train
+    from opdgeo.training.policy import TokenCredit
+    from opdgeo.training.train import train
 
     seen = []
-    original = PolicyTrainer._generate_and_score_completions
+    original = TokenCredit.advantages
 
-    def spy(self: PolicyTrainer, inputs: list) -> dict:  # type: ignore[type-arg]
-        output = original(self, inputs)
-        lengths = output["completion_mask"].sum(1)
-        seen.append((output["advantages"], output["completion_mask"], (lengths % 3 == 0).float()))
-        return output
+    def spy(self: TokenCredit, trainer: Any, rows: Any, batch: dict[str, Any]) -> torch.Tensor:
+        found = original(self, trainer, rows, batch)
+        lengths = batch["completion_mask"].sum(1)
+        seen.append((found, batch["completion_mask"], (lengths % 3 == 0).float()))
+        return found
 
     def verify(self: Arithmetic, completion: str, answer: str) -> float:
         tokens = len(completion) + (len(completion) < 6)  # a completion that ended has an end token too
         return float(tokens % 3 == 0)
 
-    monkeypatch.setattr(PolicyTrainer, "_generate_and_score_completions", spy)
+    monkeypatch.setattr(TokenCredit, "advantages", spy)
     monkeypatch.setattr(Arithmetic, "verify", verify)
     config = train_config(
         "rlvr", "tiny", origin="tiny/base", steps=1, sequences_per_step=16, generations=4, max_tokens=6, eval_prompts=0,
@@ -234,7 +235,7 @@ def test_the_group_advantage_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )  # fmt: skip
     train(config, tmp_path / "run", progress=False)
     (advantages_BT, mask_BT, reward_G), *_ = seen
-    ours = signal.token_advantages(None, signal.group_advantages(reward_G, 4), mask_BT, 0.0)
+    ours = advantages.token_advantages(None, advantages.group_advantages(reward_G, 4), mask_BT, 0.0)
     assert ours.abs().max() > 0
     torch.testing.assert_close(advantages_BT, ours)
 

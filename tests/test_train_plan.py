@@ -11,7 +11,7 @@ import pytest
 
 from opdgeo.errors import ConfigError
 from opdgeo.experiments.presets import train_config
-from opdgeo.training import models, plan
+from opdgeo.training import models, resources
 
 SMALL: dict[str, Any] = {
     "steps": 1,
@@ -20,13 +20,13 @@ SMALL: dict[str, Any] = {
     "eval_batch": 64,
     "checkpoints": (1.0,),
 }
-MACHINE = plan.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
+MACHINE = resources.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
 
 
 def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
     config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=512, **SMALL)
     script = (
-        "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.run import train\n"
+        "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.train import train\n"
         "train(TrainConfig.from_json(sys.argv[1]), sys.argv[2], progress=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
     )
@@ -34,7 +34,7 @@ def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout)
-    assert plan.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.25)
+    assert resources.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.25)
 
 
 def test_parameters_are_counted_from_the_shape() -> None:
@@ -42,7 +42,7 @@ def test_parameters_are_counted_from_the_shape() -> None:
 
     with safe_open(models.resolve("tiny/base") / "model.safetensors", "pt") as file:
         stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert plan.shape("tiny/base").parameters == stored
+    assert resources.shape("tiny/base").parameters == stored
     published = {
         "Qwen3-4B": 4.02e9,
         "Qwen3-8B": 8.19e9,
@@ -51,7 +51,7 @@ def test_parameters_are_counted_from_the_shape() -> None:
         "Qwen3-30B-A3B": 30.53e9,
     }
     for name, count in published.items():
-        assert plan.shape(f"Qwen/{name}").parameters == pytest.approx(count, rel=2e-3), name
+        assert resources.shape(f"Qwen/{name}").parameters == pytest.approx(count, rel=2e-3), name
 
 
 def test_activations_are_what_autograd_keeps() -> None:
@@ -83,7 +83,7 @@ def test_activations_are_what_autograd_keeps() -> None:
         return sum(seen.values()) / (4 * 3 * 40)
 
     for kind, normed in ((Qwen3Config, True), (LlamaConfig, False)):
-        shape = plan.Shape(1, 64, 192, 4, 2, 16, 64, True, normed)
+        shape = resources.Shape(1, 64, 192, 4, 2, 16, 64, True, normed)
         assert shape.activations(40) == pytest.approx(kept(kind, 2) - kept(kind, 1), rel=0.03)
 
 
@@ -111,7 +111,7 @@ def test_the_papers_runs_are_planned_without_the_weights(tmp_path: Path) -> None
 
 def test_sharding_divides_and_batches_multiply() -> None:
     opd = train_config("opd", "qwen3-8b", origin="Qwen/Qwen3-8B-Base")
-    one, eight = (plan.plan(opd, plan.hardware(name)) for name in ("h200", "h200x8"))
+    one, eight = (resources.plan(opd, resources.hardware(name)) for name in ("h200", "h200x8"))
     for part in ("weights", "gradients", "optimizer", "teacher"):
         assert eight.memory[part] == pytest.approx(one.memory[part] / 8)
     trained, shared = (made.seconds["update"] + made.seconds["credit"] for made in (one, eight))
@@ -120,24 +120,26 @@ def test_sharding_divides_and_batches_multiply() -> None:
     assert 0.5 * one.seconds["rollouts"] < eight.seconds["rollouts"] < one.seconds["rollouts"]
     assert one.memory["optimizer"] == pytest.approx(8 * 8.19e9, rel=1e-3)
     elsewhere = train_config("opd", "qwen3-8b", origin="Qwen/Qwen3-8B-Base", teacher_server="http://host:8000")
-    served = plan.plan(elsewhere, plan.hardware("h200"))
+    served = resources.plan(elsewhere, resources.hardware("h200"))
     assert served.peak == pytest.approx(one.peak - one.memory["teacher"], rel=1e-9) and "server" in served.assumed[0]
-    tiny = {n: plan.plan(train_config("sft", "tiny", micro_batch=n), MACHINE) for n in (16, 64)}
+    tiny = {n: resources.plan(train_config("sft", "tiny", micro_batch=n), MACHINE) for n in (16, 64)}
     assert tiny[64].memory["activations"] > 2 * tiny[16].memory["activations"] and tiny[64].tokens == tiny[16].tokens
-    more = plan.plan(train_config("sft", "tiny", steps=600), MACHINE)
+    more = resources.plan(train_config("sft", "tiny", steps=600), MACHINE)
     assert more.seconds["update"] == pytest.approx(10 * tiny[64].seconds["update"], rel=1e-6)
 
 
 def test_what_cannot_fit_is_refused_with_a_cure() -> None:
-    made = plan.plan(train_config("sft", "tiny"), plan.Hardware("a small machine", 1, 0.8e9, 5e10, 4e-6, False))
+    made = resources.plan(
+        train_config("sft", "tiny"), resources.Hardware("a small machine", 1, 0.8e9, 5e10, 4e-6, False)
+    )
     with pytest.raises(
         ConfigError, match=r"needs about .* 0\.8 GB are there on a small machine.*Try a smaller micro_batch"
     ):
-        plan.refuse_what_cannot_fit(made)
+        resources.refuse_what_cannot_fit(made)
     with pytest.raises(ConfigError, match="the hardware is 'z80'; expected one of a100, h100"):
-        plan.hardware("z80")
+        resources.hardware("z80")
 
 
 def test_a_plan_of_this_machine_is_text_with_every_part() -> None:
-    text = plan.describe(plan.plan(train_config("opd", "tiny", origin="tiny/base"), plan.hardware(None)))
+    text = resources.describe(resources.plan(train_config("opd", "tiny", origin="tiny/base"), resources.hardware(None)))
     assert "this machine's CPU" in text and "rollouts" in text and "time: about" in text and "disk: checkpoints" in text

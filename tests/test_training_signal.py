@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdgeo.training.signal import (
+from opdgeo.training.advantages import (
     correct_advantages,
     distillation_advantages,
     divergence,

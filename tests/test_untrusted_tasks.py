@@ -239,7 +239,7 @@ def beside(folder: Path, **changes: Any) -> Path:
 def test_a_checkpoint_chooses_no_task_that_is_not_known_to_be_harmless(
     task: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opdgeo.experiments import signals
+    from opdgeo.experiments import gradient_moments as signals
 
     folder = beside(tmp_path, task=task, task_options=options)
     monkeypatch.setattr(tasks, "load", None)  # calling it would fail

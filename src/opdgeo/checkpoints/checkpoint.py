@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp, fsdp, ggufs, hub, huggingface, megatron, zero
 from opdgeo.checkpoints.huggingface import read_json
-from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain
+from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain, unwrapped
 from opdgeo.checkpoints.stored import SIZES, Stored
 from opdgeo.errors import CheckpointError, printable
 
@@ -284,20 +284,14 @@ def canonical(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
     Where two tensors would share a name, all keep their own.
     """
-    for rename in (_unwrapped, _without_prefix(tensors), plain):
+    for rename in (unwrapped, _without_prefix(tensors), plain):
         names = Counter(map(rename, tensors))
         tensors = {rename(n) if names[rename(n)] == 1 else n: stored for n, stored in tensors.items()}
     return dict(tensors)
 
 
-# Modules that FSDP, activation checkpointing, torch.compile and DDP put around others, wherever they stand in a name.
-_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 # What a whole state dict may stand under, when no name is known with it and some are without it.
-_PREFIXES = ("model.", "app.model.", "app.", "state_dict.", "base_model.model.", "policy.", "actor.")
-
-
-def _unwrapped(name: str) -> str:
-    return _WRAPPERS.sub("", name)
+_PREFIXES = ("model.", "app.model.", "app.", "state_dict.", "policy.", "actor.")
 
 
 def _without_prefix(tensors: Mapping[str, Stored]) -> Callable[[str], str]:
@@ -306,9 +300,9 @@ def _without_prefix(tensors: Mapping[str, Stored]) -> Callable[[str], str]:
         return other_kind(name) is not None or matrices(name, stored.shape) is not None
 
     def stripped(prefix: str) -> bool:
-        return any(known(_unwrapped(n).removeprefix(prefix), s) for n, s in tensors.items() if n.startswith(prefix))
+        return any(known(unwrapped(n).removeprefix(prefix), s) for n, s in tensors.items() if n.startswith(prefix))
 
-    if any(known(_unwrapped(name), stored) for name, stored in tensors.items()):
+    if any(known(unwrapped(name), stored) for name, stored in tensors.items()):
         return lambda name: name
     prefix = next((p for p in _PREFIXES if stripped(p)), "")
     return lambda name: name.removeprefix(prefix)

@@ -105,6 +105,28 @@ _WRAPPED = (
 )
 
 
+# Modules that FSDP, activation checkpointing and torch.compile put around others, wherever they stand in a name.
+_AROUND = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+# What DDP, DeepSpeed and Megatron put before whole models, once or twice, and PEFT after them.
+_BEFORE, _PEFT = "module", ("base_model", "model")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a parameter without the modules that trainers and PEFT put around a model and its parts.
+
+    A `module` inside the model is its own. So is PEFT's `base_layer`, whose weights are not the ones that the model uses.
+
+    >>> unwrapped("_orig_mod.module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    >>> unwrapped("module.base_model.model.model.layers.0.module.weight")
+    'model.layers.0.module.weight'
+    """
+    parts = [part for part in name.split(".") if part not in _AROUND]
+    while len(parts) > 1 and parts[0] == _BEFORE:
+        del parts[0]
+    return ".".join(parts[2:] if tuple(parts[:2]) == _PEFT and len(parts) > 2 else parts)
+
+
 def plain(tensor: str) -> str:
     """The name of a language model's tensor without a multimodal wrapper, so that it pairs with a text-only checkpoint.
 

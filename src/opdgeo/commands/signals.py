@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from opdgeo.experiments.signals import signals
+    from opdgeo.experiments.gradient_moments import signals
     from opdgeo.report import write_report
     from opdgeo.report.signals import print_signals
 

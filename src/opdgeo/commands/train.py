@@ -110,9 +110,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from opdgeo.experiments.presets import make_teacher, train_config
-    from opdgeo.training.engine import is_main
+    from opdgeo.training.distributed import is_main
     from opdgeo.training.models import resolve
-    from opdgeo.training.run import train
+    from opdgeo.training.train import train
 
     overrides = dict(_setting(text) for text in args.settings)
     overrides |= {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
@@ -130,11 +130,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train_plan(config: TrainConfig, hardware: str | None) -> int:
-    from opdgeo.training import plan
+    from opdgeo.training import resources
 
-    made = plan.plan(config, plan.hardware(hardware))
-    print(plan.describe(made))
-    plan.refuse_what_cannot_fit(made)
+    made = resources.plan(config, resources.hardware(hardware))
+    print(resources.describe(made))
+    resources.refuse_what_cannot_fit(made)
     return DONE
 
 

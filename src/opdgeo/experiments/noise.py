@@ -147,7 +147,7 @@ def train_all(out: Path) -> Iterator[tuple[pl.DataFrame, list[dict[str, Any]]]]:
     from opdgeo.survey.results import load_result
     from opdgeo.training import models
     from opdgeo.training.callbacks import read_log
-    from opdgeo.training.run import train
+    from opdgeo.training.train import train
 
     anchor = replace(configure(BY_NAME["sft"], SEED, "tiny", out), **SMALL | {"checkpoints": (1.0,)})
     train(anchor, out / "arms" / f"sft-seed{SEED}", resume=True, progress=False)

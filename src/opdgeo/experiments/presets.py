@@ -28,7 +28,7 @@ import difflib
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.training.config import TrainConfig
+from opdgeo.training.config import TrainConfig, by_present_names
 from opdgeo.training.models import SMOLLM2_ANCHOR, SMOLLM2_RUN, SMOLLM2_TEACHER
 
 TINY_TASK: dict[str, Any] = {
@@ -159,7 +159,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sft-matched": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "demonstrations"},
         "opd": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 1.0},
         "rlvr": {**SMOLLM2_AFTER_ANCHOR, "rollouts": "student", "alpha": 0.0, "sequences_per_step": 16},
-        "teacher": {**SMOLLM2_SFT, "steps": SMOLLM2_RUN[SMOLLM2_TEACHER], "learning_rate": 1e-4, "checkpoints": (SMOLLM2_RUN[SMOLLM2_ANCHOR] / SMOLLM2_RUN[SMOLLM2_TEACHER], 1.0), "eval_prompts": 0},
+        "teacher": {
+            **SMOLLM2_SFT,
+            "steps": SMOLLM2_RUN[SMOLLM2_TEACHER],
+            "learning_rate": 1e-4,
+            "checkpoints": (SMOLLM2_RUN[SMOLLM2_ANCHOR] / SMOLLM2_RUN[SMOLLM2_TEACHER], 1.0),
+            "eval_prompts": 0,
+        },
     },
     "qwen3-8b": {
         "sft": QWEN3_SFT,
@@ -173,20 +179,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "adam_epsilon": 1e-15,
             "clip_low": 0.2,
             "clip_high": 0.28,
-            "drop_flat_groups": True,
+            "dynamic_sampling": True,
         },
-        **{f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"} for size in ("8B", "14B", "30B-A3B")},
+        **{
+            f"opd-teacher-{size.lower()}": {**QWEN3_OPD, "teacher": f"Qwen/Qwen3-{size}"}
+            for size in ("8B", "14B", "30B-A3B")
+        },
         **{f"sft-student-{size.lower()}": {**QWEN3_SFT, "origin": f"Qwen/Qwen3-{size}-Base"} for size in ("4B", "14B")},
         **{f"opd-student-{size.lower()}": QWEN3_OPD for size in ("4B", "14B")},
-        "opd-code": {**QWEN3_OPD, "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset", "subset": "primeintellect"}},
+        "opd-code": {
+            **QWEN3_OPD,
+            "task_options": {"source": "agentica-org/DeepCoder-Preview-Dataset", "subset": "primeintellect"},
+        },
     },
-}  # fmt: skip
+}
 
 
 def make_teacher(config: TrainConfig, progress: bool = False) -> None:
     """Train the models that `config` names and a preset makes, if they are not there yet."""
     from opdgeo.training import models
-    from opdgeo.training.run import train
+    from opdgeo.training.train import train
 
     last = models.smollm2_run() / f"step-{SMOLLM2_RUN[SMOLLM2_TEACHER]:06d}"
     if {config.teacher, config.origin} & SMOLLM2_RUN.keys() and not last.is_dir():
@@ -204,7 +216,7 @@ def train_config(paradigm: str, preset: str, *, origin: str | None = None, **ove
     """
     arms = _lookup("preset", preset, PRESETS)
     values = dict(_lookup("arm", paradigm, arms, f" in preset {preset!r}"))
-    values.update({name: value for name, value in overrides.items() if value is not None})
+    values.update({name: value for name, value in by_present_names(overrides).items() if value is not None})
     if origin is not None:
         values["origin"] = str(origin)
     if "origin" not in values:

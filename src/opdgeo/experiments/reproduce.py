@@ -209,7 +209,7 @@ def _end_with_the_parent() -> None:
 
 
 def _done(job: Job, out: Path) -> bool:
-    from opdgeo.training.run import finished
+    from opdgeo.training.train import finished
 
     if job.arm is None or job.config is None:
         return (out / "models" / job.name).is_dir()
@@ -223,7 +223,7 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
     from opdgeo.experiments import derived
     from opdgeo.survey import track
     from opdgeo.training import models
-    from opdgeo.training.run import quiet, train
+    from opdgeo.training.train import quiet, train
 
     if job.arm is None or job.config is None:
         with quiet():
@@ -250,9 +250,14 @@ def _progress(out: Path, jobs: list[Job]) -> Iterator[Any]:
 
     console = Console(stderr=True)
     bars = progress.Progress(
-        progress.TextColumn("{task.description:<24}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+        progress.TextColumn("{task.description:<24}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
     whole = bars.add_task("runs", total=len(jobs))
     tasks: dict[str, progress.TaskID] = {}
     told: set[str] = set()

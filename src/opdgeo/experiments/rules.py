@@ -136,23 +136,30 @@ def ratio(low: str, high: str, required: float) -> Comparison:
 
 def growth(arm: str, required: float) -> Comparison:
     return Comparison(
-        f"{_label(arm)} last over first checkpoint above {required:g}", (arm,),
-        lambda m: m(arm) / m(arm, "first"), required,
-    )  # fmt: skip
+        f"{_label(arm)} last over first checkpoint above {required:g}",
+        (arm,),
+        lambda m: m(arm) / m(arm, "first"),
+        required,
+    )
 
 
 def decline(arm: str, required: float) -> Comparison:
     return Comparison(
-        f"{_label(arm)} first over last checkpoint above {required:g}", (arm,),
-        lambda m: m(arm, "first") / m(arm), required,
-    )  # fmt: skip
+        f"{_label(arm)} first over last checkpoint above {required:g}",
+        (arm,),
+        lambda m: m(arm, "first") / m(arm),
+        required,
+    )
 
 
 def band(arm: str, width: float) -> Comparison:
     return Comparison(
-        f"{_label(arm)} largest over smallest checkpoint mean below {width:g}", (arm,),
-        lambda m: float(m.series(arm).max() / m.series(arm).min()), width, below=True,
-    )  # fmt: skip
+        f"{_label(arm)} largest over smallest checkpoint mean below {width:g}",
+        (arm,),
+        lambda m: float(m.series(arm).max() / m.series(arm).min()),
+        width,
+        below=True,
+    )
 
 
 def _apart(m: Sample, arm: str, other: str) -> float:
@@ -162,23 +169,31 @@ def _apart(m: Sample, arm: str, other: str) -> float:
 
 def preserved(arm: str, other: str = OPD) -> Comparison:
     return Comparison(
-        f"{arm} within a factor {BAND:g} of {_label(other)} at every shared checkpoint", (arm, other),
-        lambda m: _apart(m, arm, other), BAND, below=True,
-    )  # fmt: skip
+        f"{arm} within a factor {BAND:g} of {_label(other)} at every shared checkpoint",
+        (arm, other),
+        lambda m: _apart(m, arm, other),
+        BAND,
+        below=True,
+    )
 
 
 def changed(arm: str, other: str = OPD) -> Comparison:
     return Comparison(
-        f"{arm} beyond a factor {BAND:g} of {_label(other)} at some shared checkpoint", (arm, other),
-        lambda m: _apart(m, arm, other), BAND,
-    )  # fmt: skip
+        f"{arm} beyond a factor {BAND:g} of {_label(other)} at some shared checkpoint",
+        (arm, other),
+        lambda m: _apart(m, arm, other),
+        BAND,
+    )
 
 
 def about_the_same(arm: str, other: str) -> Comparison:
     return Comparison(
-        f"stable ranks of {_label(arm)} and {_label(other)} within a factor {BAND:g}", (arm, other),
-        lambda m: math.exp(abs(math.log(m(arm) / m(other)))), BAND, below=True,
-    )  # fmt: skip
+        f"stable ranks of {_label(arm)} and {_label(other)} within a factor {BAND:g}",
+        (arm, other),
+        lambda m: math.exp(abs(math.log(m(arm) / m(other)))),
+        BAND,
+        below=True,
+    )
 
 
 def s1(paradigm: str, what: str) -> str:
@@ -199,24 +214,30 @@ def _s1_arms(what: str, *paradigms: str) -> tuple[str, ...]:
 
 def recovers(what: str, paradigm: str, required: float) -> Comparison:
     return Comparison(
-        f"{_label(paradigm)}'s recovery ({what}) above {required:g}", _s1_arms(what, paradigm),
-        lambda m: recovery(m, paradigm, what), required,
-    )  # fmt: skip
+        f"{_label(paradigm)}'s recovery ({what}) above {required:g}",
+        _s1_arms(what, paradigm),
+        lambda m: recovery(m, paradigm, what),
+        required,
+    )
 
 
 def recovers_more(what: str, high: str, low: str, required: float) -> Comparison:
     return Comparison(
-        f"recovery ({what}) of {_label(high)} minus that of {_label(low)} above {required:g}", _s1_arms(what, high, low),
-        lambda m: recovery(m, high, what) - recovery(m, low, what), required,
-    )  # fmt: skip
+        f"recovery ({what}) of {_label(high)} minus that of {_label(low)} above {required:g}",
+        _s1_arms(what, high, low),
+        lambda m: recovery(m, high, what) - recovery(m, low, what),
+        required,
+    )
 
 
 def own_over(other: str, paradigm: str, required: float) -> Comparison:
     return Comparison(
         f"{_label(paradigm)}'s recovery in its own channel minus that in {'a random one' if other == 'random' else other} "
-        f"above {required:g}", (*_s1_arms("update", paradigm), s1(paradigm, other)),
-        lambda m: recovery(m, paradigm, "update") - recovery(m, paradigm, other), required,
-    )  # fmt: skip
+        f"above {required:g}",
+        (*_s1_arms("update", paradigm), s1(paradigm, other)),
+        lambda m: recovery(m, paradigm, "update") - recovery(m, paradigm, other),
+        required,
+    )
 
 
 SPARSITY = Quantity("update_sparsity", ("bf16_eta",), "share", ratio=False)

@@ -19,8 +19,9 @@ from typing import Any
 
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.machine import available_memory
 from opdgeo.survey.measure import Job, Measured, measure
-from opdgeo.survey.memory import LIBRARIES, Memory, available_memory, give_back, peak_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, Memory, give_back, peak_memory, working_set
 from opdgeo.survey.request import Execution
 
 Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside each what is known of it

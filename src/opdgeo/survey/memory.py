@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,15 +50,6 @@ def give_back() -> None:
     """Return freed memory to the system, where the C library can: what one matrix leaves behind would add to the next."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def available_memory() -> int:
-    """Bytes that a new program can use, by the operating system's own estimate where it gives one."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class Memory:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError, printable
+from opdgeo.machine import available_memory, duration
 from opdgeo.numerics.spectra import KRYLOV
 from opdgeo.numerics.subspaces import largest_rank
-from opdgeo.survey.memory import LIBRARIES, PAGE, available_memory, peak_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, PAGE, peak_memory, working_set
 
 STARTUP = 2.5  # seconds
 
@@ -91,12 +92,6 @@ def describe(plan: Plan, pairing: Pairing, checkpoints: int, workers: int) -> st
         lines.append(f"will be skipped, not stored as plain numbers: {len(account['unreadable'])} matrices")
         lines += [f"  {printable(reason)}" for reason in dict.fromkeys(account["unreadable"].values())]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _flops(rows: int, cols: int, settings: Settings, updates: int) -> float:

@@ -1,4 +1,4 @@
-"""avg@k of one checkpoint on a set of problems, with everything that it depends on beside it.
+"""avg@k of one checkpoint on a set of problems, and a record of everything that it depends on.
 
 OUT/evaluation.json      average, its interval, generation settings, model, problems, versions
 OUT/completions.jsonl    one row a problem: prompt, answer, its k completions, rewards and lengths
@@ -21,10 +21,22 @@ DRAWS = 2000  # of the bootstrap over problems
 
 
 def evaluate(
-    model_name: str, problems: str, out: Path, *, k: int = 8, limit: int | None = None, temperature: float = 1.0,
-    top_p: float = 1.0, max_tokens: int = 8192, batch: int = 16, seed: int = 0, plain: bool = False, device: str = "auto",
-    trust_run: bool = False, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    model_name: str,
+    problems: str,
+    out: Path,
+    *,
+    k: int = 8,
+    limit: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_tokens: int = 8192,
+    batch: int = 16,
+    seed: int = 0,
+    plain: bool = False,
+    device: str = "auto",
+    trust_run: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Sample, verify, write the two files and return the content of evaluation.json.
 
     `problems` is a source of `tasks.problems`, or "task": the held-out problems of the run that the checkpoint belongs to.
@@ -43,7 +55,7 @@ def evaluate(
     import transformers
 
     from opdgeo.training import callbacks, evaluation, models
-    from opdgeo.training.run import quiet
+    from opdgeo.training.train import quiet
 
     folder = models.resolve(model_name)
     task, chat = _task(problems, folder, plain, trust_run)
@@ -61,22 +73,49 @@ def evaluate(
         asked = models.as_chat(examples, tokenizer) if chat else examples
         with callbacks.bar(f"avg@{k}", k * len(examples), progress) as advance:
             rows = evaluation.average_at(
-                k, model, tokenizer, task, asked, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch=batch,
-                seed=seed, progress=advance,
-            )  # fmt: skip
+                k,
+                model,
+                tokenizer,
+                task,
+                asked,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_tokens,
+                batch=batch,
+                seed=seed,
+                progress=advance,
+            )
     means = [row["mean"] for row in rows]
     tokens = [count for row in rows for count in row["tokens"]]
     result = {
-        "average": sum(means) / len(means), "interval": interval(means, seed), "k": k, "problems": len(rows),
-        "mean_tokens": sum(tokens) / len(tokens), "cut": sum(count == max_tokens for count in tokens) / len(tokens),
-        "model": str(folder), "source": problems, "limit": limit,
+        "average": sum(means) / len(means),
+        "interval": interval(means, seed),
+        "k": k,
+        "problems": len(rows),
+        "mean_tokens": sum(tokens) / len(tokens),
+        "cut": sum(count == max_tokens for count in tokens) / len(tokens),
+        "model": str(folder),
+        "source": problems,
+        "limit": limit,
         "generation": {
-            "temperature": temperature, "top_p": top_p, "top_k": 0, "max_tokens": max_tokens, "seed": seed, "batch": batch,
-            "chat_template": chat, "end_token": tokenizer.eos_token, "engine": "transformers",
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 0,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "batch": batch,
+            "chat_template": chat,
+            "end_token": tokenizer.eos_token,
+            "engine": "transformers",
         },
-        "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
     out.mkdir(parents=True, exist_ok=True)
     callbacks.write_whole(out / "completions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     callbacks.write_whole(out / "evaluation.json", json.dumps(result, indent=2) + "\n")

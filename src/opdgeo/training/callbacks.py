@@ -1,8 +1,8 @@
 """What a run leaves behind: log rows, checkpoints, trainer states; and the progress bar.
 
-Everything is written beside its final name and renamed, so a kill at any moment leaves nothing half-written that looks
-complete. `step-NNNNNN/` holds weights (fp32), configuration and tokenizer only; optimizer and random state live in
-`resume/` until the run ends.
+Everything is written beside its final name and then renamed. A run that is killed at any moment leaves nothing that looks
+complete and is not. `step-NNNNNN/` holds weights (fp32), configuration and tokenizer. The states of the optimizer and of the
+random numbers are in `resume/` until the run ends.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
-from opdgeo.training import constrain, engine, models, rollouts
+from opdgeo.training import constrain, distributed, models, rollouts
 from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.monitor import PREFIX
+from opdgeo.training.trl_hooks import torch_optimizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -40,19 +41,24 @@ def step_folder(out: Path, step: int) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader sees the old file or the new one."""
+    """Replace the content of `path` by `text`. A reader sees the old file or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 def save_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Any] | None = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Any] | None = None,
     beside: Callable[[Path], Any] = lambda folder: None,
-) -> None:  # fmt: skip
-    """Write a Hugging Face folder of `weights` (default: those in memory); an existing one is replaced.
+) -> None:
+    """Write a Hugging Face folder and replace one of that name.
 
-    `beside` writes more into it before it gets its name.
+    Args:
+        weights: default, the weights in memory.
+        beside: writes more files into the folder before it gets its name.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +70,7 @@ def save_weights(
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The rows of log.jsonl; a last line cut by a kill is left out."""
+    """The rows of log.jsonl. A last line that was cut when the run was killed is left out."""
     path = out / LOG
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -76,7 +82,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(out: Path, step: int) -> None:
-    """Drop what a killed run did after the state it resumes from: rows, rollouts, checkpoints and partial folders."""
+    """Drop what a killed run left from after `step`, from where it is resumed: rows, rollouts, checkpoints, partial folders."""
     rollouts.forget_after(out / rollouts.FILE, step)
     rows = [row for row in read_log(out) if row["step"] <= step]
     write_whole(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
@@ -85,45 +91,12 @@ def forget_after(out: Path, step: int) -> None:
             shutil.rmtree(folder)
 
 
-class Resumable:
-    """Mixed into a `transformers.Trainer`: its states appear under their name only when complete, newest kept."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        args: TrainingArguments = self.args  # type: ignore[attr-defined]
-        final = Path(args.output_dir)
-        partial = final / ".partial"
-        if args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-        args.output_dir = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            args.output_dir = str(final)
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-        if args.should_save:
-            older = states(final)
-            for written in partial.glob("checkpoint-*"):
-                written.rename(final / written.name)
-            for state in older:
-                shutil.rmtree(state)
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """No README in the state folder."""
-
-
-def states(folder: Path) -> list[Path]:
-    """Complete trainer states in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
 class Recorder(TrainerCallback):
     """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and moves the progress bar.
 
-    Order at a checkpoint step: the step's row, the weights, the evaluation's row, then the trainer state. A run killed in
-    between resumes from the state before and does these again. Of several processes only the first one writes;
-    `gather` (`engine.whole_weights`) and `evaluate` are called in all of them.
+    At a checkpoint step it writes the step's row, the weights, the evaluation's row and then the trainer state. A run that is
+    killed in between is resumed from the state before, and writes these again. Of several processes only the first one
+    writes. All of them call `gather` (`trl_hooks.whole_weights`) and `evaluate`.
     """
 
     def __init__(
@@ -137,13 +110,13 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.config, self.out, self.tokenizer, self.evaluate, self.gather = config, out, tokenizer, evaluate, gather
         self.saved_at = set(config.checkpoint_steps)
-        self.bar: Progress | None = _bar() if progress and engine.is_main() else None
+        self.bar: Progress | None = _bar() if progress and distributed.is_main() else None
         self.bar_task: TaskID | None = None
         self.started = self.seconds = 0.0
         self.tokens_before = 0.0
 
     def _row(self, row: dict[str, Any]) -> None:
-        if not engine.is_main():
+        if not distributed.is_main():
             return
         with (self.out / LOG).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -156,10 +129,10 @@ class Recorder(TrainerCallback):
             self._row({"event": "eval", "step": step, **asdict(measured)})
 
     def _save(self, model: PreTrainedModel, optimizer: Any, step: int) -> None:
-        """The weights, an adapter's factors beside them in adapter/, and the moments where they are kept."""
+        """Write the weights, beside them an adapter's factors in adapter/, and the moments where the run keeps them."""
         weights = self.gather()
         moments = constrain.moments_of(model.named_parameters(), optimizer) if self.config.keep_moments else None
-        if not engine.is_main():
+        if not distributed.is_main():
             return
         factors: dict[str, Any] = {}
         if self.config.constrain == "adapter":
@@ -192,7 +165,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds = time.monotonic() - self.started
-        # Only where a rollout ends: its completions are in no state, and a resume in between would write others.
+        # Only where a rollout ends. No state holds its completions, so a run resumed in between would write other ones.
         shared, every = self.config.updates_per_rollout, self.config.resume_every
         since = range(state.global_step - shared + 1, state.global_step + 1) if state.global_step % shared == 0 else ()
         due = any(step % every == 0 if every else step in self.saved_at for step in since)
@@ -249,32 +222,33 @@ class Recorder(TrainerCallback):
             self._measure(model, step)
 
     def close(self) -> None:
-        """Leave the terminal clean, also after an error."""
+        """Take the progress bar off the terminal."""
         if self.bar is not None:
             self.bar.stop()
 
 
 def precision(model: Any, optimizer: Any, args: TrainingArguments) -> dict[str, Any]:
-    """Dtypes of parameters and of the optimizer's moments, with how many numbers each, and the autocast dtype."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    """How many parameters and how many of the optimizer's moments have which dtype; the autocast dtype; the clipping."""
     parameters: dict[str, int] = {}
     for parameter in model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
         parameters[name] = parameters.get(name, 0) + parameter.numel()
     moments: dict[str, int] = {}
-    for slots in getattr(inner, "state", {}).values():
+    for slots in getattr(torch_optimizer(optimizer), "state", {}).values():  # DeepSpeed's has none
         for key in {"exp_avg", "exp_avg_sq"} & slots.keys():
             name = str(slots[key].dtype).removeprefix("torch.")
             moments[name] = moments.get(name, 0) + slots[key].numel()
     return {
-        "parameters": parameters, "optimizer": moments, "autocast": "bfloat16" if args.bf16 else None,
+        "parameters": parameters,
+        "optimizer": moments,
+        "autocast": "bfloat16" if args.bf16 else None,
         "max_grad_norm": args.max_grad_norm,
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
 def bar(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar for one loop; yields a function that takes how much is done."""
+    """A progress bar for one loop. Yields a function that is told how much is done."""
     if not show:
         yield lambda done: None
         return
@@ -288,6 +262,11 @@ def _bar() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,4 +1,4 @@
-"""The channel of an update: for every matrix, the subspace that holds the leading singular directions of ΔW.
+"""The channel of an update. For every matrix it is the subspace of the leading singular directions of ΔW.
 
     channel = Channel.extract("base", "run/step-000020", k=16)     # V_K of every matrix, from two checkpoints
     channel.save("channel.safetensors")
@@ -6,7 +6,7 @@
     channel.to_adapter("base", "adapter")                          # a PEFT LoRA whose A is Vᵀ
 
 PAPER: "On the Geometry of On-Policy Distillation", §4, projected training. A *right* channel V (cols, K) acts as ΔW V Vᵀ, a
-*left* one U (rows, K) as U Uᵀ ΔW. K = 0 is a channel too: nothing may move. `constrain.py` holds training in one.
+*left* one U (rows, K) as U Uᵀ ΔW. With K = 0 nothing may move. `constrain.py` holds training in a channel.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class Subspace:
     Attributes:
         matrix: which one, and where it stands in its stored tensor.
         basis: (cols, K) for a right channel, (rows, K) for a left one; orthonormal columns, float32, K ≥ 0.
-        inside: share of ‖ΔW‖²_F that it held where it was extracted; None for a random one or a matrix that did not move.
-        gap: (σ_K − σ_K+1)/σ_K there; where it is small, the subspace hangs on rounding. None where `inside` is, or K = 0.
+        inside: share of ‖ΔW‖²_F inside, of the update that it was extracted from. None for a random channel, and for a matrix
+            that did not move.
+        gap: (σ_K − σ_K+1)/σ_K of that update. Where it is small, rounding decides the subspace. None where `inside` is None
+            or K = 0.
         error: bound on sin Θ between `basis` and the exact subspace.
     """
 
@@ -89,9 +91,14 @@ class Channel:
 
     @classmethod
     def extract(
-        cls, base: str | Path | Checkpoint, tuned: str | Path | Checkpoint, k: Choice = 16, side: Side = "right",
-        roles: str = "all", progress: Callable[[list[Matrix]], Iterable[Matrix]] | None = None,
-    ) -> Channel:  # fmt: skip
+        cls,
+        base: str | Path | Checkpoint,
+        tuned: str | Path | Checkpoint,
+        k: Choice = 16,
+        side: Side = "right",
+        roles: str = "all",
+        progress: Callable[[list[Matrix]], Iterable[Matrix]] | None = None,
+    ) -> Channel:
         """The top-K singular subspace of ΔW for every matrix of the chosen roles.
 
         K is cut to the rank of ΔW as stored, up to float64 rounding; a matrix that did not move gets K = 0.
@@ -119,9 +126,9 @@ class Channel:
 
     @classmethod
     def random(cls, like: Channel, seed: int) -> Channel:
-        """A channel with the matrices, the side and every K of `like`, uniformly distributed: the control for a found one.
+        """A uniformly distributed channel with the matrices, the side and every K of `like`: the control for a found one.
 
-        A matrix's directions depend on the seed and its name alone.
+        The directions of a matrix depend on the seed and on its name, and on nothing else.
         """
         found = {}
         for name, of in like.subspaces.items():
@@ -139,7 +146,7 @@ class Channel:
         return replace(self, subspaces=kept, source={"cut": k, "of": self.source})
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file, beside its name and moved there; a path without that suffix is a folder for it."""
+        """Write a safetensors file in one atomic step. A path without that suffix is a folder for it."""
         path = _file(Path(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
@@ -157,7 +164,7 @@ class Channel:
 
     @classmethod
     def load(cls, path: str | Path) -> Channel:
-        """Read what `save` wrote; law: it is equal to what was saved.
+        """Read what `save` wrote. Law: it equals what was saved.
 
         Raises:
             CheckpointError: no such file, not a channel, or bases that are not finite and orthonormal.
@@ -254,8 +261,8 @@ class Channel:
 
         `factors` gives other B (rows, K) by tensor name.
 
-        Trained with A frozen (`constrain.freeze_directions`), ΔW = B Vᵀ stays in the channel exactly. Matrices with K = 0 are
-        left out, which freezes them. Only for right channels of plain linear layers.
+        Where A is frozen in training (`constrain.freeze_directions`), ΔW = B Vᵀ stays in the channel exactly. Matrices with
+        K = 0 are left out, which freezes them. Only right channels of plain linear layers have an adapter.
 
         Raises:
             ConfigError: a left channel, fused or stacked matrices, or K = 0 everywhere.
@@ -300,18 +307,28 @@ class Channel:
         usual = max(set(ranks.values()), key=list(ranks.values()).count)
         others = {name: k for name, k in ranks.items() if k != usual}
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
-            "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0,
-            "bias": "none", "use_rslora": False, "use_dora": False, "target_modules": sorted(ranks),
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(base),
+            "inference_mode": True,
+            "r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "target_modules": sorted(ranks),
             "fan_in_fan_out": any(s.matrix.transposed for s in self.open()),
-        }  # fmt: skip
+        }
 
     def open(self) -> list[Subspace]:
         """The subspaces with K > 0: the matrices that may move."""
         return [s for s in self.subspaces.values() if s.k]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a role and one for all: number of matrices, smallest and largest K, mean share inside, chance, smallest gap."""
+        """One row for each role and one for all: number of matrices, smallest and largest K, mean share inside, chance, smallest gap."""
         rows = []
         roles = list(dict.fromkeys(s.matrix.role for s in self.subspaces.values()))
         for role in (*roles, "all"):
@@ -363,9 +380,12 @@ def _subspace(matrix: Matrix, update: Update, k: Choice, side: Side) -> Subspace
     chosen = min(chosen, int((spectrum.sigma > spectrum.errors[: len(spectrum.sigma)]).sum()))
     basis = (spectrum.right if side == "right" else spectrum.left)[:, :chosen]
     return Subspace(
-        matrix, basis.float().contiguous(), min(1.0, float((spectrum.sigma[:chosen] / update.norm).square().sum())),
-        _gap(spectrum, chosen), spectrum.subspace_error(chosen, side),
-    )  # fmt: skip
+        matrix,
+        basis.float().contiguous(),
+        min(1.0, float((spectrum.sigma[:chosen] / update.norm).square().sum())),
+        _gap(spectrum, chosen),
+        spectrum.subspace_error(chosen, side),
+    )
 
 
 def _gap(spectrum: Spectrum, k: int) -> float | None:

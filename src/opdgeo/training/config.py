@@ -9,12 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from opdgeo.errors import ConfigError
+
+RENAMED = {"drop_flat_groups": "dynamic_sampling"}
+"""Settings by their former names, which commands and the config.json of older runs may still have."""
+
+
+def by_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with every former name replaced, and a warning for each.
+
+    Raises:
+        ConfigError: a setting stands there under both of its names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        present = RENAMED.get(name, name)
+        if present != name:
+            if present in settings:
+                raise ConfigError(f"{name} and {present} are one setting; expected one of them. Leave {name} out.")
+            warnings.warn(f"the setting {name} is now called {present}.", FutureWarning, stacklevel=3)
+        found[present] = value
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +94,8 @@ class TrainConfig:
     """Completions of one prompt; sequences_per_step / generations prompts a step. Not used with demonstrations."""
     rollout_prompts: int = 0
     """Prompts completed before the updates that use them, one whole batch each; 0 = one update per rollout."""
-    drop_flat_groups: bool = False
-    """Replace groups in which all completions have the same reward by other prompts (dynamic sampling)."""
+    dynamic_sampling: bool = False
+    """Replace the prompts whose completions all have the same reward by other prompts."""
     micro_batch: int = 0
     """Sequences that a process holds at once; 0 = all of its share of a step."""
     gradient_checkpointing: bool = False
@@ -207,11 +228,11 @@ class TrainConfig:
             if self.credit != "sampled" and (
                 self.alpha != (0.0 if self.credit in ("correct", "coin") else 1.0)
                 or self.token_share != 1.0
-                or self.drop_flat_groups
+                or self.dynamic_sampling
             ):
                 raise ConfigError(
                     f"credit is {self.credit!r} with alpha {self.alpha:g} and token_share {self.token_share:g}; expected alpha = 0 "
-                    "with correct or coin, alpha = 1 with reverse_kl, forward_kl or random_sign, token_share = 1 and drop_flat_groups "
+                    "with correct or coin, alpha = 1 with reverse_kl, forward_kl or random_sign, token_share = 1 and dynamic_sampling "
                     "false: only the sampled token's credit can be mixed or dropped."
                 )
             if self.rollout_prompts:
@@ -220,8 +241,8 @@ class TrainConfig:
                     fits, "rollout_prompts", f"0, or at least {self.sequences_per_step // self.generations}, one step's"
                 )
             need(
-                not (self.drop_flat_groups and self.alpha == 1.0),
-                "drop_flat_groups",
+                not (self.dynamic_sampling and self.alpha == 1.0),
+                "dynamic_sampling",
                 "false when alpha is 1, because the reward counts for nothing there",
             )
             if self.teacher_server and (self.credit in ("reverse_kl", "forward_kl") or self.rollouts == "teacher"):
@@ -261,14 +282,14 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Read `to_json`'s text.
+        """Read `to_json`'s text, former names of settings included.
 
         Raises:
             ConfigError: it is not JSON, or a field is unknown or missing.
         """
         try:
-            values: dict[str, Any] = json.loads(text)
-            return cls(**values)
+            values: dict[str, Any] = dict(json.loads(text))
+            return cls(**by_present_names(values))
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"this is not a training configuration: {error}; expected the fields of TrainConfig as JSON. "

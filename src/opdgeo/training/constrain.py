@@ -6,31 +6,30 @@ For any transformers or TRL trainer, between its construction and `train()`:
 
 With V the channel of a matrix and A its weights at the switch-on (for a left channel, the same from the left):
 
-    gradient   g ← g V Vᵀ before clipping and the optimizer. The paper's. The *update* leaves the channel all the same: Adam
-               divides entry by entry and decoupled decay adds −lr·wd·W.
-    update     also W ← A + (W − A) V Vᵀ after every step, decay included. It equals W_prev + (W − W_prev) V Vᵀ in exact
-               arithmetic, needs no copy of the weights a step, and rounding does not add up: what lies outside is one rounding
-               of the stored W. Decay pulls towards the part of −W inside the channel.
-    adapter    W = A + B Vᵀ; only B (rows × K) has a gradient and moments. The same training as a PEFT LoRA with its A frozen to
-               Vᵀ, but the layer multiplies by W itself, so that a step and a rollout do no more work than without a constraint
-               and the weights in memory are the checkpoint's. Decay pulls B, so W, back to A. Adam divides entry by entry of
-               B: another optimizer than `update` (with steps about √(n/K) shorter), in the same channel.
+    gradient   g ← g V Vᵀ before clipping and the optimizer. This is the paper's. The *update* leaves the channel all the same,
+               because Adam divides entry by entry and decoupled decay adds −lr·wd·W.
+    update     also W ← A + (W − A) V Vᵀ after every step, decay included. In exact arithmetic this equals
+               W_prev + (W − W_prev) V Vᵀ. It needs no copy of the weights for each step, and rounding does not add up: only the
+               rounding of the stored W lies outside. Decay pulls towards the part of −W inside the channel.
+    adapter    W = A + B Vᵀ. Only B (rows × K) has a gradient and moments. A PEFT LoRA whose A is frozen to Vᵀ trains alike. Here
+               the layer multiplies by W itself, so a step and a rollout take no more work than without a constraint, and the
+               weights in memory are those of the checkpoint. Decay pulls B to 0, so W back to A. Adam divides entry by entry
+               of B. That is another optimizer than with `update`, with steps about √(n/K) shorter, in the same channel.
 
 A matrix with K = 0 is frozen in every mode. Parameters outside the channel (embeddings, norms, matrices of other roles) are
-`free` or `frozen`. Adam's moments at the switch-on are an explicit choice too (`moments`):
+`free` or `frozen`. What becomes of Adam's moments when the constraint is switched on is a choice too (`moments`):
 
     reset      the optimizer starts afresh.
     project    first moments become m V Vᵀ, second moments stay. For an adapter, B's are m V and v (V∘V): what v would be if the
                gradient's entries were independent.
-    keep       as they are, so that the first steps of `gradient` go on leaving the channel. An adapter has none to keep.
+    keep       they stay as they are, so the first steps of `gradient` still leave the channel. An adapter has none to keep.
 
-`Constraint` is the same for any training loop: it needs named parameters and a torch optimizer. Under DDP every process
-projects its copy; under FSDP2 its rows, on which V acts without communication (a left channel sums K × cols numbers).
+`Constraint` serves any training loop with named parameters and a torch optimizer. Under DDP every process projects its copy.
+Under FSDP2 it projects its rows, on which V acts without communication; for a left channel the processes sum K × cols numbers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from opdgeo.checkpoints.names import Matrix, plain
+from opdgeo.checkpoints.names import Matrix, plain, unwrapped
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.training.channel import Channel
+from opdgeo.training.channel import Channel, Subspace
+from opdgeo.training.trl_hooks import before_clipping, before_logging, torch_optimizer
 
 Mode = Literal["gradient", "update", "adapter"]
 Moments = Literal["reset", "project", "keep"]
@@ -55,27 +55,32 @@ Unconstrained = Literal["free", "frozen"]
 
 ANCHOR = "channel-anchor"
 FACTOR = ".channel_B"
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|module|_fsdp_wrapped_module)\.")
 
 
 def parameter_name(name: str) -> str:
-    """A parameter's name as checkpoints have it: without the wrappers of torch and of multimodal models.
+    """A parameter's name as checkpoints have it: without what torch, PEFT and multimodal models put around it.
 
     >>> parameter_name("module.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
     'model.layers.0.mlp.up_proj.weight'
     """
-    return plain(_WRAPPERS.sub("", name))
+    return plain(unwrapped(name))
 
 
 def constrain(
-    trainer: Any, channel: Channel, mode: Mode = "update", *, moments: Moments = "reset",
-    unconstrained: Unconstrained = "free", moments_from: str | Path | None = None,
-) -> None:  # fmt: skip
+    trainer: Any,
+    channel: Channel,
+    mode: Mode = "update",
+    *,
+    moments: Moments = "reset",
+    unconstrained: Unconstrained = "free",
+    moments_from: str | Path | None = None,
+) -> None:
     """Hold the model of a transformers or TRL trainer in `channel`; call it before `trainer.train()`.
 
-    The switch-on is the start of `train()`, also where that resumes the state of an unconstrained run. A later resume goes on
-    from the same anchor, which is kept in `output_dir`. Every row that the trainer logs gets `channel/outside`, the share of
-    the update's energy since the switch-on that lies outside the channel, over all its matrices.
+    The constraint is switched on when `train()` starts, also where that resumes the state of an unconstrained run. The weights
+    at that moment, the anchor, are kept in `output_dir`, and a run that is resumed later goes on from the same anchor. Every row
+    that the trainer logs gets `channel/outside`: the share of the update's energy since the anchor that lies outside the
+    channel, over all its matrices.
 
     Args:
         trainer: not trained yet; one process, DDP or FSDP2.
@@ -103,20 +108,17 @@ def constrain(
     prepare(trainer.model, channel, mode, unconstrained)
     held = _Held(channel, mode, moments, Path(moments_from) if moments_from else None)
     trainer.add_callback(held)
-    step, log = trainer.training_step, trainer.log
 
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        loss = step(*args, **kwargs)
-        if held.constraint is not None and trainer.accelerator.sync_gradients:
-            held.constraint.project_gradients()  # before the trainer clips them
-        return loss
+    def project() -> None:
+        if held.constraint is not None:
+            held.constraint.project_gradients()
 
-    def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def add_outside(logs: dict[str, float]) -> None:
         if "grad_norm" in logs and held.constraint and (outside := held.constraint.outside()) is not None:
             logs["channel/outside"] = outside
-        log(logs, *args, **kwargs)
 
-    trainer.training_step, trainer.log = training_step, logged
+    before_clipping(trainer, project)
+    before_logging(trainer, add_outside)
 
 
 def check_choices(mode: str, moments: str, unconstrained: str) -> None:
@@ -135,7 +137,9 @@ def check_choices(mode: str, moments: str, unconstrained: str) -> None:
 
 
 def prepare(model: torch.nn.Module, channel: Channel, mode: Mode, unconstrained: Unconstrained = "free") -> None:
-    """Freeze what may not move and, for `adapter`, put `ChannelLinear` layers into `model`; before it is wrapped and has an optimizer.
+    """Freeze what may not move. For `adapter`, put `ChannelLinear` layers into `model` too.
+
+    Call it before the model is wrapped and has an optimizer.
 
     Raises:
         ConfigError: the channel does not fit the model.
@@ -219,14 +223,14 @@ class _Through(torch.autograd.Function):
 
 
 def freeze_directions(model: torch.nn.Module) -> None:
-    """Freeze every LoRA A of a PEFT model, so that its update stays in the channel that A spans: for plain TRL and PEFT."""
+    """Freeze every LoRA A of a PEFT model. Its update then stays in the channel that A spans, with plain TRL and PEFT."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             parameter.requires_grad_(False)
 
 
 def without_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A model's weights as a checkpoint has them, and every factor B of `adapter` by its tensor's name."""
+    """The weights as a checkpoint has them, and apart from them every factor B of `adapter` by the name of its tensor."""
     own = {name: weight for name, weight in weights.items() if not name.endswith(FACTOR)}
     factors = {_source(parameter_name(name)): w for name, w in weights.items() if name.endswith(FACTOR)}
     return own, factors
@@ -239,8 +243,9 @@ class Constraint:
         constraint.hold(optimizer)      # from here on every optimizer.step() is constrained
         constraint.outside()            # share of the update's energy outside, from here on
 
-    `hold` projects gradients right before the step; a loop that clips calls `project_gradients()` before it clips. Parameters
-    with K = 0 must have `requires_grad=False`, and for `adapter` the layers must be `ChannelLinear`: `prepare` does both.
+    `hold` projects gradients right before the step. A loop that clips them calls `project_gradients()` before it clips.
+    Parameters with K = 0 must have `requires_grad=False`, and for `adapter` the layers must be `ChannelLinear`. `prepare` sees
+    to both.
 
     Raises:
         ConfigError: a matrix of the channel has no parameter, or is sharded otherwise than by rows.
@@ -261,7 +266,7 @@ class Constraint:
             start, local = 0, parameter.detach()
             if isinstance(parameter, DTensor):
                 start, self.group, local = _sharding(s.matrix.tensor, parameter)
-            part = _part(s.matrix, parameter, local, start, s.basis, channel.side, self.group)
+            part = _part(s, channel.side, parameter, local=local, start=start, group=self.group)
             if part is not None:
                 part.factor = factor
                 self.parts.append(part)
@@ -269,12 +274,12 @@ class Constraint:
 
     @torch.no_grad()
     def take_anchor(self) -> None:
-        """From now on the update is measured, and held, from the weights as they are."""
+        """Take the weights as they are now for the anchor, from which the update is measured and held."""
         for part in self.parts:
             part.anchor = part.view(part.parameter).clone()
 
     def hold(self, optimizer: torch.optim.Optimizer, *, gradients: bool = True) -> None:
-        """Project before (`gradients`) and, but for the mode `gradient`, after every step of `optimizer`."""
+        """Project the gradients before every step of `optimizer`, if `gradients`, and the weights after it, in `update` and `adapter`."""
         if gradients:
             optimizer.register_step_pre_hook(lambda *_: self.project_gradients())
         if self.mode != "gradient":
@@ -282,7 +287,7 @@ class Constraint:
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """g ← g V Vᵀ. Law: twice equals once, so it may be called at any micro-batch."""
+        """g ← g V Vᵀ. Law: projecting twice equals projecting once, so it may be called at every micro-batch."""
         for part in self.parts:
             if part.parameter.grad is not None:
                 gradient = part.view(part.parameter.grad)
@@ -302,7 +307,8 @@ class Constraint:
     def outside(self) -> float | None:
         """Σ‖ΔW − projection‖²_F / Σ‖ΔW‖²_F over all matrices, ΔW from the anchor; None before anything moved.
 
-        In the weights' own precision, an adapter's from its factors; every process of a sharded model must ask.
+        It is computed in the precision of the weights, and for an adapter from its factors. Every process of a sharded model
+        must call it.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in self.parts:
@@ -325,7 +331,7 @@ class Constraint:
                 moment.copy_(part.project(moment))
 
     def save_anchor(self, folder: Path, step: int) -> None:
-        """Keep the anchor for a resume: one file, or one a process where the model is sharded."""
+        """Keep the anchor for a run that is resumed, in one file, or in one for each process of a sharded model."""
         path = _anchor_path(folder, self)
         if self.group is not None or _rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -334,7 +340,7 @@ class Constraint:
             partial.replace(path)
 
     def load_anchor(self, folder: Path) -> None:
-        """The anchor that `save_anchor` kept."""
+        """Read the anchor that `save_anchor` kept."""
         path = _anchor_path(folder, self)
         try:
             with safe_open(path, framework="pt") as file:
@@ -350,7 +356,7 @@ class Constraint:
 
 
 class _Held(TrainerCallback):
-    """The constraint of one trainer: switched on, or taken up again, when its training begins."""
+    """Switches the constraint of one trainer on when training begins, or takes it up again in a run that is resumed."""
 
     def __init__(self, channel: Channel, mode: Mode, moments: Moments, moments_from: Path | None):
         self.channel, self.mode, self.moments, self.moments_from = channel, mode, moments, moments_from
@@ -359,8 +365,7 @@ class _Held(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        model, optimizer = kwargs["model"], torch_optimizer(kwargs["optimizer"])
         folder = Path(args.output_dir)
         constraint = Constraint(model.named_parameters(), self.channel, self.mode)
         path = _anchor_path(folder, constraint)
@@ -397,7 +402,7 @@ class Carried(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+            optimizer = torch_optimizer(kwargs["optimizer"])
             load_moments(kwargs["model"].named_parameters(), optimizer, self.folder, None)
 
 
@@ -407,8 +412,8 @@ _SLOTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def moments_of(parameters: Iterable[tuple[str, Tensor]], optimizer: Any) -> tuple[dict[str, Tensor], int]:
-    """Adam's moments by parameter name, whole and on the CPU, and its step; every process of a sharded model must ask."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    """Adam's moments by parameter name, whole and on the CPU, and its step. Every process of a sharded model must call it."""
+    optimizer = torch_optimizer(optimizer)
     found, step = {}, 0
     for name, parameter in parameters:
         for slot in _SLOTS if (slots := optimizer.state.get(parameter)) else ():
@@ -429,7 +434,7 @@ def save_moments(moments: tuple[dict[str, Tensor], int], folder: Path) -> None:
 def load_moments(
     parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer, folder: Path, channel: Channel | None
 ) -> None:
-    """Give the optimizer's parameters the moments of `save_moments`; those of an adapter's B are made from its matrix's.
+    """Give the parameters of `optimizer` the moments of `save_moments`. Those of an adapter's B are made from those of its matrix.
 
     Raises:
         CheckpointError: the folder has no moments, or they are not of this model.
@@ -463,15 +468,19 @@ def load_moments(
                     rows = rows.to(local.dtype).contiguous()
                     if isinstance(parameter, DTensor):
                         rows = DTensor.from_local(
-                            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-                        )  # fmt: skip
+                            rows,
+                            parameter.device_mesh,
+                            parameter.placements,
+                            shape=parameter.shape,
+                            stride=parameter.stride(),
+                        )
                     state[slot] = rows
                 optimizer.state[parameter] = state
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not hold this model's moments: {error}.") from error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Part:
     """One matrix of the channel inside this process's part of a parameter.
 
@@ -510,37 +519,38 @@ class _Part:
         return basis @ inside
 
 
-def _part(
-    matrix: Matrix, parameter: Tensor, local: Tensor, start: int, basis: Tensor, side: str, group: Any
-) -> _Part | None:
-    """The matrix's part of `local`, the rows of `parameter` from `start` on; None where another process has its expert."""
+def _part(subspace: Subspace, side: str, parameter: Tensor, *, local: Tensor, start: int, group: Any) -> _Part | None:
+    """The part of a matrix in `local`, the rows of `parameter` from `start` on. None where another process holds its expert."""
+    matrix = subspace.matrix
     if not _fits(matrix, tuple(parameter.shape)):
         raise ConfigError(
             f"{matrix.tensor} has shape {tuple(parameter.shape)} and the channel's matrix {matrix.rows}×{matrix.cols}; expected a "
             "channel of this model, and FSDP2 rather than FSDP1."
         )
-    on_columns, basis = (side == "right") != matrix.transposed, basis.to(local.device)
+    on_columns, basis = (side == "right") != matrix.transposed, subspace.basis.to(local.device)
+    index: tuple[Any, ...]
     rows = slice(matrix.start, matrix.start + matrix.rows)
     if matrix.stacked:
         expert = (matrix.expert or 0) - start
         if not 0 <= expert < local.shape[0]:
             return None
-        return _Part(matrix.name, parameter, (expert, rows), basis, on_columns, None, local)
-    end = start + local.shape[0]
-    if matrix.transposed:
-        return _Part(
-            matrix.name,
-            parameter,
-            (slice(None), rows),
-            basis if on_columns else basis[start:end],
-            on_columns,
-            group,
-            local,
-        )
-    low = min(max(matrix.start, start), end)
-    high = max(low, min(rows.stop, end))
-    held = basis if on_columns else basis[low - matrix.start : high - matrix.start]
-    return _Part(matrix.name, parameter, (slice(low - start, high - start),), held, on_columns, group, local)
+        index, held, group = (expert, rows), slice(None), None
+    elif matrix.transposed:
+        index, held = (slice(None), rows), slice(start, start + local.shape[0])
+    else:
+        end = start + local.shape[0]
+        low = min(max(matrix.start, start), end)
+        high = max(low, min(rows.stop, end))
+        index, held = (slice(low - start, high - start),), slice(low - matrix.start, high - matrix.start)
+    return _Part(
+        name=matrix.name,
+        parameter=parameter,
+        index=index,
+        basis=basis if on_columns else basis[held],
+        on_columns=on_columns,
+        group=group,
+        anchor=local,
+    )
 
 
 def _source(name: str) -> str:

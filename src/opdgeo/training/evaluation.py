@@ -124,7 +124,10 @@ def evaluate(
             if not task.verifiable:
                 sums = _text_loss(model, tokenizer, share, counted, max_tokens, batch)
             else:
-                sums = _accuracies(model, tokenizer, task, share, counted, teacher, max_tokens, batch, longest, origin)
+                sums = _accuracies(
+                    model, tokenizer, task, share, counted, teacher=teacher, max_tokens=max_tokens, batch=batch,
+                    longest=longest, origin=origin,
+                )  # fmt: skip
             total = torch.tensor(sums, dtype=torch.float64)
             if accelerator is not None:
                 total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
@@ -151,7 +154,7 @@ def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], in
 
 
 def _accuracies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int, *,
     teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None,
 ) -> list[float]:  # fmt: skip
     """Sums over the first `counted` examples: right greedy, right sampled, KL to the teacher and to the start, tokens."""

@@ -1,12 +1,12 @@
-"""The gradient of every sampled token, for chosen matrices, exact and in factors.
+"""The exact gradient of every sampled token for chosen matrices, kept in factors.
 
 For a linear map o_s = W x_s the gradient of a token's log-probability sums over the positions s that the token can see:
 
     φ_t = ∇_W log p(y_t | x, y_<t) = Σ_s δ_{t,s} x_sᵀ,    δ_{t,s} = ∂ log p(y_t) / ∂ o_s
 
-(earlier positions count too: attention carries them to the token). One forward pass keeps x and o by hooks, one backward
-pass a token gives δ; no φ_t (rows × cols) is ever formed. Any objective is a weighting of the φ_t, so all of them come
-from one run. Suffixes: B sequences, T completion tokens, L positions, n columns and m rows of W.
+Earlier positions count too, because attention carries them to the token. Hooks keep x and o in one forward pass, and one
+backward pass for every token gives δ. No φ_t (rows × cols) is ever formed. An objective is a weighting of the φ_t, so all
+objectives come from the same passes. Suffixes: B sequences, T completion tokens, L positions, n columns and m rows of W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opdgeo.training.evaluation import Completions
 
 
 def module_of(model: PreTrainedModel, matrix: Matrix) -> nn.Module | None:
-    """The module whose output is `matrix` times its input, or None (experts in one tensor have none of their own)."""
+    """The module whose output is `matrix` times its input. None for an expert that shares its tensor with others."""
     path = matrix.tensor.removesuffix(".weight")
     for name in (path, f"{model.base_model_prefix}.{path}"):
         try:
@@ -38,9 +38,9 @@ def module_of(model: PreTrainedModel, matrix: Matrix) -> nn.Module | None:
 def token_gradients(
     model: PreTrainedModel, matrices: list[Matrix], done: Completions
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """x (B, L, n) and δ (B, T, L, m) by matrix name, for the completion tokens of `done`; 0 wherever there is padding.
+    """x (B, L, n) and δ (B, T, L, m) of the completion tokens of `done`, by the name of the matrix. Padding has 0.
 
-    Law: einsum("blm,bln->bmn", δ[:, t], x) is what autograd gives for token t of every sequence. Freezes the model.
+    Law: einsum("blm,bln->bmn", δ[:, t], x) is what autograd gives for token t of every sequence. The model is frozen.
 
     Raises:
         ConfigError: a matrix has no module of its own, or its module runs more than once in a pass.

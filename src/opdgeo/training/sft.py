@@ -3,9 +3,9 @@
 Objective: cross-entropy of the completion's tokens (end token included), mean over all tokens of the step's batch.
 For plain text (an empty prompt) every token counts. Sequences are padded, not packed.
 
-Departures from the paper: the data are the task's demonstrations instead of Dolci-Think, seen once rather than for five
-epochs where the task can draw enough. From TRL: examples are tokenised here and given to the trainer ready made, the prompt
-and the completion separately, because a rollout too starts after the tokens of the prompt alone.
+Departures from the paper: the data are the task's demonstrations instead of Dolci-Think. They are seen once where the task can
+draw enough, and not for five epochs. Departure from TRL: examples are tokenised here. The prompt and the completion are
+tokenised apart from each other, because a rollout too starts after the tokens of the prompt alone.
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from opdgeo.tasks import Example
-from opdgeo.training.callbacks import Resumable
-
-
-class DemonstrationTrainer(Resumable, SFTTrainer):
-    """`SFTTrainer` whose trainer states are written whole or not at all."""
 
 
 def tokenized(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
@@ -35,7 +29,7 @@ def tokenized(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int
 
 
 def dataset(examples: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int) -> Dataset:
-    """The examples as text; an example is tokenised when it is read, so that a large set does not lie in memory as numbers."""
+    """The examples as a dataset. Each is tokenised when it is read, so that memory holds the text and not the numbers."""
 
     def tokens(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
         pairs = zip(rows["prompt"], rows["completion"], strict=True)

@@ -1,6 +1,6 @@
-"""The same credit and the same channel in trainers that are not TRL's: verl (read at 0.9.1) and slime (read in October 2026).
+"""The credit and the channel of `opdgeo train` in two other trainers: verl (read at 0.9.1) and slime (read in October 2026).
 
-verl. The teacher is its reference model, whose log-probabilities it already subtracts from the rewards:
+In verl the teacher is the reference model, whose log-probabilities verl subtracts from the rewards itself:
 
     algorithm.adv_estimator=opdgeo  +algorithm.opdgeo_alpha=1.0        (also opdgeo_token_share, opdgeo_token_choice)
     algorithm.use_kl_in_reward=True  algorithm.kl_penalty=kl  algorithm.kl_ctrl.kl_coef=1.0     (for alpha > 0)
@@ -8,27 +8,27 @@ verl. The teacher is its reference model, whose log-probabilities it already sub
 
     # in a module that verl imports before it trains:
     from verl.trainer.ppo.core_algos import register_adv_est
-    from opdgeo.training.adapters import verl_advantages
+    from opdgeo.training.external_trainers import verl_advantages
     register_adv_est("opdgeo")(verl_advantages)
 
-The reward function returns `VERL_REWARD` for a right completion and 0 for a wrong one; that number is what lets both be told apart in
-the one tensor that verl hands over. The channel:
+The reward function returns `VERL_REWARD` for a right completion and 0 for a wrong one. verl hands over reward and log-ratio as one
+sum, and a reward of that size lets the two be told apart. The channel:
 
-    actor_rollout_ref.actor.optim.optimizer_impl=opdgeo.training.adapters  actor_rollout_ref.actor.optim.optimizer=ChannelAdamW
+    actor_rollout_ref.actor.optim.optimizer_impl=opdgeo.training.external_trainers  actor_rollout_ref.actor.optim.optimizer=ChannelAdamW
     actor_rollout_ref.actor.strategy=fsdp2
     +actor_rollout_ref.actor.optim.override_optimizer_config.channel=CHANNEL
     +actor_rollout_ref.actor.optim.override_optimizer_config.model=ANCHOR
 
-slime. It has a hook for exactly this, and computes the teacher's log-probabilities itself:
+slime has an option for such a function, and computes the teacher's log-probabilities itself:
 
-    --custom-advantage-function-path opdgeo.training.adapters.slime_advantages
+    --custom-advantage-function-path opdgeo.training.external_trainers.slime_advantages
     --use-opd --opd-type megatron --opd-teacher-load TEACHER --opd-kl-coef 0      (the term is in our function; its own is off)
 
-with opdgeo_alpha, opdgeo_token_share and opdgeo_token_choice in the file of --custom-config-path. Its optimizer is Megatron's, over fused
-and sharded buffers, so that a channel cannot be held there; `opdgeo channel` and its adapter are the way.
+with opdgeo_alpha, opdgeo_token_share and opdgeo_token_choice in the file of --custom-config-path. slime's optimizer is Megatron's. It
+works on fused and sharded buffers, so a channel cannot be held there. Train the adapter that `opdgeo channel` writes instead.
 
-Departures of both from `opdgeo train`: gradients are clipped before they are projected; random tokens are drawn from torch's own
-random state.
+Both depart from `opdgeo train` in two points. Gradients are clipped before they are projected, and random tokens are drawn from
+torch's own random state.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ import torch
 from torch import Tensor
 
 from opdgeo.errors import ConfigError
-from opdgeo.training import signal
+from opdgeo.training import advantages
 from opdgeo.training.channel import Channel
 from opdgeo.training.constrain import Constraint, Mode
 
 VERL_REWARD = 256.0
-"""A power of two, so that adding it to a log-ratio and taking it off again costs at most 2⁻¹⁵ nats; no gap comes near half of it."""
+"""A power of two. Adding it to a log-ratio and subtracting it again costs at most 2⁻¹⁵ nats, and no gap comes near half of it."""
 
 
 def _settings(source: Any) -> tuple[float, float, Any]:
-    """alpha, token share and token choice from a mapping or an object; the preset's defaults where they are not set."""
+    """alpha, token share and token choice from a mapping or an object. Where one is not set: 1, 1 and top."""
     read = source.get if hasattr(source, "get") else lambda name, default: getattr(source, name, default)
     alpha, share = float(read("opdgeo_alpha", 1.0)), float(read("opdgeo_token_share", 1.0))
     choice = read("opdgeo_token_choice", "top")
@@ -64,15 +64,15 @@ def _settings(source: Any) -> tuple[float, float, Any]:
 def credit(
     gap_BT: Tensor | None, adv_G: Tensor, mask_BT: Tensor, *, alpha: float, share: float = 1.0, choice: Any = "top"
 ) -> Tensor:
-    """`signal`'s advantages from the gap S − T (log p_student − log p_teacher) instead of from its two terms."""
+    """The advantages of `advantages.py` from the gap S − T (log p_student − log p_teacher) instead of from its two terms."""
     if alpha == 0:
-        return signal.token_advantages(None, adv_G, mask_BT, 0.0)
+        return advantages.token_advantages(None, adv_G, mask_BT, 0.0)
     if gap_BT is None:
         raise ConfigError(f"opdgeo_alpha is {alpha:g} and there are no teacher log-probabilities; expected them.")
     noise_BT = torch.rand_like(gap_BT) if choice == "random" else None
-    keep_BT = signal.keep_tokens(gap_BT, mask_BT, share, choice, noise_BT)
-    adv_opd_BT = signal.distillation_advantages(gap_BT, torch.zeros_like(gap_BT), mask_BT, keep_BT)
-    return signal.token_advantages(adv_opd_BT, adv_G, mask_BT, alpha)
+    keep_BT = advantages.keep_tokens(gap_BT, mask_BT, share, choice, noise_BT)
+    adv_opd_BT = advantages.distillation_advantages(gap_BT, torch.zeros_like(gap_BT), mask_BT, keep_BT)
+    return advantages.token_advantages(adv_opd_BT, adv_G, mask_BT, alpha)
 
 
 def group_advantages(rewards_B: Tensor, groups: Iterable[Any]) -> Tensor:
@@ -114,7 +114,7 @@ def verl_advantages(
     if float(gap_BT.abs().max()) > VERL_REWARD / 2:
         raise ConfigError(
             f"a token's reward is {float(-gap_BT.abs().max()):g} off from 0 and {VERL_REWARD:g}; expected one of the two for a completion "
-            "(opdgeo.training.adapters.VERL_REWARD for a right one), less the log-ratio to the teacher."
+            "(opdgeo.training.external_trainers.VERL_REWARD for a right one), less the log-ratio to the teacher."
         )
     if alpha > 0 and not bool(gap_BT.any()):
         raise ConfigError(

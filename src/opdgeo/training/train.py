@@ -1,11 +1,11 @@
-"""Train one arm: check the request, build the TRL trainer, run it, leave a run folder.
+"""Train one arm. The request is checked, the TRL trainer is built and run, and a run folder is left.
 
 OUT/config.json          the TrainConfig
 OUT/log.jsonl            one row a step and one an evaluation (rows: `callbacks.Recorder`, `evaluation.Evaluation`)
-OUT/rollouts.jsonl       every completion, when asked for (`rollouts`)
+OUT/rollouts.jsonl       every completion, if the run records them (`rollouts`)
 OUT/channel.safetensors  the channel of a constrained run
-OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; an adapter's factors beside the weights
-OUT/resume/              trainer state, only while the run is unfinished
+OUT/step-NNNNNN/         Hugging Face folders at the configured shares of training; beside the weights the factors of an adapter
+OUT/resume/              the trainer's state, until the run is finished
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
-from opdgeo.training import engine
+from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
     """Run `config` into the folder `out` and return the last checkpoint's folder.
 
-    With `resume`, a killed run goes on from its last trainer state and ends with the weights it would have had (bit-equal
-    on the same machine with the same number of threads); a finished run returns at once; an empty folder starts afresh.
+    With `resume`, a killed run goes on from its last trainer state. It ends with the weights it would have had, to the bit on
+    the same machine with the same number of threads. A finished run returns at once, and an empty folder starts a new run.
 
     Raises:
         ConfigError: `out` is in use, the settings differ from the recorded ones, or the teacher does not fit.
@@ -43,13 +43,13 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
     """
     out = Path(out)
     folder = out / f"step-{config.steps:06d}"
-    if engine.is_main() and not resume and _occupied(out):
+    if distributed.is_main() and not resume and _occupied(out):
         raise ConfigError(
             f"{out} is not empty; expected a new folder for the run. Choose another, or go on with a killed run "
             "with --resume."
         )
 
-    from opdgeo.training import callbacks, models, monitor
+    from opdgeo.training import callbacks, models, monitor, trl_hooks
 
     if finished(config, out):
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
@@ -71,20 +71,20 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
             "Use alpha = 1 (OPD) or SFT with it."
         )
 
-    engine.require_devices(config)
+    distributed.require_devices(config)
     server = _server(config, origin, task)
     channel = _channel(config, out)
-    states = callbacks.states(out / callbacks.RESUME)
+    states = trl_hooks.states(out / callbacks.RESUME)
     state = states[-1] if states else None
-    if engine.is_main():
+    if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         callbacks.write_whole(out / "config.json", config.to_json())
         if channel is not None:
             channel.save(out)
-        callbacks.forget_after(out, int(state.name.removeprefix("checkpoint-")) if state else -1)
+        callbacks.forget_after(out, trl_hooks.state_step(state) if state else -1)
 
     with quiet():
-        trainer, recorder = _build(config, out, origin, teacher, server, task, progress)
+        trainer, recorder = _build(config, out, origin, task, teacher=teacher, server=server, progress=progress)
         _constrain(trainer, config, channel, origin)
         if config.monitor:
             trainer.add_callback(monitor.GeometryMonitor(config.monitor, base=origin))
@@ -93,7 +93,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, progres
         finally:
             recorder.close()
     trainer.accelerator.wait_for_everyone()
-    if engine.is_main():
+    if distributed.is_main():
         shutil.rmtree(out / callbacks.RESUME, ignore_errors=True)
     return folder
 
@@ -106,7 +106,7 @@ def finished(config: TrainConfig, out: Path) -> bool:
     """
     from opdgeo.training.callbacks import read_log
 
-    if engine.is_main() and _occupied(out):
+    if distributed.is_main() and _occupied(out):
         _check_recorded(config, out)
     if not (out / f"step-{config.steps:06d}").is_dir():
         return False
@@ -114,7 +114,7 @@ def finished(config: TrainConfig, out: Path) -> bool:
 
 
 def _server(config: TrainConfig, origin: Path, task: tasks.Task) -> ServedTeacher | None:
-    """The teacher's server, once it is clear that it answers and means the student's tokens."""
+    """The teacher's server. It has answered, and its token ids mean what the student's mean."""
     if config.teacher_server is None or config.rollouts == "demonstrations" or config.alpha == 0:
         return None
     from opdgeo.training.models import load_tokenizer
@@ -128,14 +128,14 @@ def _server(config: TrainConfig, origin: Path, task: tasks.Task) -> ServedTeache
 
 
 def _occupied(out: Path) -> bool:
-    """True when `out` holds anything but leftovers of a start that was killed before its config was written."""
+    """True when `out` holds files of a run. Hidden files do not count: a start that was killed early leaves them."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder for the run. Choose another name.")
     return out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir())
 
 
 def _channel(config: TrainConfig, out: Path) -> Channel | None:
-    """The channel of the run: its own copy once it has one."""
+    """The channel of the run. It is read from the run's own copy where there is one."""
     from opdgeo.training.channel import FILE, Channel
 
     if config.channel is None:
@@ -149,9 +149,13 @@ def _constrain(trainer: Any, config: TrainConfig, channel: Channel | None, origi
     carried = None if config.moments == "reset" else origin
     if channel is not None and config.constrain is not None:
         constrain.constrain(
-            trainer, channel, config.constrain, moments=config.moments, unconstrained=config.unconstrained,
+            trainer,
+            channel,
+            config.constrain,
+            moments=config.moments,
+            unconstrained=config.unconstrained,
             moments_from=carried,
-        )  # fmt: skip
+        )
     elif carried is not None:
         trainer.add_callback(constrain.Carried(carried))
 
@@ -172,14 +176,20 @@ def _check_recorded(config: TrainConfig, out: Path) -> None:
 
 
 def _build(
-    config: TrainConfig, out: Path, origin: Path, teacher_folder: Path | None, server: ServedTeacher | None, task: tasks.Task,
+    config: TrainConfig,
+    out: Path,
+    origin: Path,
+    task: tasks.Task,
+    *,
+    teacher: Path | None,
+    server: ServedTeacher | None,
     progress: bool,
-) -> tuple[Any, Recorder]:  # fmt: skip
+) -> tuple[Any, Recorder]:
+    """The trainer of a run and what writes its folder; `teacher` is a model's folder, `server` a served one."""
     import torch
     from datasets import Dataset
-    from transformers import PrinterCallback
 
-    from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft
+    from opdgeo.training import callbacks, evaluation, models, policy, rollouts, sft, trl_hooks
 
     cuda = config.device != "cpu" and torch.cuda.is_available()
     tokenizer = models.load_tokenizer(origin, config.end_token)
@@ -187,14 +197,14 @@ def _build(
     if config.weights == "bfloat16" and not cuda:
         models.multiply_in_float32(model)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
-    teacher = models.load_model(teacher_folder, "bfloat16" if cuda else "float32").eval() if teacher_folder else None
+    judge = models.load_model(teacher, "bfloat16" if cuda else "float32").eval() if teacher else None
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"
     per_step = config.sequences_per_step // (1 if demonstrations else config.generations)
     updates = config.updates_per_rollout
     count = per_step * updates * -(-config.steps // updates)
-    spare = config.drop_flat_groups and config.replays is None
+    spare = config.dynamic_sampling and config.replays is None
     wanted = min(config.train_examples or count, count)
     examples = task.examples(wanted * (1 + spare), config.data_seed, held_out=False)
     if len(examples) < per_step * updates:
@@ -228,71 +238,39 @@ def _build(
         if not held_out[:count]:
             return None
         return evaluation.evaluate(
-            trainer.accelerator.unwrap_model(model), tokenizer, task, held_out[:count], batch=config.eval_batch,
-            teacher=None if teacher is None else trainer.teacher, max_tokens=config.max_tokens, origin=start,
-            longest=config.max_prompt_tokens + config.max_tokens, accelerator=trainer.accelerator,
-        )  # fmt: skip
+            trainer.accelerator.unwrap_model(model),
+            tokenizer,
+            task,
+            held_out[:count],
+            batch=config.eval_batch,
+            teacher=judge,
+            max_tokens=config.max_tokens,
+            origin=start,
+            longest=config.max_prompt_tokens + config.max_tokens,
+            accelerator=trainer.accelerator,
+        )
 
-    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: engine.whole_weights(trainer), progress)
-    arguments = trl_arguments(config, out, cuda)
-    engine.shard_without_gpu()
-    trainer: Any
+    recorder = callbacks.Recorder(config, out, tokenizer, measure, lambda: trl_hooks.whole_weights(trainer), progress)
+    arguments = trl_hooks.trl_arguments(config, out / callbacks.RESUME, cuda)
+    trl_hooks.shard_without_gpu()
     if demonstrations:
         data = sft.dataset(examples, tokenizer, config.max_prompt_tokens + config.max_tokens)
-        trainer = sft.DemonstrationTrainer(
-            model=model, processing_class=tokenizer, train_dataset=data, callbacks=[recorder],
-            args=arguments,
-        )  # fmt: skip
-        trainer.teacher = teacher and engine.prepare_teacher(trainer, teacher)
+        trainer = trl_hooks.demonstration_trainer(model, tokenizer, args=arguments, data=data, callbacks=[recorder])
+        judge = judge and trl_hooks.place_frozen(trainer, judge)
     else:
-        trainer = policy.PolicyTrainer(
-            config=config, task=task, model=model, teacher=teacher or server, tokenizer=tokenizer, callbacks=[recorder],
-            train_dataset=Dataset.from_list(_prompts(examples)), args=arguments, reserve=_prompts(reserve),
+        credit = policy.TokenCredit(
+            config,
+            task,
+            teacher=judge or server,
+            reserve=_prompts(reserve),
+            vocabulary=model.config.vocab_size,
             record=out / rollouts.FILE if config.record_rollouts else None,
-        )  # fmt: skip
-    start = start and engine.prepare_teacher(trainer, start)
-    engine.prepare_student(trainer)
-    trainer.remove_callback(PrinterCallback)
+        )
+        data = Dataset.from_list(_prompts(examples))
+        trainer = trl_hooks.policy_trainer(credit, model, tokenizer, args=arguments, data=data, callbacks=[recorder])
+        judge = judge and credit.teacher
+    start = start and trl_hooks.place_frozen(trainer, start)
     return trainer, recorder
-
-
-def trl_arguments(config: TrainConfig, out: Path, cuda: bool) -> Any:
-    """The run in TRL's terms: an `SFTConfig` or a `GRPOConfig`. Nothing is read and no model is needed."""
-    from trl import GRPOConfig, SFTConfig
-
-    from opdgeo.training import callbacks
-
-    size, micro_batches = engine.batch_sizes(config)
-    cosine = config.schedule == "cosine"
-    common: dict[str, Any] = dict(
-        output_dir=str(out / callbacks.RESUME), seed=config.seed, data_seed=config.seed, max_steps=config.steps,
-        per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr" if cosine else "constant",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if cosine else {}, warmup_steps=round(0.1 * config.steps) if cosine else 0,
-        adam_beta1=config.betas[0], adam_beta2=config.betas[1], adam_epsilon=config.adam_epsilon,
-        weight_decay=config.weight_decay, optim="adamw_torch" if config.optimizer == "adamw" else "sgd",
-        max_grad_norm=config.max_grad_norm,  # transformers clips only when this is above 0, and logs the norm either way
-        bf16=cuda, fp16=False, use_cpu=not cuda, report_to="none", logging_strategy="steps", logging_steps=1,
-        logging_nan_inf_filter=False,  # on, it would replace a NaN loss by the mean of earlier ones
-        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
-    )  # fmt: skip
-    if config.rollouts == "demonstrations":
-        return SFTConfig(
-            **common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-        )  # fmt: skip
-    off_policy = config.rollouts == "teacher"
-    return GRPOConfig(
-        **common, num_generations=config.generations, max_completion_length=config.max_tokens,
-        steps_per_generation=micro_batches * config.updates_per_rollout, num_iterations=1, beta=0.0,
-        epsilon=1.0 if off_policy else config.clip_low, epsilon_high=1.0 if off_policy else config.clip_high,
-        loss_type="grpo", scale_rewards="group", temperature=1.0, top_k=0, top_p=1.0,
-        use_vllm=config.uses_vllm, vllm_mode="server" if config.vllm == "server" else "colocate",
-        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
-        vllm_gpu_memory_utilization=config.vllm_memory, vllm_max_model_length=config.max_prompt_tokens + config.max_tokens,
-        vllm_importance_sampling_correction=False, disable_dropout=True, remove_unused_columns=False,
-    )  # fmt: skip
 
 
 def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
@@ -300,7 +278,7 @@ def _prompts(examples: list[tasks.Example]) -> list[dict[str, str]]:
 
 
 def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluation | None:
-    """What the run that wrote `origin` measured there, when it measured in the same way; so arms share one evaluation."""
+    """What the run that wrote `origin` measured of it in the same way, or None. Arms with one start share its evaluation."""
     from opdgeo.training import callbacks, evaluation
 
     recorded = origin.parent / "config.json"
@@ -336,7 +314,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, warnings and information from transformers, datasets, TRL and accelerate; put all back."""
+    """Silence transformers, datasets, TRL and accelerate: their progress bars, warnings and information. Undone at the end."""
     import datasets
     import transformers
 

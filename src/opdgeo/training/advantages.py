@@ -1,4 +1,4 @@
-"""What credit each token gets. Pure functions: no model, no trainer, no random state.
+"""Advantages: what credit each token gets. Pure functions, without a model, a trainer or a random state.
 
 Shapes, by suffix: B completions, T tokens of the longest one; `_BT` a value a token, `_G` one a completion (relative to
 the group of completions of its prompt). `mask_BT` is 1 on completion tokens, the end token included, 0 on padding.
@@ -8,10 +8,10 @@ With S = log p_student, T = log p_teacher of the sampled token (PAPER: "On the G
     A = alpha · (T − S) · keep · (|y| / Σ keep) · mask  +  (1 − alpha) · A_group
 
 Dropping tokens at random and rescaling leaves the expected gradient as it is: every token is kept with the same probability
-and counts for the inverse of it. Keeping the tokens with the largest gap does not: it leaves out, always, the tokens that the
-teacher likes better than the student does, so it follows another objective, not a noisier estimate of the same one.
+and counts for the inverse of it. Keeping the tokens with the largest gap changes the objective: it always leaves out the tokens
+that the teacher likes better than the student does.
 
-Raw signals: nothing is normalised across the batch, so the two terms have different scales (the paper's mixture).
+Nothing is normalised across the batch, so the two terms have different scales. This is the paper's mixture.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What a run will take, before it starts: memory by part, tokens, hours, disk; and whether it fits.
 
-A model of the run, with constants measured on small runs on a CPU (docs/engines.md compares it with three): the parts of the
-memory are added, not overlapped, except that activations, rollouts and evaluation never exist at once. Work is counted in
-floating-point operations of matrix products, and in kernels, whose fixed cost is most of a small model's time; what both cost is
-measured when the plan is made, on this machine, or stated for a GPU by `HARDWARE`.
+The plan is a model of the run. Its constants were measured on small runs on a CPU, and docs/engines.md compares it with three
+runs. The parts of the memory are added; activations, rollouts and evaluation never exist at once, so only the largest of them
+counts. Work is counted in floating-point operations of matrix products, and in kernels, whose fixed cost is most of a small
+model's time. What an operation and a kernel cost is measured on this machine when the plan is made, or stated for a GPU by
+`HARDWARE`.
 
-Per token and layer the backward pass keeps, in floats (h width, i MLP width, q and k widths of queries and keys, c context):
+For every token and layer the backward pass keeps, in floats (h width, i MLP width, q and k widths of queries and keys, c context):
     6h + 4i + 4q + c          with norms on queries and keys: + 2q + 2k
 """
 
@@ -19,7 +20,8 @@ from typing import Any
 
 from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.training import engine
+from opdgeo.machine import available_memory, duration
+from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
 GB = 1e9
@@ -33,7 +35,7 @@ START_SECONDS = 8.0  # imports and set-up
 
 @dataclass(frozen=True)
 class Shape:
-    """What the plan needs of an architecture; `experts` and `active` are 1 for a dense model."""
+    """What the plan needs to know of an architecture. `experts` and `active` are 1 for a dense model."""
 
     layers: int
     width: int
@@ -126,21 +128,19 @@ def hardware(stated: str | None) -> Hardware:
         return Hardware(stated, int(count or 1), *HARDWARE[name], GPU_KERNEL, True)
     import torch
 
-    from opdgeo.survey.memory import available_memory
-
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return Hardware(torch.cuda.get_device_name(), engine.processes(), float(free), *_measured("cuda"), True)
-    memory = available_memory() / engine.processes()
+        return Hardware(torch.cuda.get_device_name(), distributed.processes(), float(free), *_measured("cuda"), True)
+    memory = available_memory() / distributed.processes()
     name = f"this machine's CPU, {torch.get_num_threads()} thread(s)"
-    return Hardware(name, engine.processes(), memory, *_measured("cpu"), False)
+    return Hardware(name, distributed.processes(), memory, *_measured("cpu"), False)
 
 
 def _measured(device: str) -> tuple[float, float]:
     """(flops a second of matrix products, seconds of a kernel that does next to nothing), the best of several."""
     import torch
 
-    # On a CPU this thread's own time is counted: what others run meanwhile is not the run's cost.
+    # On a CPU the time of this thread is counted, because what other programs do meanwhile is no cost of the run.
     clock = time.perf_counter if device == "cuda" else time.thread_time
 
     def seconds(repeats: int, a: Any, wait: Any) -> float:
@@ -181,12 +181,18 @@ def shape(name: str) -> Shape:
     try:
         heads = config["num_attention_heads"]
         return Shape(
-            config["num_hidden_layers"], config["hidden_size"],
-            config.get("moe_intermediate_size") or config["intermediate_size"], heads,
-            config.get("num_key_value_heads", heads), config.get("head_dim") or config["hidden_size"] // heads,
-            config["vocab_size"], bool(config.get("tie_word_embeddings")), "qwen3" in config.get("model_type", ""),
-            config.get("num_experts") or config.get("num_local_experts") or 1, config.get("num_experts_per_tok") or 1,
-        )  # fmt: skip
+            layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            mlp=config.get("moe_intermediate_size") or config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads", heads),
+            head=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            normed="qwen3" in config.get("model_type", ""),
+            experts=config.get("num_experts") or config.get("num_local_experts") or 1,
+            active=config.get("num_experts_per_tok") or 1,
+        )
     except KeyError as error:
         raise CheckpointError(
             f"the config.json of {name} has no {error}; expected a Llama- or Qwen-like architecture. The plan knows no other."
@@ -213,7 +219,7 @@ class Plan:
 
 
 def plan(config: TrainConfig, machine: Hardware) -> Plan:
-    """The plan of `config` on `machine`; nothing is loaded but headers and, where they are at hand, examples."""
+    """The plan of `config` on `machine`. Only headers are read and, where they are at hand, examples."""
     student = shape(config.origin) if config.origin != "ANCHOR" else shape(_released(config))
     teacher = shape(config.teacher) if config.teacher and not config.teacher_server else None
     assumed = ["the teacher's server answers at once"] if config.teacher_server else []
@@ -244,9 +250,11 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
     logits = 4.0 * 4 * min(LOSS_CHUNK, micro * length) * student.vocabulary
     memory = {
         "program": PROGRAM if not machine.gpu else 1.5 * GB,
-        "weights": weights / share, "gradients": weights / share, "optimizer": 2 * weights / share,
+        "weights": weights / share,
+        "gradients": weights / share,
+        "optimizer": 2 * weights / share,
         "activations": micro * length * kept * number + logits,
-    }  # fmt: skip
+    }
     if machine.gpu:
         memory["bf16 copies"] = 2.0 * student.parameters / (student.layers if share > 1 else 1) * 2
     if teacher is not None:
@@ -258,7 +266,9 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
         elif config.vllm == "colocate":
             memory["vLLM"] = config.vllm_memory * machine.memory
     if config.eval_prompts:
-        memory["evaluation"] = _evaluation_memory(config, student, teacher, prompt, longest, machine, number)
+        memory["evaluation"] = _evaluation_memory(
+            config, student, teacher, tokens=prompt + longest, machine=machine, number=number
+        )
 
     # work of all processes, in tokens through the student's forward pass
     steps, sequences = config.steps, config.sequences_per_step
@@ -271,7 +281,7 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
     if not demonstrations:
         tokens["sampled"] = steps * sequences * completion
         drawn = 1.0
-        if config.drop_flat_groups:
+        if config.dynamic_sampling:
             drawn = 1.5
             assumed.append("a third of the groups has no reward variance and is sampled again")
         writer = teacher if config.rollouts == "teacher" and teacher is not None else student
@@ -303,13 +313,13 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
 
 
 def _evaluation_memory(
-    config: TrainConfig, student: Shape, teacher: Shape | None, prompt: float, longest: float, machine: Hardware, number: int
-) -> float:  # fmt: skip
+    config: TrainConfig, student: Shape, teacher: Shape | None, *, tokens: float, machine: Hardware, number: int
+) -> float:
     from opdgeo.training.evaluation import LOGITS_AT_ONCE
 
     batch = min(config.eval_batch, -(-config.eval_prompts // machine.processes))
-    scored = min(LOGITS_AT_ONCE, batch * (prompt + longest) * student.vocabulary)
-    cache = batch * ((prompt + longest) * student.cache * number + 4.0 * 4 * student.vocabulary)
+    scored = min(LOGITS_AT_ONCE, batch * tokens * student.vocabulary)
+    cache = batch * (tokens * student.cache * number + 4.0 * 4 * student.vocabulary)
     return cache + (scored * 4 * 5 if teacher is not None else 0)
 
 
@@ -341,7 +351,7 @@ def _lengths(config: TrainConfig, assumed: list[str]) -> tuple[float, float, flo
     if not any(e.completion for e in examples):
         mean = config.max_tokens / 2
         assumed.append(f"completions of {mean:.0f} tokens, half of max_tokens")
-    # A sampled batch ends with its longest completion, and one of many runs to the limit.
+    # A batch is sampled until its longest completion ends, and one of many runs to the limit.
     longest = max(completions) if config.rollouts == "demonstrations" else config.max_tokens
     return sum(prompts) / len(prompts), mean, longest
 
@@ -355,9 +365,11 @@ def refuse_what_cannot_fit(made: Plan) -> None:
     largest = sorted(made.memory, key=lambda part: -made.memory[part])[:3]
     parts = ", ".join(f"{part} {made.memory[part] / GB:.1f} GB" for part in largest)
     cures = {
-        "activations": "a smaller micro_batch or gradient_checkpointing = true", "rollouts": "a smaller rollout_prompts, or vLLM",
-        "evaluation": "a smaller eval_batch", "vLLM": "a smaller vllm_memory",
-    }  # fmt: skip
+        "activations": "a smaller micro_batch or gradient_checkpointing = true",
+        "rollouts": "a smaller rollout_prompts, or vLLM",
+        "evaluation": "a smaller eval_batch",
+        "vLLM": "a smaller vllm_memory",
+    }
     cure = next(
         (cures[part] for part in largest if part in cures), "more processes with FSDP2 or ZeRO-3, or a smaller model"
     )
@@ -369,8 +381,6 @@ def refuse_what_cannot_fit(made: Plan) -> None:
 
 def describe(made: Plan) -> str:
     """The plan as text."""
-    from opdgeo.survey.plan import duration
-
     machine = made.hardware
     lines = [f"on {machine.name}, {machine.processes} process(es), memory of one:"]
     lines += [f"  {part:<14} {size / GB:>9.2f} GB" for part, size in made.memory.items()]

@@ -1,7 +1,7 @@
 """Gradient second moments under every objective, at given checkpoints (PAPER: "On the Geometry of On-Policy Distillation", §3).
 
 The paper argues that the objectives' gradient covariances decide where an update goes, and measures none of them. Here
-every update is g = Σ_t a_t φ_t with φ_t = ∇ log p(y_t | x, y_<t), as in §3; the credit a_t comes from `training/signal.py`,
+every update is g = Σ_t a_t φ_t with φ_t = ∇ log p(y_t | x, y_<t), as in §3; the credit a_t comes from `training/advantages.py`,
 the φ_t from `training/gradients.py`, and one pass over the tokens serves all objectives:
 
 * `sft`: a_t = 1 on demonstrations, over the mean length (TRL's mean over a batch's tokens);
@@ -46,8 +46,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdgeo import tasks
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair, run_checkpoints
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.experiments.presets import train_config
-from opdgeo.experiments.signal_statistics import (
+from opdgeo.experiments.gradient_statistics import (
     ALPHAS,
     BLOCKS,
     BOOTSTRAP,
@@ -58,31 +57,49 @@ from opdgeo.experiments.signal_statistics import (
     credit_rows,
     number_row,
     statistics,
-)  # fmt: skip
+)
+from opdgeo.experiments.presets import train_config
 from opdgeo.files import write_atomically
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.results import PARTS, write_json
 from opdgeo.survey.run import provenance
-from opdgeo.training import evaluation, gradients, models, signal
+from opdgeo.training import advantages, evaluation, gradients, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.evaluation import Completions
-from opdgeo.training.run import quiet
 from opdgeo.training.sft import tokenized
+from opdgeo.training.train import quiet
 
 AT_ONCE = 2**27  # bytes of δ in memory
 KEPT = 6 * 2**27  # bytes of block sums in memory: matrices that need more than this together get a pass of their own
 
 SIGNALS: dict[str, Any] = {
-    "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
-    "objective": pl.String, "other": pl.String, "quantity": pl.String, "unit": pl.String, "side": pl.String,
-    "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "chance": pl.Float64, "reliability": pl.Float64,
+    "checkpoint": pl.String,
+    "step": pl.Int64,
+    "matrix": pl.String,
+    "layer": pl.Int32,
+    "role": pl.String,
+    "objective": pl.String,
+    "other": pl.String,
+    "quantity": pl.String,
+    "unit": pl.String,
+    "side": pl.String,
+    "value": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "chance": pl.Float64,
+    "reliability": pl.Float64,
     "reason": pl.String,
-}  # fmt: skip
+}
 SPECTRA: dict[str, Any] = {
-    "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "objective": pl.String, "unit": pl.String,
-    "side": pl.String, "values": pl.List(pl.Float64),
-}  # fmt: skip
+    "checkpoint": pl.String,
+    "step": pl.Int64,
+    "matrix": pl.String,
+    "objective": pl.String,
+    "unit": pl.String,
+    "side": pl.String,
+    "values": pl.List(pl.Float64),
+}
 Advance = Callable[[float], None]
 KEYS = ("checkpoint", "step", "objective", "other", "quantity", "unit", "side")
 
@@ -109,10 +126,20 @@ class Signals:
 
 
 def signals(
-    checkpoints: str | Path | Sequence[str | Path], teacher: str | None = None, *, preset: str = "tiny",
-    task: str | None = None, prompts: int = 64, generations: int = 8, roles: str = "all", layers: str | None = None,
-    top_k: int = 16, seed: int = 0, out: Path | None = None, progress: bool = False,
-) -> Signals:  # fmt: skip
+    checkpoints: str | Path | Sequence[str | Path],
+    teacher: str | None = None,
+    *,
+    preset: str = "tiny",
+    task: str | None = None,
+    prompts: int = 64,
+    generations: int = 8,
+    roles: str = "all",
+    layers: str | None = None,
+    top_k: int = 16,
+    seed: int = 0,
+    out: Path | None = None,
+    progress: bool = False,
+) -> Signals:
     """Measure the gradients of every objective at each checkpoint.
 
     Args:
@@ -146,10 +173,22 @@ def signals(
     chosen = [(name, c, _matrices(c, roles, layers)) for name, c in opened]
     folder = models.resolve(settings.teacher)
     options = {
-        "preset": preset, "teacher": settings.teacher, "task": settings.task, "task_options": dict(settings.task_options),
-        "chat": settings.chat, "end_token": settings.end_token, "max_tokens": settings.max_tokens, "prompts": prompts, "generations": generations, "top_k": top_k, "seed": seed,
-        "roles": roles, "layers": layers, "bootstrap": BOOTSTRAP, "splits": SPLITS,
-    }  # fmt: skip
+        "preset": preset,
+        "teacher": settings.teacher,
+        "task": settings.task,
+        "task_options": dict(settings.task_options),
+        "chat": settings.chat,
+        "end_token": settings.end_token,
+        "max_tokens": settings.max_tokens,
+        "prompts": prompts,
+        "generations": generations,
+        "top_k": top_k,
+        "seed": seed,
+        "roles": roles,
+        "layers": layers,
+        "bootstrap": BOOTSTRAP,
+        "splits": SPLITS,
+    }
 
     rows: list[pl.DataFrame] = []
     spectra: list[pl.DataFrame] = []
@@ -160,7 +199,14 @@ def signals(
             models.require_same_vocabulary(checkpoint.path, folder, settings.end_token)
             part = _parts(out, checkpoint, folder, options)
             measured = _checkpoint(
-                name, checkpoint, matrices, judge, settings, options, part, lambda share: bar.advance(line, share)
+                name,
+                checkpoint,
+                matrices,
+                judge,
+                settings=settings,
+                options=options,
+                part=part,
+                advance=lambda share: bar.advance(line, share),
             )
             rows += [r for r, _ in measured]
             spectra += [s for _, s in measured]
@@ -264,14 +310,23 @@ def _parts(out: Path | None, checkpoint: Checkpoint, teacher: Path, options: dic
 
 
 def _checkpoint(
-    name: str, checkpoint: Checkpoint, matrices: list[Matrix], teacher: PreTrainedModel, settings: TrainConfig,
-    options: dict[str, Any], part: Any, advance: Advance,
-) -> list[tuple[pl.DataFrame, pl.DataFrame]]:  # fmt: skip
+    name: str,
+    checkpoint: Checkpoint,
+    matrices: list[Matrix],
+    teacher: PreTrainedModel,
+    *,
+    settings: TrainConfig,
+    options: dict[str, Any],
+    part: Any,
+    advance: Advance,
+) -> list[tuple[pl.DataFrame, pl.DataFrame]]:
     """Rows and spectra of every group of matrices of one checkpoint, and of its credit."""
     model = models.load_model(checkpoint.path).eval()
     tokenizer = models.load_tokenizer(checkpoint.path, settings.end_token)
     prompts, generations, seed = (options[k] for k in ("prompts", "generations", "seed"))
-    rollouts, demonstrations = samples(model, teacher, tokenizer, settings, prompts, generations, seed)
+    rollouts, demonstrations = samples(
+        model, teacher, tokenizer, settings, prompts=prompts, generations=generations, seed=seed
+    )
     label = {"checkpoint": name, "step": checkpoint.step}
     blank = pl.DataFrame(schema=SPECTRA)
     finished = [(_table([r | label for r in credit_rows(rollouts, seed)]), blank)]
@@ -303,9 +358,15 @@ def _table(rows: list[dict[str, Any]]) -> pl.DataFrame:
 
 
 def samples(
-    model: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig,
-    prompts: int, generations: int, seed: int,
-) -> tuple[Sample, Sample]:  # fmt: skip
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainConfig,
+    *,
+    prompts: int,
+    generations: int,
+    seed: int,
+) -> tuple[Sample, Sample]:
     """The student's samples of held-out prompts with every objective's credit, and as many demonstrations with SFT's.
 
     Raises:
@@ -332,21 +393,21 @@ def samples(
         noise_BT = torch.rand(done.mask_BT.shape)
         student_BT, teacher_BT = (_log_probs(m, done) for m in (model, teacher))
     rewards = torch.tensor([task.verify(t, e.answer) for t, e in zip(done.texts(tokenizer), repeated, strict=True)])
-    adv_G, mask_BT = signal.group_advantages(rewards, generations), done.mask_BT
+    adv_G, mask_BT = advantages.group_advantages(rewards, generations), done.mask_BT
 
     def distilled(share: float, choice: Any) -> Tensor:
-        keep_BT = signal.keep_tokens(student_BT - teacher_BT, mask_BT, share, choice, noise_BT)
-        return signal.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
+        keep_BT = advantages.keep_tokens(student_BT - teacher_BT, mask_BT, share, choice, noise_BT)
+        return advantages.distillation_advantages(student_BT, teacher_BT, mask_BT, keep_BT)
 
     full_BT = distilled(1.0, "top")
     credit = {"opd": 1.0, "rlvr": 0.0} | {f"mixture.{a:g}": a for a in ALPHAS}
-    advantages = {k: signal.token_advantages(full_BT, adv_G, mask_BT, alpha) for k, alpha in credit.items()}
-    advantages |= {
-        f"{choice}.{s:g}": signal.token_advantages(distilled(s, choice), adv_G, mask_BT, 1.0) for choice, s in MASKS
+    credits_BT = {k: advantages.token_advantages(full_BT, adv_G, mask_BT, alpha) for k, alpha in credit.items()}
+    credits_BT |= {
+        f"{choice}.{s:g}": advantages.token_advantages(distilled(s, choice), adv_G, mask_BT, 1.0) for choice, s in MASKS
     }
-    advantages["random_credit"] = mask_BT.float()
+    credits_BT["random_credit"] = mask_BT.float()
     length_B1 = mask_BT.sum(1, keepdim=True)
-    rollouts = Sample(done, {k: a / length_B1 for k, a in advantages.items()}, blocks, rewards)
+    rollouts = Sample(done, {k: a / length_B1 for k, a in credits_BT.items()}, blocks, rewards)
 
     pairs = [tokenized(e, tokenizer, settings.max_prompt_tokens + settings.max_tokens) for e in examples]
     shown = _padded(pairs, int(tokenizer.pad_token_id or 0))
@@ -410,9 +471,11 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
     for m in matrices:
         sizes = np.array([b.stop - b.start for b in sample.blocks], float)
         sums[m.name] = Sums(
-            {k: torch.zeros(count, m.cols, m.cols) for k in rights}, {k: torch.zeros(count, m.rows, m.rows) for k in lefts},
-            {k: torch.zeros(count, m.rows, m.cols) for k in objectives}, sizes,
-        )  # fmt: skip
+            {k: torch.zeros(count, m.cols, m.cols) for k in rights},
+            {k: torch.zeros(count, m.rows, m.rows) for k in lefts},
+            {k: torch.zeros(count, m.rows, m.cols) for k in objectives},
+            sizes,
+        )
     each = sample.done.mask_BT.shape[1] * sample.done.ids_BL.shape[1] * sum(m.rows for m in matrices) * 4
     rows = max(1, AT_ONCE // each)
     for j, block in enumerate(sample.blocks):
@@ -425,9 +488,10 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
             for name, (x, delta) in gradients.token_gradients(model, matrices, done).items():
                 found = moments.accumulate(x, delta, credit, crosses, weights, mixed)
                 for place, keys, values in (
-                    (sums[name].right, rights, found.right_Rnn), (sums[name].left, lefts, found.left_Omm),
+                    (sums[name].right, rights, found.right_Rnn),
+                    (sums[name].left, lefts, found.left_Omm),
                     (sums[name].mean, objectives, found.mean_Omn),
-                ):  # fmt: skip
+                ):
                     for key, value in zip(keys, values, strict=True):
                         place[key][j] += value
             advance((part.stop - part.start) / len(sample.done.ids_BL))

@@ -51,14 +51,19 @@ def statistics(
     for side, directions in (("right", right_T.T), ("left", left)):
         entries = dict(getattr(own, side)) | getattr(shown, side)
         sizes = {k: own.sizes if k in getattr(own, side) else shown.sizes for k in entries}
-        rows += _of_side(side, entries, sizes, directions, top_k, counts, picks, spectra)
+        rows += _of_side(side, entries, sizes, directions, top_k=top_k, counts=counts, picks=picks, spectra=spectra)
     rows += _of_means(own, shown, counts)
     return rows, spectra
 
 
 PAIRS = (
-    ("opd", "rlvr"), ("opd", "sft"), ("rlvr", "sft"), ("opd", "random_credit"), ("rlvr", "random_credit"), ("sft", "random_credit"),
-)  # fmt: skip
+    ("opd", "rlvr"),
+    ("opd", "sft"),
+    ("rlvr", "sft"),
+    ("opd", "random_credit"),
+    ("rlvr", "random_credit"),
+    ("sft", "random_credit"),
+)
 
 
 def _split(entry: str) -> tuple[str, str]:
@@ -69,9 +74,16 @@ def _split(entry: str) -> tuple[str, str]:
 
 
 def _of_side(
-    side: str, entries: dict[str, Tensor], sizes: dict[str, np.ndarray], directions: Tensor, top_k: int,
-    counts: np.ndarray, picks: np.ndarray, spectra: list[dict[str, Any]],
-) -> list[dict[str, Any]]:  # fmt: skip
+    side: str,
+    entries: dict[str, Tensor],
+    sizes: dict[str, np.ndarray],
+    directions: Tensor,
+    *,
+    top_k: int,
+    counts: np.ndarray,
+    picks: np.ndarray,
+    spectra: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
     """Everything about the second moments of one side of one matrix."""
     rows: list[dict[str, Any]] = []
     size = next(iter(entries.values())).shape[1]
@@ -139,9 +151,13 @@ def _of_side(
             (a1, a2), (b1, b2) = vectors[a], vectors[b]
             shared = [float((u.T @ v).square().sum()) / k for u, v in ((a1, b2), (a2, b1), (a1, a2), (b1, b2))]
             row(
-                a, "subspace_overlap", np.array([(shared[0] + shared[1]) / 2]), b, chance=k / size,
+                a,
+                "subspace_overlap",
+                np.array([(shared[0] + shared[1]) / 2]),
+                b,
+                chance=k / size,
                 reliability=float(np.sqrt(shared[2] * shared[3])),
-            )  # fmt: skip
+            )
 
     if totals["opd"][0] > 0 and totals["rlvr"][0] > 0:
         rows += _mixtures(side, products, entries, norms, counts, picks)
@@ -153,8 +169,13 @@ def _of_side(
 
 
 def _mixtures(
-    side: str, products: Products, entries: dict[str, Tensor], norms: dict[str, np.ndarray], counts: np.ndarray, picks: np.ndarray
-) -> list[dict[str, Any]]:  # fmt: skip
+    side: str,
+    products: Products,
+    entries: dict[str, Tensor],
+    norms: dict[str, np.ndarray],
+    counts: np.ndarray,
+    picks: np.ndarray,
+) -> list[dict[str, Any]]:
     """Does Σ_α = α²Σ_OPD + (1 − α)²Σ_RLVR + α(1 − α)Σ_cross? Relative Frobenius errors ‖measured − predicted‖ / ‖measured‖.
 
     `mixture_error`: of the formula, on the same gradients: an identity, up to rounding. `mixture_error_without_cross`: when
@@ -176,9 +197,11 @@ def _mixtures(
         held = products.norm({name: halves[0]} | {k: -c * halves[1] for k, c in formula.items()}) / scale
         noise = products.norm({name: halves[0] - halves[1]}) / scale
         for quantity, values, average in (
-            ("mixture_error", np.array([same]), False), ("mixture_error_without_cross", cross, False),
-            ("mixture_error_held_out", held, True), ("mixture_noise", noise, True),
-        ):  # fmt: skip
+            ("mixture_error", np.array([same]), False),
+            ("mixture_error_without_cross", cross, False),
+            ("mixture_error_held_out", held, True),
+            ("mixture_noise", noise, True),
+        ):
             draws = np.concatenate([[values.mean()], values]) if average else values
             rows.append(number_row(name, "opd + rlvr", quantity, "sequence", side, draws))
     return rows
@@ -227,10 +250,11 @@ def credit_rows(sample: Sample, seed: int) -> list[dict[str, Any]]:
         mean, second = over_tokens(credit_BT), over_tokens(square_BT)
         largest = torch.quantile(square_BT[mask], 0.9)
         for quantity, draws in (
-            ("credit_mean", mean), ("credit_std", np.sqrt(np.maximum(second - mean**2, 0))),
+            ("credit_mean", mean),
+            ("credit_std", np.sqrt(np.maximum(second - mean**2, 0))),
             ("credit_zero_share", over_tokens((credit_BT == 0).double())),
             ("credit_top_tenth", _ratio(over_tokens(torch.where(square_BT > largest, square_BT, 0.0)), second)),
-        ):  # fmt: skip
+        ):
             rows.append(number_row(name, None, quantity, "token", "", draws, reason="no credit: every a_t is 0"))
     right = np.array([float(sample.rewards[b].mean()) for b in sample.blocks])  # type: ignore[index]
     rows.append(number_row("rlvr", None, "reward", "sequence", "", counts @ right / counts.sum(1)))
@@ -238,19 +262,35 @@ def credit_rows(sample: Sample, seed: int) -> list[dict[str, Any]]:
 
 
 def number_row(
-    objective: str, other: str | None, quantity: str, unit: str, side: str, draws: np.ndarray, *,
-    chance: float | None = None, reliability: float | None = None, reason: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    objective: str,
+    other: str | None,
+    quantity: str,
+    unit: str,
+    side: str,
+    draws: np.ndarray,
+    *,
+    chance: float | None = None,
+    reliability: float | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
     """One number: the first draw is the estimate, the rest its bootstrap; a number that is not finite is none, with its reason."""
     finite = draws[1:][np.isfinite(draws[1:])]
     value = float(draws[0]) if np.isfinite(draws[0]) else None
     low, high = np.quantile(finite, [0.025, 0.975]).tolist() if value is not None and len(finite) > 1 else (None, None)
     return {
-        "objective": objective, "other": other, "quantity": quantity, "unit": unit, "side": side, "value": value, "low": low,
-        "high": high, "chance": chance, "reliability": reliability if reliability is None or np.isfinite(reliability) else None,
+        "objective": objective,
+        "other": other,
+        "quantity": quantity,
+        "unit": unit,
+        "side": side,
+        "value": value,
+        "low": low,
+        "high": high,
+        "chance": chance,
+        "reliability": reliability if reliability is None or np.isfinite(reliability) else None,
         "reason": None if value is not None else reason or "too few prompts with credit to tell it from noise",
         "draws": np.where(np.isfinite(draws), draws, np.nan).tolist() if value is not None else [],
-    }  # fmt: skip
+    }
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -1,0 +1,26 @@
+"""What every plan asks of the machine that it runs on, and how it states a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes that a new program can use, by the operating system's own estimate where it gives one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: whole seconds up to a minute, minutes up to an hour and a half, then hours.
+
+    >>> duration(42.4), duration(90), duration(7200)
+    ('42 s', '2 min', '2.0 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
