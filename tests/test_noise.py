@@ -19,10 +19,10 @@ from opdgeo.experiments.rules import EXPLORATORY
 from opdgeo.experiments.study import BY_NAME, configure
 from opdgeo.report.markdown import _limits
 from opdgeo.survey.results import MEASUREMENTS
-from opdgeo.training import callbacks, signal
+from opdgeo.training import advantages, callbacks
+from opdgeo.training.advantages import coin_rewards, group_advantages, random_signs, token_advantages
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
-from opdgeo.training.advantages import coin_rewards, group_advantages, random_signs, token_advantages
 from test_training_runs import assert_bit_equal, config, origin, teacher, weights
 
 __all__ = ["config", "origin", "teacher"]  # fixtures
@@ -82,13 +82,13 @@ def test_noise_is_not_mixed(changes: dict[str, Any], config: Callable[..., Train
 def credits(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The token credits of every step that is trained from now on."""
     seen: list[torch.Tensor] = []
-    original = signal.token_advantages
+    original = advantages.token_advantages
 
     def noted(*arguments: Any) -> torch.Tensor:
         seen.append(original(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(signal, "token_advantages", noted)
+    monkeypatch.setattr(advantages, "token_advantages", noted)
     return seen
 
 

@@ -29,34 +29,16 @@ LEFT_OF = {
 }
 TOP = {
     "api",
-    "cli",
     "commands",
     "__main__",
     "",
 }  # may import everything; "" is `opdgeo` itself, whose names load lazily
 
-BACKWARD = {
-    ("training.plan", "survey.memory"),
-    ("training.plan", "survey.plan"),
-}
-CIRCLES = {
-    frozenset({"checkpoints.adapter", "checkpoints.checkpoint", "checkpoints.delta"}),
-    frozenset({"survey.follow", "survey.run"}),
-    frozenset({"survey.measure", "survey.trail"}),
-    frozenset({"training.callbacks", "training.evaluation", "training.sft"}),
-}
+BACKWARD: set[tuple[str, str]] = set()
+CIRCLES: set[frozenset[str]] = set()
 
 MOST_POSITIONAL = 6
-LONG_SIGNATURES = {
-    "experiments.signal_statistics._of_side",
-    "experiments.signals._checkpoint",
-    "experiments.signals.samples",
-    "survey.run._survey",
-    "training.constrain._part",
-    "training.evaluation._accuracies",
-    "training.plan._evaluation_memory",
-    "training.run._build",
-}
+LONG_SIGNATURES: set[str] = set()
 
 
 @cache

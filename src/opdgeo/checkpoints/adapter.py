@@ -149,7 +149,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     changes: dict[str, Change] = {}
     patterns = _patterns(config, "rank_pattern", path), _patterns(config, "alpha_pattern", path)
     for module, found_parts in parts.items():
-        changes |= _changes(module, found_parts, config, patterns, base, places, path)
+        changes |= _changes(module, found_parts, config, patterns, base=base, places=places, path=path)
     changed = frozenset(m.tensor for m in known if m.name in changes)
     return Adapter(
         path, base.tensors | whole, base.config, _notes(config, base), base=base, own=own, changes=changes, changed=changed
@@ -178,9 +178,15 @@ def _refuse_what_is_not_lora(config: dict[str, Any], path: Path) -> None:
 
 
 def _changes(
-    module: str, parts: dict[str, Stored], config: dict[str, Any], patterns: tuple[Patterns, Patterns], base: Checkpoint,
-    places: Places, path: Path,
-) -> dict[str, Change]:  # fmt: skip
+    module: str,
+    parts: dict[str, Stored],
+    config: dict[str, Any],
+    patterns: tuple[Patterns, Patterns],
+    *,
+    base: Checkpoint,
+    places: Places,
+    path: Path,
+) -> dict[str, Change]:
     """The matrices that one LoRA changes; none where the base knows the module and opdgeo does not measure it."""
     if lacking := [part for part in ("A", "B") if part not in parts]:
         raise CheckpointError(f"{path} has no lora_{lacking[0]} for {module}; expected both factors. Save it again.")

@@ -1,4 +1,4 @@
-"""Opening a checkpoint where it lies: which format it is, its tensors by Hugging Face names, its files.
+"""A checkpoint of whole weights: which format it is, its tensors by Hugging Face names, its files.
 
 Headers are read when a checkpoint is opened; a tensor's bytes only when it is asked for. Each format is a `Format`: a
 `find` that says where in a folder such weights lie, and a `read` that gives their tensors.
@@ -10,11 +10,11 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.checkpoints import dcp, fsdp, ggufs, hub, huggingface, megatron, zero
+from opdgeo.checkpoints import dcp, fsdp, ggufs, huggingface, megatron, zero
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain, unwrapped
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -79,14 +79,14 @@ class Checkpoint:
         path = self.path.resolve()
         if path.is_file():
             return printable(path.stem)
-        while path.name in PLACES and any(_step(p.name) is not None for p in path.parents[:2]):
+        while path.name in PLACES and any(step_of(p.name) is not None for p in path.parents[:2]):
             path = path.parent
         return printable(path.name)
 
     @property
     def step(self) -> int | None:
         """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
-        return _step(self.name.rpartition("@")[2])
+        return step_of(self.name.rpartition("@")[2])
 
     @property
     def place(self) -> str:
@@ -148,56 +148,24 @@ class Checkpoint:
         ]
 
 
-def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a checkpoint of any known format, or a PEFT adapter or weight delta on `base`, reading headers only.
-
-    `path` is a folder or a file; else the name of a repository on the Hugging Face hub, ``org/name@revision``.
+def open_weights(path: Path) -> Checkpoint:
+    """Open a folder or file of whole weights, reading headers only.
 
     A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
 
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
     """
-    opened = _open(path, base)
-    for name in opened.tensors:  # what the tables could not hold is found now, not when they are written
-        if not _is_text(name):
-            raise CheckpointError(f"{path} holds a tensor named {printable(name)}, which is no text. Save it again.")
-    _ = opened.step
-    return opened
-
-
-def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
-    name, path = str(path), Path(path)
-    if not path.exists() and hub.is_name(name):
-        return replace(open_checkpoint(hub.fetch(name), base), repository=name)
     if not path.exists():
         raise CheckpointError(
-            f"checkpoint {path} does not exist; expected a folder or file of weights ({_expected()}). Check the path."
+            f"checkpoint {path} does not exist; expected a folder or file of weights ({expected()}). Check the path."
         )
     if not path.is_file() and not path.is_dir():
-        raise CheckpointError(f"{path} is no regular file and no folder; expected {_expected()}. Check the path.")
-    if is_adapter(path):
-        if base is None:
-            raise CheckpointError(
-                f"{path} is a PEFT adapter, which has no weights without its base. Give the base first and the adapter "
-                "as what was tuned: opdgeo compare BASE ADAPTER, or open_checkpoint(ADAPTER, base=…)."
-            )
-        from opdgeo.checkpoints.adapter import open_adapter
-
-        return open_adapter(path, base)
-    from opdgeo.checkpoints.delta import is_delta, open_version
-
-    if is_delta(path):
-        if base is None:
-            raise CheckpointError(
-                f"{path} is a weight delta, which says what changed and not the weights themselves. Give the checkpoint "
-                "that the run started from as BASE: opdgeo track BASE RUN_DIR, or open_checkpoint(DELTA, base=…)."
-            )
-        return open_version(path, base)
-    found = _find(path)
+        raise CheckpointError(f"{path} is no regular file and no folder; expected {expected()}. Check the path.")
+    found = find_weights(path)
     if not found:
         if path.is_file():
-            raise CheckpointError(f"{path} is not a file of weights that opdgeo knows; expected {_expected()}.")
+            raise CheckpointError(f"{path} is not a file of weights that opdgeo knows; expected {expected()}.")
         if steps := step_folders(path):
             some = ", ".join(steps[step].name for step in sorted(steps)[-2:])
             raise CheckpointError(
@@ -205,7 +173,7 @@ def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
                 "all of one run, or give one of them."
             )
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise CheckpointError(f"{path} holds no weights: expected {_expected()}, found {inside}.")
+        raise CheckpointError(f"{path} holds no weights: expected {expected()}, found {inside}.")
     (chosen, place), *others = found
     folder = place if place.is_dir() else place.parent
     homes = (folder, folder.parent, path) if folder.name in PLACES else (folder, path)
@@ -230,12 +198,6 @@ def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
     return Checkpoint(path, canonical(tensors), config, notes, chosen.name)
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no exported whole model; a trainer's own state beside it is the adapter's too."""
-    whole = huggingface.find_safetensors(path) or huggingface.find_bin(path)
-    return (path / "adapter_config.json").is_file() and whole is None
-
-
 def step_folders(run: Path) -> dict[int, Path]:
     """The folders in `run` that are named like steps, by step.
 
@@ -244,7 +206,7 @@ def step_folders(run: Path) -> dict[int, Path]:
     """
     found: dict[int, Path] = {}
     for path in sorted(run.iterdir()):
-        if path.is_dir() and (step := _step(path.name)) is not None:
+        if path.is_dir() and (step := step_of(path.name)) is not None:
             if step in found:
                 raise CheckpointError(
                     f"{run} holds {found[step].name} and {path.name}, both of step {step}; expected one folder a step. Move "
@@ -252,31 +214,6 @@ def step_folders(run: Path) -> dict[int, Path]:
                 )
             found[step] = path
     return found
-
-
-def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:
-    """The checkpoints of a trajectory: several checkpoints as given, or the step folders of one run in step order.
-
-    A run may hold its last weights beside the folders of its steps; a folder that is named like a step is one checkpoint.
-    `base` is what adapters and weight deltas among them are added to.
-
-    Raises:
-        CheckpointError: a run folder without `step-*` or `checkpoint-*` folders, or one of them unreadable.
-    """
-    run = Path(paths[0])
-    if len(paths) == 1 and run.is_dir():
-        steps = step_folders(run)
-        if steps and _step(run.name) is None:
-            return [open_checkpoint(steps[step], base) for step in sorted(steps)]
-        if not _find(run) and not is_adapter(run):
-            raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
-    opened = [open_checkpoint(p, base) for p in paths]
-    names = [c.name for c in opened]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise CheckpointError(
-            f"two checkpoints are both named {twice[0]}; rename a folder so that each has its own name."
-        )
-    return opened
 
 
 def canonical(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -308,17 +245,18 @@ def _without_prefix(tensors: Mapping[str, Stored]) -> Callable[[str], str]:
     return lambda name: name.removeprefix(prefix)
 
 
-def _find(path: Path) -> list[tuple[Format, Path]]:
+def find_weights(path: Path) -> list[tuple[Format, Path]]:
     """Every format of which there are weights at `path` or in a place inside, in the order of preference."""
     places = [path, *(path / inner for inner in PLACES if (path / inner).is_dir())]
     return [(f, place) for f in FORMATS for at in places if (place := f.find(at))]
 
 
-def _expected() -> str:
+def expected() -> str:
+    """The files that are known as weights, for messages."""
     return ", ".join(f.expected for f in FORMATS)
 
 
-def _step(name: str) -> int | None:
+def step_of(name: str) -> int | None:
     """The step in a name.
 
     Raises:
@@ -329,15 +267,6 @@ def _step(name: str) -> int | None:
     if len(digits) > 18:
         raise CheckpointError(f"{name} is named like a step of {len(digits)} digits; expected at most 18. Rename it.")
     return int(digits) if digits else None
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written: without halves of surrogate pairs."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sha256(file: Path) -> str:

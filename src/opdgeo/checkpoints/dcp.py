@@ -128,7 +128,7 @@ class Chunk:
                 f"{self.file} holds {found} at byte {self.start}; its index promises {self.dtype} {self.shape}. Do the two files "
                 "belong together?"
             )
-        return content[index]  # type: ignore[no-any-return]
+        return content[index]
 
 
 def _chunk(folder: Path, info: Any, shape: tuple[int, ...], dtype: str, sizes: dict[str, int]) -> Chunk:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from opdgeo.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from opdgeo.checkpoints.checkpoint import Checkpoint, open_weights
 from opdgeo.checkpoints.huggingface import INDEX, is_plain, read_json
 from opdgeo.checkpoints.names import plain
 from opdgeo.checkpoints.stored import SIZES, Stored
@@ -186,7 +186,7 @@ def open_version(path: Path, base: Checkpoint) -> Version:
                 f"{folder} builds on version {version}, and {earlier} is missing. A version can be rebuilt from all before it."
             )
         if not is_delta(earlier):
-            source = open_checkpoint(earlier)
+            source = open_weights(earlier)
             break
         folder = earlier
     deltas = tuple(reversed(chain))

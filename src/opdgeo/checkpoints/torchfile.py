@@ -126,14 +126,13 @@ class _Packed:
         return STORAGES[kind.name], key
 
     def builders(self) -> dict[str, Any]:
-        def tensor(
-            storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, _hooks: Any = None, meta: Any = None
-        ) -> Stored:
+        # The arguments of torch's `_rebuild_tensor`, `_rebuild_tensor_v2` (with gradient, hooks, metadata) and `_v3` (dtype too).
+        def tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Stored:
+            _grad, _hooks, meta = (*more, *(None,) * 3)[: max(3, len(more))]
             return self.tensor(storage, storage[0], offset, shape, stride, meta)
 
-        def tensor_v3(
-            storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, meta: Any = None
-        ) -> Stored:
+        def tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Stored:
+            _grad, _hooks, dtype, meta = more if len(more) == 4 else (*more, None)
             return self.tensor(storage, dtype.name.removeprefix("torch."), offset, shape, stride, meta)
 
         def sparse(_: Any, data: Any) -> Stored:

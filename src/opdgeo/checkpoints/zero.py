@@ -199,9 +199,9 @@ def _flat(value: Any) -> Raw:
 
     from opdgeo.checkpoints.stored import contiguous
 
-    if not isinstance(value, Raw) or (prod(value.shape) and value.stride != contiguous(value.shape)):
+    if not isinstance(value, Raw) or (prod(int(n) for n in value.shape) and value.stride != contiguous(value.shape)):
         raise TypeError("a part that is no vector of numbers")
-    return replace(value, shape=(prod(value.shape),), stride=(1,))
+    return replace(value, shape=(prod(int(n) for n in value.shape),), stride=(1,))
 
 
 def _buffers(content: dict[Any, Any]) -> Iterator[tuple[str, Stored]]:
@@ -230,10 +230,11 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     found = [f for f in folder.glob(pattern) if f.is_file()]
     if not found:
         raise CheckpointError(f"{folder} holds no {pattern}; expected a DeepSpeed ZeRO checkpoint. Copy it too.")
-    others = {m[2] for f in found if (m := _RANK.fullmatch(f.name))}
+    named = {f: m for f in found if (m := _RANK.fullmatch(f.name))}
+    others = {m[2] for m in named.values()}
     if len(others) > 1:
         raise CheckpointError(
             f"{folder} is of a model that was split over {len(others)} ranks besides ZeRO; opdgeo reads ZeRO alone. Convert it "
             "with DeepSpeed's ds_to_universal.py, or save the whole model."
         )
-    return sorted(found, key=lambda f: (int(m[1]) if (m := _RANK.fullmatch(f.name)) else -1, f.name))
+    return sorted(found, key=lambda f: (int(named[f][1]) if f in named else -1, f.name))

@@ -51,7 +51,7 @@ COLUMNS = {
     "low_magnitude": LOW, "similarity": SIMILARITY,
 }  # fmt: skip
 """Read at the last checkpoint; similarity at the first, which is compared with the last."""
-SMALL = {
+SMALL: dict[str, Any] = {
     "eval_prompts": 256, "eval_prompts_between": 0, "eval_kl_origin": False, "monitor": 0, "checkpoints": (0.2, 1.0),
 }  # fmt: skip
 SOURCE = "an early check on the finished study's anchor, runs not kept; its coin was a fixed function of prompt and completion"
@@ -110,7 +110,7 @@ def _persistence(data: Data, run: dict[str, Any]) -> float | None:
     last = rows.filter(pl.col("step") == rows["step"].max())
     walk = run["learning_rate"] * math.sqrt(run["steps"])
     ratios = last["value"] / (walk * (last["rows"] * last["cols"]).cast(pl.Float64).sqrt())
-    return float(ratios.mean())  # type: ignore[arg-type]
+    return float(ratios.mean())
 
 
 def beside(
@@ -154,7 +154,7 @@ def train_all(out: Path) -> Iterator[tuple[pl.DataFrame, list[dict[str, Any]]]]:
     tables, runs = [], []
     for arm, rate, sequences in RUNS:
         name, config = name_of(arm, rate, sequences), configure(BY_NAME[arm], SEED, "tiny", out)
-        changes = {"learning_rate": rate, "sequences_per_step": sequences or config.sequences_per_step}
+        changes: dict[str, Any] = {"learning_rate": rate, "sequences_per_step": sequences or config.sequences_per_step}
         config = replace(config, **SMALL, **changes)
         folder = out / "arms" / f"{name}-seed{SEED}"
         train(config, folder, resume=True, progress=False)

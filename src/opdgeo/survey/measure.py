@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ from opdgeo.numerics import nulls
 from opdgeo.numerics.spectra import LowRankMatrix
 from opdgeo.survey.cache import SpectrumCache
 
-if TYPE_CHECKING:
-    from opdgeo.survey.trail import Trail
-
 Null = dict[tuple[str, str], tuple[float, float]]
 """Diagnostic and variant → mean and standard deviation of the null."""
 
@@ -53,6 +50,16 @@ class Measured:
     )
 
 
+class Kept(Protocol):
+    """What was measured of the earlier checkpoints of a run that is still growing (`trail.Trail`)."""
+
+    def load(self, matrix: Matrix, index: int, device: str) -> Step | None:
+        """What was measured of checkpoint `index`, or None."""
+
+    def save(self, matrix: Matrix, index: int, step: Step) -> None:
+        """Keep what was measured of checkpoint `index`."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is measured of every matrix: plain data, so that it can be sent to another machine.
@@ -67,7 +74,7 @@ class Job:
     trajectory: bool
     device: str = "cpu"
     cache: SpectrumCache | None = None
-    trail: Trail | None = None
+    trail: Kept | None = None
 
 
 def outdated(known: dict[str, Any] | None, settings: Settings, trajectory: bool) -> tuple[set[str], set[str]]:

@@ -105,10 +105,10 @@ def harmless(name: str, options: Mapping[str, Any]) -> bool:
         return True
     if name != "reasoning_gym":
         return False
-    from opdgeo.tasks.gym import FAMILIES, VERIFIERS
+    gym = importlib.import_module("opdgeo.tasks.gym")
 
     family, *others = options.get("family", "chain_sum"), *(v for n, v in options.items() if n != "family")
-    if not isinstance(family, str) or not (family in FAMILIES or family in VERIFIERS):
+    if not isinstance(family, str) or not (family in gym.FAMILIES or family in gym.VERIFIERS):
         return False
     small = all(isinstance(v, bool) or (type(v) is int and 0 <= v <= 100) for v in others)
     return not others or (family in ("chain_sum", "products") and small)
