@@ -199,9 +199,11 @@ def _flat(value: Any) -> Raw:
 
     from opdgeo.checkpoints.stored import contiguous
 
-    if not isinstance(value, Raw) or (prod(int(n) for n in value.shape) and value.stride != contiguous(value.shape)):
+    shape: tuple[int, ...] = value.shape if isinstance(value, Raw) else ()
+    count = prod(shape)
+    if not isinstance(value, Raw) or (count and value.stride != contiguous(shape)):
         raise TypeError("a part that is no vector of numbers")
-    return replace(value, shape=(prod(int(n) for n in value.shape),), stride=(1,))
+    return replace(value, shape=(count,), stride=(1,))
 
 
 def _buffers(content: dict[Any, Any]) -> Iterator[tuple[str, Stored]]:
