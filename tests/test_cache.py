@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import spectrum
 from opdgeo.survey.cache import SpectrumCache
-from test_compare import program
+from program import run_opdgeo, run_python
 
 SHAPES = {"self_attn.q_proj": (288, 256), "mlp.up_proj": (400, 256), "mlp.down_proj": (256, 400)}
 
@@ -39,12 +37,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     outs = [tmp_path / name for name in ("without", "cold", "warm", "damaged", "first", "second")]
-    done = program("compare", *pair, "-o", outs[0], "--no-report", "--no-cache", OPDGEO_CACHE=str(folder))
+    done = run_opdgeo("compare", *pair, "-o", outs[0], "--no-report", "--no-cache", env={"OPDGEO_CACHE": str(folder)})
     assert done.returncode == 0
     assert not folder.exists()
 
     def run(out: Path) -> None:
-        done = program("compare", *pair, "-o", out, "--no-report", OPDGEO_CACHE=str(folder))
+        done = run_opdgeo("compare", *pair, "-o", out, "--no-report", env={"OPDGEO_CACHE": str(folder)})
         assert done.returncode == 0, done.stderr
 
     run(outs[1])
@@ -68,14 +66,16 @@ def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Pa
 
 def test_cache_lists_and_clears(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
-    done = program("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, OPDGEO_CACHE=folder)
+    done = run_opdgeo(
+        "compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, env={"OPDGEO_CACHE": folder}
+    )
     assert done.returncode == 0
-    listed = program("cache", OPDGEO_CACHE=folder)
+    listed = run_opdgeo("cache", env={"OPDGEO_CACHE": folder})
     assert f"{len(SHAPES)} spectra" in listed.stdout
     assert len(listed.stdout.splitlines()) == len(SHAPES) + 1
-    cleared = program("cache", "clear", OPDGEO_CACHE=folder)
+    cleared = run_opdgeo("cache", "clear", env={"OPDGEO_CACHE": folder})
     assert "freed" in cleared.stdout
-    assert "0 spectra" in program("cache", OPDGEO_CACHE=folder).stdout
+    assert "0 spectra" in run_opdgeo("cache", env={"OPDGEO_CACHE": folder}).stdout
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -150,14 +150,15 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("OPDGEO_CACHE_GB", "plenty")
     with pytest.raises(ConfigError, match="OPDGEO_CACHE_GB is 'plenty'"):
         SpectrumCache()
-    assert program("cache", OPDGEO_CACHE_GB="plenty").returncode == 2
+    assert run_opdgeo("cache", env={"OPDGEO_CACHE_GB": "plenty"}).returncode == 2
 
 
 def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "large_pair.py"
     options = ("--shrink", "64", "--layers", "2")
-    subprocess.run([sys.executable, script, tmp_path, *options], check=True, timeout=600, capture_output=True)
-    done = program(
+    made = run_python(script, tmp_path, *options)
+    assert made.returncode == 0, made.stderr
+    done = run_opdgeo(
         "compare", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--nulls", 0, "--no-report"
     )
     assert done.returncode == 0, done.stderr
