@@ -73,14 +73,14 @@ MODES = ["gradient", "update", "adapter"]
 
 @pytest.fixture(scope="module")
 def alone(origin: Path, channel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 steps in every mode by one process, and resumed from the 25th."""
+    """20 steps in every mode by one process, and resumed from the 10th."""
     out = tmp_path_factory.mktemp("alone")
     channel_worker.main(origin, channel, out, MODES)
     return out
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fifty_steps_of_one_process_stay_in_the_channel(mode: str, alone: Path, origin: Path, channel: Path) -> None:
+def test_twenty_steps_of_one_process_stay_in_the_channel(mode: str, alone: Path, origin: Path, channel: Path) -> None:
     held = Channel.load(channel)
     check(held, origin, alone, mode)
     logged = json.loads((alone / mode / "log.json").read_text())["outside"]

@@ -90,9 +90,6 @@ def measuring(node: Any) -> list[int]:
 
 @pytest.mark.needs("ray")
 def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster: Any, run_folder: Path, tmp_path: Path) -> None:
-    process = start(run_folder, tmp_path / "whole", cluster.address)
-    check(run_folder, tmp_path / "whole", process)
-
     process = start(run_folder, tmp_path / "killed", cluster.address)
     finished(tmp_path / "killed", 2, process)
     while not (busy := measuring(cluster.head_node)):

@@ -72,7 +72,7 @@ class Parts:
         path = self._path(matrix)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(measured))
+            write_json(path, vars(measured))
 
 
 def _finished(out: Path, inputs: str) -> dict[str, Measured]:
