@@ -1,0 +1,90 @@
+"""The scripts of `examples/`: what they say they do, held against the trainers and the commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import opdgeo
+from opdgeo.training import rollouts
+from opdgeo.training.config import TrainConfig
+from opdgeo.training.run import train
+from test_training_runs import config, origin, teacher, weights  # noqa: F401
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = Path(opdgeo.__file__).parent / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def one_file() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("opd_in_one_file", EXAMPLES / "opd_in_one_file.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_opd_in_one_file_takes_the_trainers_steps_on_the_same_tokens(
+    one_file: ModuleType,
+    config: Callable[..., TrainConfig],  # noqa: F811
+    origin: Path,  # noqa: F811
+    teacher: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    # Adam's ε is large against rounding: with a small one, an entry whose gradient is only rounding moves by a whole step.
+    settings = dict(
+        steps=3, adam_epsilon=1e-4, weight_decay=0.0, eval_prompts=0, record_rollouts=True, checkpoints=(1.0,)
+    )
+    last = train(config("opd", **settings), tmp_path / "run", progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(origin)
+    student, scorer = one_file.load(origin), one_file.load(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-4, weight_decay=0.0)
+    rows = [json.loads(line) for line in (tmp_path / "run" / rollouts.FILE).read_text().splitlines()]
+    for step in (1, 2, 3):
+        batch = [row for row in rows if row["step"] == step]
+        before = max(len(row["prompt_ids"]) for row in batch)
+        after = max(len(row["completion_ids"]) for row in batch)
+        ids = torch.full((len(batch), before + after), tokenizer.pad_token_id)
+        attention, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, row in enumerate(batch):
+            first, last_one = before - len(row["prompt_ids"]), before + len(row["completion_ids"])
+            ids[i, first:last_one] = torch.tensor(row["prompt_ids"] + row["completion_ids"])
+            attention[i, first:last_one] = 1
+            mask[i, before:last_one] = 1
+        one_file.distillation_step(student, scorer, optimizer, (ids, attention, mask))
+    start = weights(origin)
+    for name, value in weights(last).items():
+        moved = value - start[name]
+        difference = torch.linalg.vector_norm(student.get_parameter(name) - value)
+        assert difference <= 1e-4 * torch.linalg.vector_norm(moved), name
+
+
+def test_opd_in_one_file_writes_checkpoints_that_track_reads(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "opd_in_one_file.py"), "--steps", "6", "--sequences", "8", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["5", "6"]
+    command = [
+        "track",
+        str(TINY / "base"),
+        "run",
+        "--roles",
+        "o_proj",
+        "--nulls",
+        "0",
+        "--no-report",
+        "--no-cache",
+        "-o",
+        "out",
+    ]
+    done = subprocess.run([sys.executable, "-m", "opdgeo", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
