@@ -36,7 +36,7 @@ def random_model(folder: Path, seed: int, **changes: Any) -> Path:
     return folder
 
 
-def run_config(kind: str, origin: Path, teacher: Path, **changes: Any) -> TrainConfig:
+def run_config(kind: str, origin: Path, teacher: Path, /, **changes: Any) -> TrainConfig:
     """A run of five steps of eight sequences."""
     values: dict[str, Any] = dict(
         arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
