@@ -87,6 +87,8 @@ def test_a_run_takes_the_memory_that_was_planned(model: str, tmp_path: Path) -> 
         tmp_path / "out",
         "--workers",
         2,
+        "--nulls",
+        1,
     ]
     text = run_opdgeo(*arguments, "--plan").stdout
     planned = float(re.findall(r"at most ([\d.]+) GB", text)[0])

@@ -55,14 +55,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def small(full: Study) -> Study:
     """The small study in the same folder, whose arms are all there."""
     trained = {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")}
-    claims = reproduce("tiny", full.out, rehearse=True)
-    study = Study.of(full.out, claims)
-    # A second call finds everything done and says the same; its page would be drawn of the same data.
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # the second call draws the page of the same data
         patch.setattr("opdgeo.report.write_report", lambda out: out)
-        assert reproduce("tiny", full.out, rehearse=True) == claims
+        claims = reproduce("tiny", full.out, rehearse=True)
+    # It finds everything done and says the same.
+    assert reproduce("tiny", full.out, rehearse=True) == claims
     assert {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")} == trained
-    return study
+    return Study.of(full.out, claims)
 
 
 def test_data_files_have_the_contracts_columns(small: Study) -> None:

@@ -23,7 +23,7 @@ MACHINE = plan.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
 
 
 def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
-    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=512, **SMALL)
+    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=256, **SMALL)
     script = (
         "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.run import train\n"
         "train(TrainConfig.from_json(sys.argv[1]), sys.argv[2], progress=False)\n"

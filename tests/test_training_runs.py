@@ -235,13 +235,19 @@ def _killed(asked: TrainConfig, out: Path, where: str) -> None:
     train(asked, out, progress=False)
 
 
+@pytest.fixture(scope="module")
+def unbroken(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The last checkpoints of the runs that others are killed in."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {kind: train(config(kind, schedule="cosine"), folder / kind, progress=False) for kind in ("sft", "mixture")}
+
+
 @pytest.mark.parametrize("where", ["after step 4", "in the last weights", "in a trainer state"])
 @pytest.mark.parametrize("kind", ["sft", "mixture"])
 def test_a_killed_run_resumes_to_the_same_weights_and_log(
-    kind: str, where: str, config: Callable[..., TrainConfig], tmp_path: Path
+    kind: str, where: str, config: Callable[..., TrainConfig], unbroken: dict[str, Path], tmp_path: Path
 ) -> None:
-    asked = config(kind, schedule="cosine")
-    whole = train(asked, tmp_path / "whole", progress=False)
+    asked, whole = config(kind, schedule="cosine"), unbroken[kind]
 
     child = multiprocessing.get_context("fork").Process(target=_killed, args=(asked, tmp_path / "run", where))
     child.start()
