@@ -1,11 +1,26 @@
-"""One thread a process: small matrices gain nothing from more, and BLAS threads that wait for a busy core cost minutes."""
+"""Fixtures of all tests, and the run as a whole: one thread a process, no cache shared, the fork server, what a machine lacks.
+
+More threads gain nothing on small matrices, and BLAS threads that wait for a busy core cost minutes.
+"""
+
+from __future__ import annotations
 
 import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+import program
+from needs import missing
+
+if TYPE_CHECKING:
+    from opdgeo.training.config import TrainConfig
 
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
@@ -30,6 +45,55 @@ LONG = (
 )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
+    """One fork server for all test processes: it belongs to the one that starts the others."""
+    if not hasattr(session.config, "workerinput"):
+        server = program.server()
+        server.__enter__()
+        session.config.add_cleanup(lambda: server.__exit__(None, None, None))
+    return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        if why := missing(*mark.args):
+            pytest.skip(why)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say once what was not tested here, and why."""
+    why = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ()))
+    if why:
+        terminalreporter.section("not tested on this machine")
+        for reason, count in sorted(why.items()):
+            terminalreporter.line(f"{count:4} {reason}")
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of two layers."""
+    from tiny_models import random_model
+
+    return random_model(tmp_path_factory.mktemp("models") / "origin", 0)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one."""
+    from tiny_models import random_model
+
+    return random_model(tmp_path_factory.mktemp("models") / "teacher", 1)
+
+
+@pytest.fixture(scope="session")
+def config(origin: Path, teacher: Path) -> Callable[..., TrainConfig]:
+    """`config(kind, **changes)`: a run of a few steps from `origin`."""
+    from tiny_models import run_config
+
+    return lambda kind, **changes: run_config(kind, origin, teacher, **changes)

@@ -29,7 +29,7 @@ from opdgeo.errors import CheckpointError, PairingError
 from opdgeo.survey import engines
 from opdgeo.survey.request import Request
 from opdgeo.survey.run import plan_text
-from test_compare import program
+from program import run_opdgeo
 
 SETTINGS = opdgeo.Settings(rank=16, top_k=6, mask_rank=8, nulls=0)
 SIZES: dict[str, Any] = dict(
@@ -163,7 +163,7 @@ def test_the_command_line_reads_an_adapter(pair: tuple[Path, Path, Path], tmp_pa
     base, adapter, merged = pair
     other = copied(adapter, tmp_path / "checkpoint-7", base_model_name_or_path="someone/else")
     options = ["--rank", 16, "--top-k", 6, "--mask-rank", 8, "--no-report", "--nulls", 2]
-    done = program("compare", base, other, "-o", tmp_path / "out", *options)
+    done = run_opdgeo("compare", base, other, "-o", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert "note: the adapter names someone/else as its base" in done.stdout
     found = pl.read_parquet(tmp_path / "out" / "measurements.parquet")

@@ -1,9 +1,8 @@
 """verl's and slime's tensors in, `opdgeo train`'s credit out; and an optimizer class whose steps stay in a channel."""
 
-# ruff: noqa: F811 (fixtures of another file)
-
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from opdgeo.training.external_trainers import (
     slime_advantages,
     verl_advantages,
 )
-from test_training_runs import origin, random_model, teacher  # noqa: F401
 
 LENGTHS = [5, 3, 7, 1, 4, 6, 2, 7]
 UIDS = ["a", "b", "a", "b", "a", "b", "a", "b"]
@@ -144,10 +142,11 @@ def test_the_functions_take_what_the_trainers_pass() -> None:
     assert list(inspect.signature(slime_advantages).parameters) == ["args", "rollout_data"]
 
 
+@pytest.mark.needs("verl")
 def test_inside_the_real_verl(origin: Path, teacher: Path, tmp_path: Path) -> None:
     """Its registry, its log-ratio and its way of building an optimizer (verl 0.9.1, where it is installed)."""
-    core = pytest.importorskip("verl.trainer.ppo.core_algos")
-    optimizers = pytest.importorskip("verl.workers.config.optimizer")
+    core = importlib.import_module("verl.trainer.ppo.core_algos")
+    optimizers = importlib.import_module("verl.workers.config.optimizer")
     core.register_adv_est("opdgeo")(verl_advantages)
     student, teacher_, mask = rollout()
     rewards = -core.kl_penalty(student, teacher_, "kl") * mask

@@ -22,8 +22,8 @@ from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.report import write_report
 from opdgeo.report.terminal import print_summary
 from opdgeo.survey.kinship import remarks
+from program import run_opdgeo
 from report_data import build
-from test_compare import program
 
 NAME = planted.tensor_name(0, "mlp.up_proj")
 FAST = ("--nulls", 1, "--no-cache")
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trajectory(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("trajectory") / "out"
-    done = program("track", runs / "base", runs / "opd", "-o", out, *FAST, COLUMNS="70")
+    done = run_opdgeo("track", runs / "base", runs / "opd", "-o", out, *FAST, env={"COLUMNS": "70"})
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -112,11 +112,11 @@ def test_a_run_whose_last_checkpoint_is_its_base(runs: Path, tmp_path: Path) -> 
 
 def test_two_siblings_are_said_to_be_siblings(runs: Path, tmp_path: Path) -> None:
     pair = runs / "opd" / "step-000010", runs / "rlvr" / "step-000010"
-    done = program("compare", *pair, "-o", tmp_path / "out", *FAST)
+    done = run_opdgeo("compare", *pair, "-o", tmp_path / "out", *FAST)
     assert done.returncode == 0, done.stderr
     assert f"were both trained from {runs / 'base'}: what is measured is the difference between the two" in done.stdout
     assert "were both trained from" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    plan = program("compare", *pair, "--plan")
+    plan = run_opdgeo("compare", *pair, "--plan")
     assert "were both trained from" in plan.stdout
     assert remarks(open_checkpoint(runs / "base"), [open_checkpoint(pair[0])]) == []
     swapped = remarks(open_checkpoint(pair[0]), [open_checkpoint(runs / "base")])
@@ -137,7 +137,7 @@ def test_siblings_by_the_name_that_transformers_keeps(runs: Path, tmp_path: Path
 
 
 def test_a_run_in_the_place_of_a_checkpoint(runs: Path) -> None:
-    done = program("compare", runs / "base", runs / "opd")
+    done = run_opdgeo("compare", runs / "base", runs / "opd")
     assert done.returncode == 2 and "is a run and not one checkpoint: it holds 6" in done.stderr, done.stderr
     assert f"opdgeo track BASE {runs / 'opd'}" in done.stderr and "*" not in done.stderr
     with pytest.raises(CheckpointError, match="is a run and not one checkpoint"):

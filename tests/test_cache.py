@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.numerics.masks import Threshold
 from opdgeo.numerics.spectra import spectrum
 from opdgeo.survey.cache import SpectrumCache
-from test_compare import program
+from program import run_opdgeo, run_python, start_python
 
 SHAPES = {"self_attn.q_proj": (288, 256), "mlp.up_proj": (400, 256), "mlp.down_proj": (256, 400)}
 
@@ -39,12 +37,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     outs = [tmp_path / name for name in ("without", "cold", "warm", "damaged", "first", "second")]
-    done = program("compare", *pair, "-o", outs[0], "--no-report", "--no-cache", OPDGEO_CACHE=str(folder))
+    done = run_opdgeo("compare", *pair, "-o", outs[0], "--no-report", "--no-cache", env={"OPDGEO_CACHE": str(folder)})
     assert done.returncode == 0
     assert not folder.exists()
 
     def run(out: Path) -> None:
-        done = program("compare", *pair, "-o", out, "--no-report", OPDGEO_CACHE=str(folder))
+        done = run_opdgeo("compare", *pair, "-o", out, "--no-report", env={"OPDGEO_CACHE": str(folder)})
         assert done.returncode == 0, done.stderr
 
     run(outs[1])
@@ -70,14 +68,16 @@ def test_a_second_run_reads_the_factors_and_writes_the_same_bytes(pair: tuple[Pa
 
 def test_cache_lists_and_clears(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
-    done = program("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, OPDGEO_CACHE=folder)
+    done = run_opdgeo(
+        "compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, env={"OPDGEO_CACHE": folder}
+    )
     assert done.returncode == 0
-    listed = program("cache", OPDGEO_CACHE=folder)
+    listed = run_opdgeo("cache", env={"OPDGEO_CACHE": folder})
     assert f"{len(SHAPES)} spectra" in listed.stdout
     assert len(listed.stdout.splitlines()) == len(SHAPES) + 1
-    cleared = program("cache", "clear", OPDGEO_CACHE=folder)
+    cleared = run_opdgeo("cache", "clear", env={"OPDGEO_CACHE": folder})
     assert "freed" in cleared.stdout
-    assert "0 spectra" in program("cache", OPDGEO_CACHE=folder).stdout
+    assert "0 spectra" in run_opdgeo("cache", env={"OPDGEO_CACHE": folder}).stdout
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
@@ -152,14 +152,15 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("OPDGEO_CACHE_GB", "plenty")
     with pytest.raises(ConfigError, match="OPDGEO_CACHE_GB is 'plenty'"):
         SpectrumCache()
-    assert program("cache", OPDGEO_CACHE_GB="plenty").returncode == 2
+    assert run_opdgeo("cache", env={"OPDGEO_CACHE_GB": "plenty"}).returncode == 2
 
 
 def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "large_pair.py"
     options = ("--shrink", "64", "--layers", "2")
-    subprocess.run([sys.executable, script, tmp_path, *options], check=True, timeout=600, capture_output=True)
-    done = program(
+    made = run_python(script, tmp_path, *options)
+    assert made.returncode == 0, made.stderr
+    done = run_opdgeo(
         "compare", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--nulls", 0, "--no-report"
     )
     assert done.returncode == 0, done.stderr
@@ -206,7 +207,7 @@ def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_computed_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
     outs, folder = [tmp_path / "first", tmp_path / "second"], str(tmp_path / "cache")
     for out in outs:
-        done = program("compare", *pair, "-o", out, "--no-report", "--nulls", 0, OPDGEO_CACHE=folder)
+        done = run_opdgeo("compare", *pair, "-o", out, "--no-report", "--nulls", 0, env={"OPDGEO_CACHE": folder})
         assert done.returncode == 0, done.stderr
         for file in Path(folder).glob("*.safetensors"):
             content = bytearray(file.read_bytes())
@@ -224,11 +225,11 @@ def test_what_is_not_the_caches_own_is_left_alone(pair: tuple[Path, Path], tmp_p
     (model / ".model.safetensors.0-1-1.partial").mkdir()
     before = {f: f.read_bytes() for f in model.iterdir() if f.is_file()}
     settings = {"OPDGEO_CACHE": str(model), "OPDGEO_CACHE_GB": "0.0015"}  # room for one entry
-    done = program("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, **settings)
+    done = run_opdgeo("compare", *pair, "-o", tmp_path / "out", "--no-report", "--nulls", 0, env=settings)
     assert done.returncode == 0, done.stderr
     assert len(SpectrumCache(model).entries()) >= 1
     assert {f: f.read_bytes() for f in before} == before
-    assert program("cache", "clear", **settings).returncode == 0
+    assert run_opdgeo("cache", "clear", env=settings).returncode == 0
     assert {f: f.read_bytes() for f in model.iterdir() if f.is_file()} == before
 
 
@@ -236,7 +237,7 @@ def test_orphans_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path
     from opdgeo import files
 
     cache, path = kept(tmp_path / "cache")
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead = start_python("-c", "")
     dead.wait()
     orphan = path.with_name(f".{path.name}.{files._machine()}-{dead.pid}-1.partial")
     at_work = path.with_name(f".{path.name}.{files._machine()}-{os.getpid()}-1.partial")
@@ -266,6 +267,6 @@ def test_a_full_or_unwritable_cache_is_no_error(tmp_path: Path) -> None:
         "    assert cache.load(cache.path(w, 16)) is None\n"
     )
     folders = (tmp_path / "full", tmp_path / "a-file" / "cache")
-    done = subprocess.run([sys.executable, "-c", program_, *folders], capture_output=True, text=True, timeout=300)
+    done = run_python("-c", program_, *folders)
     assert done.returncode == 0, done.stderr
     assert [f.name for f in folders[0].iterdir()] == ["CACHEDIR.TAG"], "half an entry was left"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from opdgeo import Channel
 from opdgeo.errors import CheckpointError, ConfigError, PairingError
 from opdgeo.training.channel import parse_choice
 from planted import orthonormal, turned, write_checkpoint
+from program import run_opdgeo
 
 torch.set_num_threads(1)
 TINY = Path(opdgeo.__file__).parent / "assets" / "tiny"
@@ -200,8 +199,8 @@ def test_no_adapter_for_what_it_cannot_hold(planted, tmp_path: Path) -> None:
 
 
 def test_the_command_writes_channel_and_adapter_and_says_what_is_inside(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "opdgeo", "channel", str(TINY / "base"), str(TINY / "teacher"), "-k", "4"]
-    done = subprocess.run([*command, "-o", str(tmp_path / "c")], capture_output=True, text=True, check=True)
+    done = run_opdgeo("channel", TINY / "base", TINY / "teacher", "-k", 4, "-o", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
     channel = Channel.load(tmp_path / "c")
     assert len(channel) == 28 and {s.k for s in channel.subspaces.values()} == {4}
     assert "down_proj" in done.stdout and "energy inside" in done.stdout and done.stderr == ""

@@ -6,9 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +15,13 @@ import pytest
 
 import opdgeo
 import planted
+from agreement import BASE, NAMES, SCHEMA, TUNED, check_rows, compared, rows_of, write_pair
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError, ConfigError
-from reference import Matrix, Values, channel_energy, disagreement, gaussian_null, measure, subspace_similarity
+from program import run_opdgeo
+from reference import Matrix, channel_energy, gaussian_null, measure, subspace_similarity
 
-SOURCE = Path(__file__).parents[1] / "src"
-SCHEMA = {
-    "checkpoint": pl.String, "step": pl.Int64, "matrix": pl.String, "layer": pl.Int32, "role": pl.String,
-    "rows": pl.Int64, "cols": pl.Int64, "diagnostic": pl.String, "variant": pl.String, "value": pl.Float64,
-    "error": pl.Float64, "method": pl.String, "null_mean": pl.Float64, "null_std": pl.Float64,
-    "status": pl.String, "reason": pl.String,
-}  # fmt: skip
 DATA_FILES = ("measurements.parquet", "curves.parquet", "summary.json", "run.json", "report.html")
-BASE, TUNED = planted.tiny_pair()
-NAMES = planted.linear(BASE)
-
-Pair = tuple[dict[str, Matrix], dict[str, Matrix]]
-Rows = dict[tuple[str, str, str], dict[str, Any]]
-
-
-def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m opdgeo …` from this checkout's sources."""
-    path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
-        [sys.executable, "-m", "opdgeo", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1500,  # a hung program, not a slow machine
-    )
-
-
-def compared(base: Path, tuned: Path, out: Path, *options: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = program("compare", base, tuned, "-o", out, "--no-report", *options)
-    assert done.returncode == status, done.stderr[-3000:]
-    return done
-
-
-def write_pair(folder: Path, pair: Pair, dtype: str = "bfloat16", shards: int = 1) -> tuple[Path, Path]:
-    return (
-        planted.write_checkpoint(folder / "base", pair[0], dtype, shards=shards),
-        planted.write_checkpoint(folder / "tuned", pair[1], dtype, shards=shards),
-    )
-
-
-def rows_of(table: Path | pl.DataFrame) -> Rows:
-    """The rows by (matrix, diagnostic, variant); no row may appear twice."""
-    frame = pl.read_parquet(table / "measurements.parquet") if isinstance(table, Path) else table
-    rows = {(row["matrix"], row["diagnostic"], row["variant"]): row for row in frame.iter_rows(named=True)}
-    assert len(rows) == frame.height
-    return rows
-
-
-def check_rows(rows: Rows, name: str, expected: Values) -> None:
-    """Every row of one matrix agrees with the reference, and there is a row for every value."""
-    found = {(diagnostic, variant): row for (matrix, diagnostic, variant), row in rows.items() if matrix == name}
-    assert set(found) == set(expected), name
-    wrong = [disagreement(key, row["value"], row["error"], expected[key]) for key, row in found.items()]
-    assert not [text for text in wrong if text], name
-    for key, row in found.items():
-        assert row["status"] == ("undefined" if expected[key] is None else "computed"), (name, key)
-        assert expected[key] is not None or row["reason"], (name, key)
-        assert expected[key] is None or row["method"], (name, key)
 
 
 # Agreement ------------------------------------------------------------------------------------------------------
@@ -420,7 +362,7 @@ def write_run(folder: Path, dtype: str = "float32") -> tuple[Path, Path, dict[in
 def test_a_trajectory_agrees_with_the_reference(tmp_path: Path) -> None:
     base, run, steps = write_run(tmp_path)
     out = tmp_path / "out"
-    done = program("track", base, run, "-o", out, "--no-report", "--nulls", 3)
+    done = run_opdgeo("track", base, run, "-o", out, "--no-report", "--nulls", 3)
     assert done.returncode == 0, done.stderr[-3000:]
     frame = pl.read_parquet(out / "measurements.parquet")
     assert dict(frame.schema) == SCHEMA
@@ -547,7 +489,7 @@ def test_a_tied_head_is_not_an_unmatched_tensor(tmp_path: Path) -> None:
 
 def refused(out: Path, *arguments: object) -> str:
     """The message of a refused request: exit status 2, one clean message, no results left behind."""
-    done = program(*arguments, "-o", out)
+    done = run_opdgeo(*arguments, "-o", out)
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 2, (done.returncode, said[-2000:])
     assert "Traceback" not in said
@@ -656,5 +598,5 @@ def test_a_refused_run_leaves_earlier_results_as_they_were(tmp_path: Path) -> No
     out = tmp_path / "out"
     compared(base, tuned, out, "--nulls", 0)
     before = {file: (out / file).read_bytes() for file in DATA_FILES if (out / file).exists()}
-    assert program("compare", base, tmp_path / "nowhere", "-o", out).returncode == 2
+    assert run_opdgeo("compare", base, tmp_path / "nowhere", "-o", out).returncode == 2
     assert {file: (out / file).read_bytes() for file in DATA_FILES if (out / file).exists()} == before

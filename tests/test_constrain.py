@@ -1,13 +1,8 @@
 """Training held in a channel: real TRL trainers, alone and with others, and the laws of projection on every layout."""
 
-# ruff: noqa: F811 (fixtures of another file)
-
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +17,9 @@ from opdgeo import Channel
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.training import callbacks, constrain
 from opdgeo.training.config import TrainConfig
-from opdgeo.training.distributed import launch_file
 from opdgeo.training.train import train
-from test_training_runs import assert_bit_equal, config, origin, random_model, teacher, weights  # noqa: F401
+from program import launch
+from tiny_models import assert_bit_equal, random_model, weights
 
 torch.set_num_threads(1)
 FROZEN = "model.layers.0.self_attn.q_proj.weight"
@@ -78,14 +73,14 @@ MODES = ["gradient", "update", "adapter"]
 
 @pytest.fixture(scope="module")
 def alone(origin: Path, channel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 steps in every mode by one process, and resumed from the 25th."""
+    """20 steps in every mode by one process, and resumed from the 10th."""
     out = tmp_path_factory.mktemp("alone")
     channel_worker.main(origin, channel, out, MODES)
     return out
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fifty_steps_of_one_process_stay_in_the_channel(mode: str, alone: Path, origin: Path, channel: Path) -> None:
+def test_twenty_steps_of_one_process_stay_in_the_channel(mode: str, alone: Path, origin: Path, channel: Path) -> None:
     held = Channel.load(channel)
     check(held, origin, alone, mode)
     logged = json.loads((alone / mode / "log.json").read_text())["outside"]
@@ -109,12 +104,7 @@ def test_two_processes_stay_in_the_channel_and_reach_the_same_weights(
     tmp_path: Path,
 ) -> None:
     modes = ["update", "adapter"] + (["left"] if engine == "fsdp2" else [])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_file(engine))]
-    command += ["--num_processes", "2", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    worker = [channel_worker.__file__, str(origin), str(channel), str(tmp_path), *modes]
-    done = subprocess.run([*command, *worker], capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(engine, 2, channel_worker.__file__, origin, channel, tmp_path, *modes)
     for mode in modes:
         path = channel.with_name(f"left-{channel.name}") if mode == "left" else channel
         check(Channel.load(path), origin, tmp_path, mode)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+
+from program import run_opdgeo, run_python
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 ASSETS = Path(__file__).parents[1] / "src" / "opdgeo" / "assets" / "tiny"
@@ -24,10 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("dictionary")
     for step in (1, 2):
         shutil.copytree(ASSETS / "teacher", where / "run" / f"step-{step:06d}")
-    command = ["track", str(ASSETS / "base"), "run", "--roles", "q_proj,o_proj", "--rank", "8", "--no-report"]
-    subprocess.run(
-        [sys.executable, "-m", "opdgeo", *command, "-o", "update"], cwd=where, check=True, capture_output=True
-    )
+    options = ("--roles", "q_proj,o_proj", "--rank", 8, "--no-report", "-o", "update")
+    done = run_opdgeo("track", ASSETS / "base", "run", *options, cwd=where)
+    assert done.returncode == 0, done.stderr
     return where
 
 
@@ -104,7 +103,7 @@ def examples(language: str) -> list[str]:
 
 @pytest.mark.parametrize("code", examples("python"))
 def test_the_python_examples_run(folder: Path, code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = run_python("-c", code, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 3
 

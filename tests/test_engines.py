@@ -1,12 +1,9 @@
-"""Two real processes under `accelerate launch` (gloo) against one: the same weights, from whole checkpoints."""
+"""Two real processes (gloo) against one: the same weights, from whole checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from opdgeo.errors import ConfigError
 from opdgeo.training import callbacks, distributed, rollouts
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
-from test_training_runs import assert_bit_equal, config, origin, teacher, weights  # noqa: F401
+from program import launch
+from tiny_models import assert_bit_equal, weights
 
 Make = Callable[..., TrainConfig]
 KINDS = ("sft", "opd", "rlvr")
@@ -77,14 +75,13 @@ def settings(kind: str, config: Make, **changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, origin: Path, teacher: Path) -> dict[str, Path]:  # noqa: F811
+def alone(tmp_path_factory: pytest.TempPathFactory, config: Make) -> dict[str, Path]:
     """Each arm on one process, with its rollouts recorded."""
     folder = tmp_path_factory.mktemp("alone")
-    make = config.__wrapped__(origin, teacher)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         short_is_right(patch)
         for kind in KINDS:
-            train(settings(kind, make, record_rollouts=kind != "sft"), folder / kind, progress=False)
+            train(settings(kind, config, record_rollouts=kind != "sft"), folder / kind, progress=False)
     return {kind: folder / kind for kind in KINDS}
 
 
@@ -99,20 +96,8 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
         changes = {} if kind == "sft" else {"rollouts": str(alone[kind] / rollouts.FILE)}
         (tmp_path / f"{kind}.json").write_text(settings(kind, config, micro_batch=2, **changes).to_json())
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(distributed.launch_file(name)),
-        "--num_processes",
-        "2",
-    ]
-    command = [sys.executable, *launch, "--main_process_port", "0", str(tmp_path / "script.py")]
-    done = subprocess.run(
-        [*command, *(str(tmp_path / kind) for kind in KINDS)],
-        capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-12000:]
+    # One of them by the real `accelerate launch`; for the other its environment alone (program.py).
+    launch(name, 2, tmp_path / "script.py", *(tmp_path / kind for kind in KINDS), cold=name == "fsdp2")
 
     for kind in KINDS:
         last, first = weights(tmp_path / kind / "step-000003"), weights(Path(settings(kind, config).origin))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,8 @@ import opdgeo
 from opdgeo.training import rollouts
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
-from test_training_runs import config, origin, teacher, weights  # noqa: F401
+from program import run_opdgeo, run_python
+from tiny_models import weights
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = Path(opdgeo.__file__).parent / "assets" / "tiny"
@@ -35,9 +34,9 @@ def one_file() -> ModuleType:
 
 def test_opd_in_one_file_takes_the_trainers_steps_on_the_same_tokens(
     one_file: ModuleType,
-    config: Callable[..., TrainConfig],  # noqa: F811
-    origin: Path,  # noqa: F811
-    teacher: Path,  # noqa: F811
+    config: Callable[..., TrainConfig],
+    origin: Path,
+    teacher: Path,
     tmp_path: Path,
 ) -> None:
     # Adam's ε is large against rounding: with a small one, an entry whose gradient is only rounding moves by a whole step.
@@ -69,22 +68,10 @@ def test_opd_in_one_file_takes_the_trainers_steps_on_the_same_tokens(
 
 
 def test_opd_in_one_file_writes_checkpoints_that_track_reads(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "opd_in_one_file.py"), "--steps", "6", "--sequences", "8", "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    few = ("--steps", 6, "--sequences", 8, "--out", "run")
+    done = run_python(EXAMPLES / "opd_in_one_file.py", *few, cwd=tmp_path, libraries="training")
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["5", "6"]
-    command = [
-        "track",
-        str(TINY / "base"),
-        "run",
-        "--roles",
-        "o_proj",
-        "--nulls",
-        "0",
-        "--no-report",
-        "--no-cache",
-        "-o",
-        "out",
-    ]
-    done = subprocess.run([sys.executable, "-m", "opdgeo", *command], cwd=tmp_path, capture_output=True, text=True)
+    options = ("--roles", "o_proj", "--nulls", 0, "--no-report", "--no-cache", "-o", "out")
+    done = run_opdgeo("track", TINY / "base", "run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

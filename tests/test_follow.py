@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from opdgeo.survey import follow
 from opdgeo.survey.measure import Step
 from opdgeo.survey.request import Execution
 from opdgeo.survey.trail import Trail
+from program import start_opdgeo
 
 NAMES = [planted.tensor_name(0, module) for module in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
@@ -53,7 +52,7 @@ def test_a_growing_run_ends_with_the_rows_of_track(growing: tuple[Path, list[Pat
     base, written = growing
     run, out = tmp_path / "run", tmp_path / "out"
     command = ["track", base, run, "--follow", "-o", out, "--no-report", "--no-cache", "--nulls", 1, "--idle", 2]
-    process = subprocess.Popen([sys.executable, "-m", "opdgeo", *map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = start_opdgeo(*command)
     try:
         for count, folder in enumerate(written, 1):
             publish(folder, run)
@@ -66,7 +65,7 @@ def test_a_growing_run_ends_with_the_rows_of_track(growing: tuple[Path, list[Pat
                     assert count == 4 or seen["growing"]
                     break
                 time.sleep(0.2)
-        assert process.wait(60) == 0, process.stderr.read() if process.stderr else ""
+        assert process.wait(60) == 0, process.output()[1]
     finally:
         process.kill()
     followed = pl.read_parquet(out / "measurements.parquet")

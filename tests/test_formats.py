@@ -8,13 +8,10 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import opdgeo
 from opdgeo.checkpoints import open_checkpoint, run_checkpoints
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError
+from program import run_opdgeo, run_python
 
 HERE = Path(__file__).parent
 Tensors = dict[str, Tensor]
@@ -230,7 +228,8 @@ def ranks(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tuned weights from four processes: DTensors on four meshes, as a file a rank and by torch's DCP."""
     out = tmp_path_factory.mktemp("ranks")
     (out / "ranks.py").write_text(RANKS)
-    subprocess.run([sys.executable, out / "ranks.py", out, pair / "tuned"], check=True, timeout=300)
+    done = run_python(out / "ranks.py", out, pair / "tuned")
+    assert done.returncode == 0, done.stderr[-3000:]
     for inner in ("flat", "hybrid", "twice", "same", "dcp-flat", "dcp-twice"):
         shutil.copy(pair / "tuned" / "config.json", out / inner)
     return out
@@ -331,7 +330,6 @@ def test_shards_that_run_something_are_refused_and_not_run(ranks: Path, tmp_path
 @pytest.fixture(scope="module")
 def megatron(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tuned weights from Megatron-Core in float32, in bf16 with masters; and a mixture of experts, hf-moe/ and moe/."""
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed", exc_type=ImportError)
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     out = tmp_path_factory.mktemp("megatron")
@@ -346,10 +344,12 @@ def megatron(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append((out / "hf-moe", "moe/iter_0000003", "plain"))
     (out / "plain").mkdir()
     arguments = [str(a) for source, where, kind in jobs for a in (source, out / where, kind)]
-    subprocess.run([sys.executable, HERE / "megatron_writer.py", *arguments], check=True, timeout=300)
+    done = run_python(HERE / "megatron_writer.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
+@pytest.mark.needs("megatron")
 @pytest.mark.parametrize("kind", ["plain", "masters"])
 def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: Path) -> None:
     """Heads and vocabulary come from config.json where there is one, else from Megatron's own arguments."""
@@ -365,6 +365,7 @@ def test_a_megatron_checkpoint(kind: str, pair: Path, megatron: Path, tmp_path: 
         assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
 
 
+@pytest.mark.needs("megatron")
 def test_flat_masters_of_an_older_distributed_optimizer(pair: Path, megatron: Path, tmp_path: Path) -> None:
     """Megatron-Core 0.16 does not write them: torch's DCP does here, in the layout that its loader describes, [X/x, Y/y, Z/z,
     x·y·z] for local shapes [x, y, z]; two ranks of tensor parallelism, gate and up halved by them each.
@@ -391,6 +392,7 @@ def test_flat_masters_of_an_older_distributed_optimizer(pair: Path, megatron: Pa
     check(pair, tmp_path)
 
 
+@pytest.mark.needs("megatron")
 def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
     opened, expected = open_checkpoint(megatron / "moe" / "iter_0000003"), weights(megatron / "hf-moe")
     assert opened.tensors.keys() == expected.keys()
@@ -398,6 +400,7 @@ def test_experts_of_a_megatron_checkpoint(megatron: Path) -> None:
         assert torch.equal(opened.tensors[name][(slice(None),) * tensor.ndim], tensor), name
 
 
+@pytest.mark.needs("megatron")
 def test_megatron_arguments_that_run_something_are_refused_and_not_run(megatron: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(megatron / "plain" / "iter_0000003", tmp_path / "bad"))
     torch.save({"args": Runs(tmp_path / "trace")}, bad / "common.pt")
@@ -406,6 +409,7 @@ def test_megatron_arguments_that_run_something_are_refused_and_not_run(megatron:
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.needs("megatron")
 def test_heads_that_do_not_divide_a_megatron_checkpoint_are_refused(megatron: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(megatron / "plain" / "iter_0000003", tmp_path / "bad"))
     (bad / "config.json").write_text(json.dumps({"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}))
@@ -419,15 +423,13 @@ def test_heads_that_do_not_divide_a_megatron_checkpoint_are_refused(megatron: Pa
 @pytest.fixture(scope="module")
 def zero(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tuned weights as masters of DeepSpeed's engine, stages 2 and 3."""
-    if find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install 'opdgeo[deepspeed]'")
     out = tmp_path_factory.mktemp("zero")
-    subprocess.run(
-        [sys.executable, HERE / "deepspeed_writer.py", pair / "tuned", out, "2", "3"], check=True, timeout=400
-    )
+    done = run_python(HERE / "deepspeed_writer.py", pair / "tuned", out, 2, 3, cold=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
+@pytest.mark.needs("deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_deepspeed_checkpoint(stage: int, pair: Path, zero: Path) -> None:
     check(pair, zero / f"zero-{stage}")
@@ -436,6 +438,7 @@ def test_a_deepspeed_checkpoint(stage: int, pair: Path, zero: Path) -> None:
     assert (opened.step, opened.format) == (7, "DeepSpeed ZeRO")
 
 
+@pytest.mark.needs("deepspeed")
 def test_a_deepspeed_checkpoint_that_runs_something_is_refused_and_not_run(zero: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(zero / "zero-3", tmp_path / "bad")) / "global_step7"
     (file,) = bad.glob("*_optim_states.pt")
@@ -464,7 +467,8 @@ def test_a_deepspeed_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> 
 
 def write_gguf(path: Path, state: Tensors, architecture: str, quantised: str | None = None) -> Path:
     """The state as llama.cpp's converter writes it, with the gguf library; matrices with 32 columns quantised."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    import gguf
+
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
@@ -489,6 +493,7 @@ def write_gguf(path: Path, state: Tensors, architecture: str, quantised: str | N
     return path
 
 
+@pytest.mark.needs("gguf")
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_a_gguf_file(architecture: str, pair: Path, tmp_path: Path) -> None:
     state = {n: t for n, t in weights(pair / "tuned").items() if architecture == "qwen3" or "_norm" not in n}
@@ -498,6 +503,7 @@ def test_a_gguf_file(architecture: str, pair: Path, tmp_path: Path) -> None:
     assert open_checkpoint(file).tensors.keys() == state.keys()
 
 
+@pytest.mark.needs("gguf")
 def test_a_quantised_gguf_file_is_marked(pair: Path, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, quants
 
@@ -513,6 +519,7 @@ def test_a_quantised_gguf_file_is_marked(pair: Path, tmp_path: Path) -> None:
     assert not torch.equal(expected, state[name])
 
 
+@pytest.mark.needs("gguf")
 def test_gguf_folders_that_do_not_say_which_and_other_architectures_are_refused(pair: Path, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "many" / "a.gguf", weights(pair / "tuned"), "qwen3")
     shutil.copy(file, file.with_name("b.gguf"))
@@ -525,6 +532,7 @@ def test_gguf_folders_that_do_not_say_which_and_other_architectures_are_refused(
         open_checkpoint(tmp_path / "cut.gguf")
 
 
+@pytest.mark.needs("gguf")
 @pytest.mark.parametrize("layers", [1, 1 << 31])
 def test_a_gguf_header_with_another_number_of_layers(layers: int, pair: Path, tmp_path: Path) -> None:
     state = {n: t for n, t in weights(pair / "tuned").items() if "_norm" not in n}
@@ -585,13 +593,13 @@ def test_the_command_plans_measures_and_resumes_on_a_distributed_checkpoint(
     checkpoint = folder(pair, tmp_path / "run" / "checkpoint-7")
     shutil.copytree(ranks / "dcp-flat", checkpoint / "pytorch_model_fsdp_0")
     shutil.copy(pair / "base" / "model.safetensors", checkpoint)
-    command = [sys.executable, "-m", "opdgeo", "track", pair / "base", tmp_path / "run", "-o", tmp_path / "out"]
-    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=120)
+    command = ["track", pair / "base", tmp_path / "run", "-o", tmp_path / "out"]
+    plan = run_opdgeo(*command, "--plan")
     assert "14 matrices, 1 checkpoint(s)" in plan.stdout
     assert "note: " in plan.stdout
     assert "also holds safetensors weights" in plan.stdout
     options = [*command, "--nulls", "0", "--no-report", "--no-cache"]
-    first = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    first = run_opdgeo(*options)
     assert first.returncode == 0, first.stderr
     assert "also holds safetensors weights" in first.stdout
     (manifest,) = json.loads((tmp_path / "out" / "run.json").read_text())["checkpoints"]
@@ -602,14 +610,15 @@ def test_the_command_plans_measures_and_resumes_on_a_distributed_checkpoint(
         for f in (inner / ".metadata", *inner.glob("*.distcp"))
     }
     # The same command finds everything done; a changed file makes it anew.
-    again = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    again = run_opdgeo(*options)
     assert "taken over from an earlier run" in again.stdout
     os.utime(inner / ".metadata", (1, 1))
-    anew = subprocess.run(options, capture_output=True, text=True, timeout=120)
+    anew = run_opdgeo(*options)
     assert anew.returncode == 0
     assert "taken over from an earlier run" not in anew.stdout
 
 
+@pytest.mark.needs("gguf")
 def test_an_open_checkpoint_can_be_sent_to_another_process(pair: Path, ranks: Path, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     state = weights(pair / "tuned")
@@ -690,10 +699,9 @@ for name in sys.argv[1:]:
 """
 
     def ask(names: list[str], **environment: str) -> list[Any]:
-        env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *names], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
+        # The hub's client reads its environment when it is imported.
+        env = {"HF_HOME": str(tmp_path / "hf"), **environment}
+        done = run_python("-c", code, *names, env=env, cwd=tmp_path, cold=True)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,7 @@ from safetensors.torch import save_file
 import opdgeo
 from opdgeo.checkpoints import open_checkpoint, pair
 from opdgeo.checkpoints.names import matrices, other_kind
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "opdgeo", *arguments], capture_output=True, text=True, check=False)
+from program import run_opdgeo, run_python
 
 
 @pytest.mark.parametrize(
@@ -28,13 +23,13 @@ def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
         f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'numpy', 'polars', 'transformers', 'ray'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python("-c", code, cold=True)
     assert done.returncode == 0, done.stderr
     assert "opdgeo" in done.stdout
 
 
 def test_the_version_is_the_packages() -> None:
-    assert run("--version").stdout == f"opdgeo {opdgeo.__version__}\n"
+    assert run_opdgeo("--version", cold=True).stdout == f"opdgeo {opdgeo.__version__}\n"
 
 
 def test_the_public_names() -> None:
@@ -45,7 +40,7 @@ def test_the_public_names() -> None:
 
 
 def test_an_unknown_preset_is_refused_by_name() -> None:
-    done = run("train", "sft", "--preset", "tinny")
+    done = run_opdgeo("train", "sft", "--preset", "tinny")
     assert done.returncode == 2
     assert "tinny" in done.stderr and "did you mean 'tiny'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,8 +97,8 @@ def test_names_from_a_checkpoint_do_not_steer_the_terminal(tmp_path: Path) -> No
         state = {known: torch.rand(8, 8), evil: torch.zeros(shape)}
         save_file(state, tmp_path / name / "model.safetensors")
     out = ["-o", str(tmp_path / "out"), "--nulls", "0", "--no-report", "--no-cache"]
-    done = run("compare", str(tmp_path / "base"), str(tmp_path / "tuned"), *out)
+    done = run_opdgeo("compare", str(tmp_path / "base"), str(tmp_path / "tuned"), *out)
     assert done.returncode == 0 and "such as evil\ufffd]0;title\ufffd" in done.stdout
-    refused = run("compare", str(tmp_path / "base"), str(tmp_path / "other"), *out)
+    refused = run_opdgeo("compare", str(tmp_path / "base"), str(tmp_path / "other"), *out)
     assert refused.returncode == 2 and "evil\ufffd]0;title\ufffd is 3" in refused.stderr
     assert "\x1b" not in done.stdout + refused.stderr

@@ -19,8 +19,8 @@ import opdgeo
 import planted
 from opdgeo.experiments.claims import judge
 from opdgeo.report.terminal import print_summary
+from program import run_opdgeo
 from test_claims import PAPER, logs, measurements
-from test_compare import program
 
 BASE, TUNED = planted.tiny_pair()
 LORA = ("self_attn.q_proj", "self_attn.v_proj")
@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         tuned = planted.write_checkpoint(folder / "tuned", TUNED, "bfloat16")
     else:
         tuned = write_lora(folder / "tuned")
-    done = program("compare", base, tuned, "-o", folder / "out", "--nulls", 2, COLUMNS="160")
+    done = run_opdgeo("compare", base, tuned, "-o", folder / "out", "--nulls", 2, env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     moved, still = CASES[request.param]
     return {"out": folder / "out", "said": done.stdout, "moved": moved, "still": still}

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,10 @@ import opdgeo
 from opdgeo import Channel, GeometryMonitor
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
-from opdgeo.training.distributed import launch_file
-from test_training_runs import origin  # noqa: F401
+from program import launch
 
 
-def check_against_track(facts: dict[str, Any], origin: Path, out: Path) -> None:  # noqa: F811
+def check_against_track(facts: dict[str, Any], origin: Path, out: Path) -> None:
     """Every number of the monitor within 1e-4 of `track`'s."""
     table = opdgeo.track(origin, out, settings=Settings(nulls=0), cache=False).measurements
     tracked = {(r["step"], r["matrix"], r["diagnostic"], r["variant"]): r["value"] for r in table.to_dicts()}
@@ -50,13 +46,13 @@ def check_against_track(facts: dict[str, Any], origin: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def alone(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("monitored")
     monitor_worker.main(origin, out)
     return out
 
 
-def test_one_process(alone: Path, origin: Path) -> None:  # noqa: F811
+def test_one_process(alone: Path, origin: Path) -> None:
     facts = json.loads((alone / "facts-0.json").read_text())
     assert facts["held"] == facts["whole"]
     check_against_track(facts, origin, alone)
@@ -65,14 +61,8 @@ def test_one_process(alone: Path, origin: Path) -> None:  # noqa: F811
     assert min(similar[1], last["geometry/similarity_previous"]) > 0.8 and last["geometry/locked_since"] == 2
 
 
-def test_two_processes_with_sharded_rows(origin: Path, alone: Path, tmp_path: Path) -> None:  # noqa: F811
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_file("fsdp2"))]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(Path(monitor_worker.__file__))]
-    done = subprocess.run(
-        [*command, str(origin), str(tmp_path)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_two_processes_with_sharded_rows(origin: Path, alone: Path, tmp_path: Path) -> None:
+    launch("fsdp2", 2, monitor_worker.__file__, origin, tmp_path)
     facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in (0, 1)]
     assert facts[0]["rows"] == facts[1]["rows"]  # both take the same decisions
     assert facts[0]["parameters"] == "DTensor"
@@ -85,7 +75,7 @@ def test_two_processes_with_sharded_rows(origin: Path, alone: Path, tmp_path: Pa
     )
 
 
-def test_rules_stop_and_warn(origin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_rules_stop_and_warn(origin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reporter = monitor_worker.Reporter()
     watched = monitor_worker.trainer(origin, tmp_path, reporter, save_strategy="no")
     random = Channel.random(Channel.extract(origin, origin_like(origin, tmp_path), k=4), seed=0)
@@ -101,7 +91,7 @@ def test_rules_stop_and_warn(origin: Path, tmp_path: Path, caplog: pytest.LogCap
     assert "geometry/outside > 0.2 holds, so training stops" in caplog.text and "<lambda> holds" in caplog.text
 
 
-def origin_like(origin: Path, folder: Path) -> Path:  # noqa: F811
+def origin_like(origin: Path, folder: Path) -> Path:
     """The model, moved a little."""
     from transformers import AutoModelForCausalLM
 
@@ -113,7 +103,7 @@ def origin_like(origin: Path, folder: Path) -> Path:  # noqa: F811
     return folder / "moved"
 
 
-def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_path: Path) -> None:
     monitor = GeometryMonitor(every=2, watch=6)
     watched = monitor_worker.trainer(origin, tmp_path, monitor_worker.Reporter(), save_only_model=False, max_steps=2)
     watched.add_callback(GeometryMonitor(every=2, watch=6))
@@ -137,7 +127,7 @@ def test_a_resumed_run_measures_from_its_origin(alone: Path, origin: Path, tmp_p
         watched.train()
 
 
-def test_a_lora_layer_is_measured_merged(origin: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_lora_layer_is_measured_merged(origin: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")

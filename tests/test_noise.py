@@ -23,9 +23,7 @@ from opdgeo.training import advantages, callbacks
 from opdgeo.training.advantages import coin_rewards, group_advantages, random_signs, token_advantages
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
-from test_training_runs import assert_bit_equal, config, origin, teacher, weights
-
-__all__ = ["config", "origin", "teacher"]  # fixtures
+from tiny_models import assert_bit_equal, weights
 
 NOISE = {
     "coin": {"rollouts": "student", "alpha": 0.0, "credit": "coin"},

@@ -14,7 +14,7 @@ import planted
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import ConfigError
 from opdgeo.survey.output import check_folder
-from test_compare import program
+from program import run_opdgeo
 
 NAME = planted.tensor_name(0, "mlp.up_proj")
 FAST = ("--nulls", 0, "--no-report", "--no-cache")
@@ -39,25 +39,25 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_another_updates_result_stays(folders: Path, tmp_path: Path) -> None:
     base, other, run, out = folders / "base", folders / "other", folders / "run", tmp_path / "out"
     one, two = run / "step-000001", run / "step-000002"
-    assert program("compare", base, one, "-o", out, *FAST).returncode == 0
+    assert run_opdgeo("compare", base, one, "-o", out, *FAST).returncode == 0
     kept = contents(out)
     for wanted in (("compare", base, two), ("compare", other, one), ("track", base, two), ("track", other, run),
                    ("track", other, run, "--follow", "--idle", 0)):  # fmt: skip
-        done = program(*wanted, "-o", out, *FAST)
+        done = run_opdgeo(*wanted, "-o", out, *FAST)
         assert done.returncode == 2, (wanted, done.stdout)
         for said in (str(base), str(one), "--overwrite", str(out)):
             assert said in done.stderr, done.stderr
         assert contents(out) == kept
-    assert program("compare", base, one, "-o", out, *FAST, "--rank", 4).returncode == 0, "the same pair goes on"
+    assert run_opdgeo("compare", base, one, "-o", out, *FAST, "--rank", 4).returncode == 0, "the same pair goes on"
     moved = shutil.copytree(one, tmp_path / "copy" / "elsewhere")
-    assert program("compare", base, moved, "-o", out, *FAST).returncode == 0, "the same files in another place"
-    done = program("compare", base, two, "-o", out, *FAST, "--overwrite")
+    assert run_opdgeo("compare", base, moved, "-o", out, *FAST).returncode == 0, "the same files in another place"
+    done = run_opdgeo("compare", base, two, "-o", out, *FAST, "--overwrite")
     assert done.returncode == 0, done.stderr
     (measured,) = json.loads((out / "run.json").read_text())["checkpoints"]
     assert measured["path"] == str(two)
-    assert program("track", base, run, "-o", out, *FAST).returncode == 0, "a trajectory with the pair in it"
+    assert run_opdgeo("track", base, run, "-o", out, *FAST).returncode == 0, "a trajectory with the pair in it"
     kept = contents(out)
-    done = program("track", base, one, "-o", out, *FAST)
+    done = run_opdgeo("track", base, one, "-o", out, *FAST)
     assert done.returncode == 2 and "and 1 more" in done.stderr, "a checkpoint's numbers would be lost"
     assert contents(out) == kept
 
@@ -71,7 +71,7 @@ def test_what_is_no_result_stays(folders: Path, tmp_path: Path) -> None:
         out = tmp_path / name.partition(".")[0]
         out.mkdir()
         (out / name).write_text('{"base": 3}')
-        done = program("compare", *pair, "-o", out, *FAST, *options)
+        done = run_opdgeo("compare", *pair, "-o", out, *FAST, *options)
         assert done.returncode == 2 and said in done.stderr, done.stderr
         assert contents(out) == {name: b'{"base": 3}'}
 
@@ -83,10 +83,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
     pair = folders / "base", folders / "run" / "step-000001"
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        done = program(command, *pair, "-o", out, *FAST)
+        done = run_opdgeo(command, *pair, "-o", out, *FAST)
         assert done.returncode == 2 and f"{tmp_path / 'file'} is a file" in done.stderr, done.stderr
     assert (tmp_path / "file").read_text() == "mine"
-    done = program(command, *pair, "-o", "/proc/opdgeo" if Path("/proc").is_dir() else "/dev/opdgeo", *FAST)
+    done = run_opdgeo(command, *pair, "-o", "/proc/opdgeo" if Path("/proc").is_dir() else "/dev/opdgeo", *FAST)
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 

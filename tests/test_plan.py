@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,17 @@ from safetensors.torch import save_file
 
 import opdgeo
 import planted
+from agreement import BASE, TUNED, write_pair
 from opdgeo.checkpoints import open_checkpoint, pair
 from opdgeo.survey import memory, plan
-from test_compare import BASE, SOURCE, TUNED, program, write_pair
+from program import run_opdgeo, run_python
 
 
 def test_a_plan_names_every_shape_and_what_is_left_out(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path, (BASE, TUNED))
     out = tmp_path / "out"
     for command in (["compare", base, tuned], ["track", base, tuned]):
-        done = program(*command, "--plan", "-o", out)
+        done = run_opdgeo(*command, "--plan", "-o", out)
         assert done.returncode == 0, done.stderr
         shapes = {BASE[name].shape for name in planted.linear(BASE)}
         for rows, cols in shapes:
@@ -48,7 +46,7 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(plan, "available_memory", lambda: 10)
     with pytest.raises(opdgeo.errors.ConfigError, match="more memory"):
         opdgeo.compare(base, tuned)
-    assert program("compare", base, tuned, "--plan", "--rank", "0").returncode == 2
+    assert run_opdgeo("compare", base, tuned, "--plan", "--rank", "0").returncode == 2
 
 
 MEASURED = """
@@ -69,7 +67,7 @@ MODELS: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.needs("proc")
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_takes_the_memory_that_was_planned(model: str, tmp_path: Path) -> None:
     shapes, rank = MODELS[model]
@@ -89,12 +87,13 @@ def test_a_run_takes_the_memory_that_was_planned(model: str, tmp_path: Path) -> 
         tmp_path / "out",
         "--workers",
         2,
+        "--nulls",
+        1,
     ]
-    text = program(*arguments, "--plan").stdout
+    text = run_opdgeo(*arguments, "--plan").stdout
     planned = float(re.findall(r"at most ([\d.]+) GB", text)[0])
-    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OPDGEO_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=1500)
+    done = run_python("-c", MEASURED, *arguments, env={"OPDGEO_CACHE": str(tmp_path / "cache")}, cold=True)
+    assert done.returncode == 0, done.stderr
     measured = int(done.stdout.split()[-1]) * 1024 / 1e9
     assert measured / 1.5 < planned < 1.5 * measured, text
     assert json.loads((tmp_path / "out" / "run.json").read_text())["peak_memory_bytes"] / 1e9 < 1.5 * planned

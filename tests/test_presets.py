@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -22,6 +21,7 @@ from opdgeo.training import distributed, models
 from opdgeo.training.benchmark import evaluate, interval
 from opdgeo.training.train import train
 from opdgeo.training.trl_hooks import trl_arguments
+from program import run_opdgeo
 
 # "On the Geometry of On-Policy Distillation", §4: the table, entry by entry.
 PAPER: dict[str, dict[str, Any]] = {
@@ -96,8 +96,7 @@ def test_qwen3_8b_has_the_papers_variants() -> None:
 
 def test_without_the_weights_qwen3_8b_says_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    command = ["-m", "opdgeo", "train", "sft", "--preset", "qwen3-8b", "-o", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    done = run_opdgeo("train", "sft", "--preset", "qwen3-8b", "-o", tmp_path / "run", cold=True)  # read at import
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("opdgeo: the weights of Qwen/Qwen3-8B-Base are neither on this machine nor to be had")
     assert "hf download Qwen/Qwen3-8B-Base" in done.stderr and done.stderr.count("\n") == 1
@@ -225,8 +224,7 @@ def test_evaluate_counts_right_samples_and_says_how_they_were_drawn(tmp_path: Pa
     right = [("4735+2851-1362=", 6224), ("1204+3391+2000=", 6595), ("9100-2345+1111=", 7866)]
     rows = [{"prompt": p, "answer": a} for p, a in right] + [{"prompt": "5234+1111+2222=", "answer": 1}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "opdgeo", "evaluate", "tiny/teacher", str(file), "-k", "4", "--max-tokens", "48"]
-    done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    done = run_opdgeo("evaluate", "tiny/teacher", file, "-k", 4, "--max-tokens", 48, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     kept = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.measure import Job
-from test_compare import SOURCE, program
+from program import SOURCE, Program, run_opdgeo, start_opdgeo
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 NODE = {"num_cpus": 1, "memory": 2_000_000_000, "object_store_memory": 80_000_000}
@@ -33,7 +33,6 @@ OPTIONS = ("--no-report", "--no-cache", "--nulls", "1")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    pytest.importorskip("ray", reason="the ray extra is not installed")
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("PYTHONPATH", "")
@@ -56,26 +55,26 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (10, 20):
         weights = {name: w + 3e-4 * rng.standard_normal(w.shape) for name, w in weights.items()}
         planted.write_checkpoint(folder / "run" / f"step-{step:06d}", weights, "bfloat16")
-    done = program("track", folder / "base", folder / "run", "-o", folder / "local", *OPTIONS)
+    done = run_opdgeo("track", folder / "base", folder / "run", "-o", folder / "local", *OPTIONS)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def start(folder: Path, out: Path, address: str) -> subprocess.Popen[str]:
+def start(folder: Path, out: Path, address: str) -> Program:
     """The program, in the run's folder: the workers must find what is named relative to it."""
-    command = [sys.executable, "-m", "opdgeo", "track", "base", "run", "-o", str(out), *OPTIONS]
-    command += ["--engine", "ray", "--ray-address", address]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_opdgeo(
+        "track", "base", "run", "-o", out, *OPTIONS, "--engine", "ray", "--ray-address", address, cwd=folder
+    )
 
 
-def check(folder: Path, out: Path, process: subprocess.Popen[str]) -> None:
+def check(folder: Path, out: Path, process: Program) -> None:
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     for file in FILES:
         assert (out / file).read_bytes() == (folder / "local" / file).read_bytes(), file
 
 
-def finished(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+def finished(out: Path, count: int, process: Program) -> None:
     """Wait until `count` matrices are finished."""
     while len(list((out / ".parts").glob("*.json"))) < count:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -89,10 +88,8 @@ def measuring(node: Any) -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "_on_a_worker" in line]
 
 
+@pytest.mark.needs("ray")
 def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster: Any, run_folder: Path, tmp_path: Path) -> None:
-    process = start(run_folder, tmp_path / "whole", cluster.address)
-    check(run_folder, tmp_path / "whole", process)
-
     process = start(run_folder, tmp_path / "killed", cluster.address)
     finished(tmp_path / "killed", 2, process)
     while not (busy := measuring(cluster.head_node)):
@@ -115,19 +112,20 @@ def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster: Any, run_folder: 
     process.kill()
     process.communicate()
     arguments = ("track", run_folder / "base", run_folder / "run", "-o", tmp_path / "driver", *OPTIONS)
-    done = program(*arguments)
+    done = run_opdgeo(*arguments)
     assert done.returncode == 0
     assert "taken over from an earlier run" in done.stdout
     for file in FILES:
         assert (tmp_path / "driver" / file).read_bytes() == (run_folder / "local" / file).read_bytes(), file
 
 
+@pytest.mark.needs("ray")
 def test_an_error_on_a_worker_reaches_the_user(cluster: Any, tmp_path: Path) -> None:
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()
         weights = {planted.tensor_name(0, "mlp.up_proj"): torch.ones(8, 4, dtype=torch.int8)}
         save_file(weights, tmp_path / name / "model.safetensors")
-    done = program(
+    done = run_opdgeo(
         "compare",
         tmp_path / "base",
         tmp_path / "tuned",
@@ -135,7 +133,7 @@ def test_an_error_on_a_worker_reaches_the_user(cluster: Any, tmp_path: Path) -> 
         "ray",
         "-o",
         tmp_path / "out",
-        RAY_ADDRESS=cluster.address,
+        env={"RAY_ADDRESS": cluster.address},
     )
     assert done.returncode == 2, done.stderr
     assert "is stored as I8" in done.stderr
@@ -167,14 +165,16 @@ def test_what_no_node_holds_is_refused_at_once() -> None:
         engines._refuse_what_no_node_holds(nodes, matrix, {"CPU": 1, "GPU": 1, "memory": 10**9})
 
 
+@pytest.mark.needs("ray")
 def test_without_ray_or_a_cluster_the_user_is_told_what_to_do(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (run_folder / "base", run_folder / "run" / "step-000010")
     with pytest.raises(ConfigError, match="without --engine ray"):
         opdgeo.compare(*arguments, ray_address="head:6379")
-    pytest.importorskip("ray", reason="the ray extra is not installed")
-    done = program("compare", *arguments, "--engine", "ray", "--ray-address", "127.0.0.1:9", "-o", run_folder / "none")
+    done = run_opdgeo(
+        "compare", *arguments, "--engine", "ray", "--ray-address", "127.0.0.1:9", "-o", run_folder / "none"
+    )
     assert done.returncode == 2
     assert "no Ray cluster answers at 127.0.0.1:9" in done.stderr
     monkeypatch.setitem(sys.modules, "ray", None)

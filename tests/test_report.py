@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent))
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
 from opdgeo.report.glossary import clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
+from program import run_python
 from report_data import HOSTILE, build
 
 KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
@@ -382,10 +381,7 @@ def claims_of(out: Path) -> list[dict[str, Any]]:
 
 def test_terminal_needs_neither_matplotlib_nor_torch() -> None:
     code = "import sys, opdgeo.report.terminal; print({'matplotlib', 'torch'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "set()"
-    )
+    assert run_python("-c", code, cold=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +413,7 @@ def requested(page: Path, folder: Path) -> tuple[set[str], str]:
     return {url for url in asked if url.partition("/")[0] not in CHROMIUMS_OWN}, done.stdout
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.needs("chromium")
 def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
     out, _ = reports["hostile"]
     (tmp_path / "blank.html").write_text("")

@@ -3,6 +3,7 @@ measures what depends on them, and nothing else."""
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,17 +180,50 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     return base, run
 
 
+FIRST = opdgeo.Settings(rank=6, top_k=4, mask_rank=8, nulls=2)
+
+
+@pytest.fixture(scope="module")
+def earlier(small_run: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """An OUT of `FIRST`, finished and not."""
+    folder = tmp_path_factory.mktemp("earlier")
+    outs = {finished: folder / str(finished) for finished in (True, False)}
+    for finished, out in outs.items():
+        result = opdgeo.track(*small_run, settings=FIRST, cache=False, out=out)
+        if finished:
+            result.save(out)
+    return outs
+
+
+@pytest.fixture(scope="module")
+def fresh(small_run: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The OUT of a run with one setting changed that found nothing there."""
+    folder = tmp_path_factory.mktemp("fresh")
+
+    @functools.cache
+    def made(setting: str) -> Path:
+        then = replace(FIRST, **{setting: CHANGES[setting]})
+        opdgeo.track(*small_run, settings=then, cache=False).save(folder / setting)
+        return folder / setting
+
+    return made
+
+
 @pytest.mark.parametrize("setting", CHANGES)
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_changed_setting_measures_exactly_what_reads_it(
-    setting: str, finished: bool, small_run: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str,
+    finished: bool,
+    small_run: tuple[Path, list[Path]],
+    earlier: dict[bool, Path],
+    fresh: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, run = small_run
-    first = opdgeo.Settings(rank=6, top_k=4, mask_rank=8, nulls=2)
-    then = replace(first, **{setting: CHANGES[setting]})
-    earlier = opdgeo.track(base, run, settings=first, cache=False, out=tmp_path / "out")
-    if finished:
-        earlier.save(tmp_path / "out")
+    expected = fresh(setting)
+    shutil.copytree(earlier[finished], tmp_path / "out")
+    then = replace(FIRST, **{setting: CHANGES[setting]})
     measured: set[str] = set()
     sampled: set[str] = set()
     for name, diagnostic in diagnostics().items():
@@ -206,9 +241,8 @@ def test_a_changed_setting_measures_exactly_what_reads_it(
     assert set(again.run["reused"]) == set(diagnostics()) - reading | similar
     assert set(again.run["reused"].values()) == {3}
     again.save(tmp_path / "out")
-    opdgeo.track(base, run, settings=then, cache=False).save(tmp_path / "fresh")
     for file in FILES:
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes(), file
+        assert (tmp_path / "out" / file).read_bytes() == (expected / file).read_bytes(), file
 
 
 def test_a_finished_run_is_not_measured_again_unless_its_files_changed(

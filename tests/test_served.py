@@ -20,7 +20,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.training import callbacks, served
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
-from test_training_runs import config, origin, teacher, weights  # noqa: F401
+from tiny_models import weights
 
 
 class Served(ThreadingHTTPServer):
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:  # noqa: F811
+def server(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(served, "PAUSES", (0.01, 0.01))
     running = Served(teacher)
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -94,7 +94,7 @@ def server(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]: 
 
 
 def test_a_served_teacher_trains_as_the_loaded_one(
-    config: Callable[..., TrainConfig],  # noqa: F811
+    config: Callable[..., TrainConfig],
     server: Served,
     tmp_path: Path,
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_served_teacher_trains_as_the_loaded_one(
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    config: Callable[..., TrainConfig],  # noqa: F811
+    config: Callable[..., TrainConfig],
     server: Served,
     tmp_path: Path,
 ) -> None:

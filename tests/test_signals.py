@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from opdgeo.experiments import gradient_moments as module
 from opdgeo.numerics import moments
 from opdgeo.training import advantages, gradients
 from opdgeo.training.evaluation import Completions
+from program import run_opdgeo
 
 torch.set_num_threads(1)
 
@@ -247,13 +247,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 
 
 def command(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = ["--prompts", "4", "--generations", "2", "--roles", "k_proj", "--layers", "3", "-o", str(out), *more]
-    return subprocess.run(
-        [sys.executable, "-m", "opdgeo", "signals", "tiny/base", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    few = ("--prompts", 4, "--generations", 2, "--roles", "k_proj", "--layers", 3)
+    return run_opdgeo("signals", "tiny/base", *few, "-o", out, *more)
 
 
 def test_the_command_leaves_tables_a_page_and_findings(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

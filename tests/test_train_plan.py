@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from opdgeo.errors import ConfigError
 from opdgeo.experiments.presets import train_config
 from opdgeo.training import models, resources
+from program import run_opdgeo, run_python
 
 SMALL: dict[str, Any] = {
     "steps": 1,
@@ -24,14 +23,13 @@ MACHINE = resources.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
 
 
 def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
-    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=512, **SMALL)
+    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=256, **SMALL)
     script = (
         "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.train import train\n"
         "train(TrainConfig.from_json(sys.argv[1]), sys.argv[2], progress=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
     )
-    command = [sys.executable, "-c", script, config.to_json(), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", script, config.to_json(), tmp_path / "run", cold=True)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout)
     assert resources.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.25)
@@ -88,8 +86,8 @@ def test_activations_are_what_autograd_keeps() -> None:
 
 
 def test_the_papers_runs_are_planned_without_the_weights(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "opdgeo", "train", "opd", "--preset", "qwen3-8b", "--model", "Qwen/Qwen3-8B-Base"]
-    done = subprocess.run([*command, "--plan", "h100x8"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    command = ["train", "opd", "--preset", "qwen3-8b", "--model", "Qwen/Qwen3-8B-Base"]
+    done = run_opdgeo(*command, "--plan", "h100x8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in (
         "weights",
@@ -105,7 +103,7 @@ def test_the_papers_runs_are_planned_without_the_weights(tmp_path: Path) -> None
     ):
         assert word in done.stdout
     assert "assumed: FSDP2 or ZeRO-3" in done.stdout and not list(tmp_path.iterdir())
-    one = subprocess.run([*command, "--plan", "h100"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    one = run_opdgeo(*command, "--plan", "h100", cwd=tmp_path)
     assert one.returncode == 2 and "this run needs about" in one.stderr and "more processes" in one.stderr
 
 

@@ -8,16 +8,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdgeo import tasks
 from opdgeo.errors import CheckpointError, ConfigError, NumericsError
@@ -27,66 +24,10 @@ from opdgeo.training import callbacks, evaluation, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.sft import tokenized
 from opdgeo.training.train import train
+from program import run_python
+from tiny_models import KIND, assert_bit_equal, random_model, weights
 
 torch.set_num_threads(1)
-
-KIND = {
-    "sft": {"rollouts": "demonstrations"},
-    "opd": {"rollouts": "student", "alpha": 1.0},
-    "rlvr": {"rollouts": "student", "alpha": 0.0},
-    # the random choice of tokens and the micro-batches draw on the random state that a resume must restore
-    "mixture": {"rollouts": "student", "alpha": 0.5, "token_share": 0.5, "token_choice": "random", "micro_batch": 4},
-    "teacher": {"rollouts": "teacher", "alpha": 1.0},
-}
-
-
-def random_model(folder: Path, seed: int, **changes: Any) -> Path:
-    torch.manual_seed(seed)
-    tokenizer = characters.tokenizer()
-    settings: dict[str, Any] = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.15,
-    )  # fmt: skip
-    Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("models") / "origin", 0)
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(tmp_path_factory.mktemp("models") / "teacher", 1)
-
-
-@pytest.fixture
-def config(origin: Path, teacher: Path) -> Callable[..., TrainConfig]:
-    def make(kind: str, **changes: Any) -> TrainConfig:
-        values: dict[str, Any] = dict(
-            arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
-            sequences_per_step=8, generations=4, max_prompt_tokens=12, max_tokens=6, learning_rate=1e-3,
-            checkpoints=(0.4, 1.0), eval_prompts=8, eval_prompts_between=4, eval_batch=8, eval_kl_origin=True, device="cpu",
-        )  # fmt: skip
-        return TrainConfig(**{**values, **KIND[kind], **changes})
-
-    return make
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_bit_equal(left: Path, right: Path) -> None:
-    ours, theirs = weights(left), weights(right)
-    assert ours.keys() == theirs.keys()
-    differing = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not differing, differing
-
 
 STEP = {
     "event",
@@ -292,13 +233,19 @@ def _killed(asked: TrainConfig, out: Path, where: str) -> None:
     train(asked, out, progress=False)
 
 
+@pytest.fixture(scope="module")
+def unbroken(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The last checkpoints of the runs that others are killed in."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {kind: train(config(kind, schedule="cosine"), folder / kind, progress=False) for kind in ("sft", "mixture")}
+
+
 @pytest.mark.parametrize("where", ["after step 4", "in the last weights", "in a trainer state"])
 @pytest.mark.parametrize("kind", ["sft", "mixture"])
 def test_a_killed_run_resumes_to_the_same_weights_and_log(
-    kind: str, where: str, config: Callable[..., TrainConfig], tmp_path: Path
+    kind: str, where: str, config: Callable[..., TrainConfig], unbroken: dict[str, Path], tmp_path: Path
 ) -> None:
-    asked = config(kind, schedule="cosine")
-    whole = train(asked, tmp_path / "whole", progress=False)
+    asked, whole = config(kind, schedule="cosine"), unbroken[kind]
 
     child = multiprocessing.get_context("fork").Process(target=_killed, args=(asked, tmp_path / "run", where))
     child.start()
@@ -456,7 +403,7 @@ def test_presets_say_what_is_known() -> None:
 
 def test_presets_load_without_torch() -> None:
     script = "import sys, opdgeo.experiments.presets, opdgeo.training.train; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert run_python("-c", script, cold=True).returncode == 0
 
 
 def test_a_missing_smollm2_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

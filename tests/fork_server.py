@@ -1,0 +1,177 @@
+"""A process that has imported the libraries once and forks a child for every program that a test starts.
+
+A cold start imports torch, transformers and TRL anew: up to nine seconds of processor time, and the suite starts a hundred
+programs. Here only the first one pays. What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its
+own working directory, environment, streams, signals and exit status, and it ends as Python ends.
+
+Before a fork there are no threads but the allocators' own: torch and BLAS are held to one thread, polars and pyarrow start theirs
+when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import: such a
+test starts a real process, by `cold=True` in `program.py`, which is the other side of this file.
+
+    fork_server.py SOCKET       listens until its standard input ends
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import types
+from typing import Any, NoReturn
+
+# What the programs import, by what they do. "training" is all of "survey" and more.
+LIBRARIES = {
+    "survey": (
+        "numpy", "scipy.linalg", "torch", "polars", "pyarrow.parquet", "rich.console", "jinja2", "matplotlib.pyplot",
+        "matplotlib.backends.backend_svg", "opdgeo.survey.follow", "opdgeo.report.page", "opdgeo.report.terminal",
+        "opdgeo.diagnostics.gaussian_null",
+    ),
+    "training": (
+        "datasets", "peft", "accelerate", "trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer",
+        "transformers.models.auto.modeling_auto", "transformers.models.qwen3.modeling_qwen3",
+        "transformers.models.llama.modeling_llama", "opdgeo.training.train", "opdgeo.training.policy", "opdgeo.training.channel",
+        "opdgeo.experiments.reproduce", "opdgeo.experiments.gradient_moments", "torch.distributed.fsdp",
+    ),
+}  # fmt: skip
+
+
+def load(libraries: str) -> None:
+    for name in LIBRARIES["survey"] + (LIBRARIES["training"] if libraries == "training" else ()):
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a child's collector leaves the shared pages alone
+
+
+def serve(path: str) -> dict[str, Any] | None:
+    """Answer requests. Returns None in the server, at the end, and the request in each child."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(64)
+    # Ctrl-C is pytest's: when it ends, so does the standard input here. A child takes its own when it is ready.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    woken, wake = socket.socketpair()
+    woken.setblocking(False)
+    wake.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    ready = selectors.DefaultSelector()
+    for source in (listener, woken, sys.stdin):
+        ready.register(source, selectors.EVENT_READ)
+    running: dict[int, socket.socket] = {}
+    while True:
+        sources = {key.fileobj for key, _ in ready.select()}
+        if woken in sources:
+            with contextlib.suppress(BlockingIOError):
+                woken.recv(4096)
+            _reap(running)
+        if sys.stdin in sources:
+            signal.set_wakeup_fd(-1)
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+            return None
+        if listener in sources:
+            connection, _ = listener.accept()
+            request, files = _request(connection)
+            try:
+                load(request["libraries"])
+            except BaseException as error:
+                connection.sendall(json.dumps({"error": repr(error)}).encode() + b"\n")
+                raise
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                ready.close()
+                for other in (listener, woken, wake, connection, *running.values()):
+                    other.close()
+                for target, file in enumerate(files):
+                    os.dup2(file, target)
+                    os.close(file)
+                return request
+            running[pid] = connection
+            for file in files:
+                os.close(file)
+            connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+
+
+def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Length and JSON, with the three streams beside the first byte."""
+    first, files, _, _ = socket.recv_fds(connection, 4, 3)
+    (length,) = struct.unpack("!I", first)
+    text = b""
+    while len(text) < length:
+        text += connection.recv(length - len(text))
+    return json.loads(text), files
+
+
+def _reap(running: dict[int, socket.socket]) -> None:
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if connection := running.pop(pid, None):
+            ended = {"status": os.waitstatus_to_exitcode(status), "seconds": usage.ru_utime + usage.ru_stime}
+            with contextlib.suppress(OSError):  # the test did not wait for it
+                connection.sendall(json.dumps(ended).encode() + b"\n")
+            connection.close()
+
+
+def end(request: dict[str, Any]) -> NoReturn:
+    """Run the program and end as Python does, but for taking every module apart."""
+    status = 0
+    try:
+        become(request)
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if not isinstance(exit_.code, int | None):
+            print(exit_.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def become(request: dict[str, Any]) -> None:
+    """Run what `python ARGUMENTS` would, at the top of a new `__main__`."""
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    first, *rest = request["arguments"]
+    if first == "-m":
+        sys.argv = rest
+        sys.path[0] = request["cwd"]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path[0] = ""
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = [first, *rest]
+        sys.path[0] = os.path.dirname(first)  # noqa: PTH120 (as Python does)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if request := serve(sys.argv[1]):
+        end(request)
