@@ -33,15 +33,16 @@ atexit.register(shutil.rmtree, os.environ["OPDGEO_CACHE"], ignore_errors=True)
 LONG = (
     "reproduce",
     "ray",
-    "constrain",
-    "engines",
-    "plan",
     "report",
+    "processes",
+    "training_runs",
     "smollm2",
+    "claims",
+    "plan",
     "resume",
     "train_plan",
-    "cache",
-    "monitor",
+    "tasks",
+    "constrain",
 )
 
 

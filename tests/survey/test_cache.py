@@ -156,7 +156,7 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "large_pair.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "large_pair.py"
     options = ("--shrink", "64", "--layers", "2")
     made = run_python(script, tmp_path, *options)
     assert made.returncode == 0, made.stderr

@@ -19,7 +19,7 @@ from opdgeo.training.train import train
 from program import run_opdgeo, run_python
 from tiny_models import weights
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = Path(opdgeo.__file__).parent / "assets" / "tiny"
 
 

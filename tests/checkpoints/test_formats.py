@@ -27,7 +27,7 @@ from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError
 from program import run_opdgeo, run_python
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 Tensors = dict[str, Tensor]
 
 

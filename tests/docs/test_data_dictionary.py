@@ -14,8 +14,8 @@ import pytest
 
 from program import run_opdgeo, run_python
 
-PAGE = Path(__file__).parents[1] / "docs" / "data.md"
-ASSETS = Path(__file__).parents[1] / "src" / "opdgeo" / "assets" / "tiny"
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+ASSETS = Path(__file__).parents[2] / "src" / "opdgeo" / "assets" / "tiny"
 
 
 @pytest.fixture(scope="module")
