@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("identity", Path(__file__).parents[1] / "benchmarks" / "identity.py")
+SPEC = importlib.util.spec_from_file_location("identity", Path(__file__).parents[2] / "benchmarks" / "identity.py")
 assert SPEC is not None
 assert SPEC.loader is not None
 identity = importlib.util.module_from_spec(SPEC)

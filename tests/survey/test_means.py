@@ -19,8 +19,8 @@ import opdgeo
 import planted
 from opdgeo.experiments.claims import judge
 from opdgeo.report.terminal import print_summary
+from planted_study import PAPER, logs, measurements
 from program import run_opdgeo
-from test_claims import PAPER, logs, measurements
 
 BASE, TUNED = planted.tiny_pair()
 LORA = ("self_attn.q_proj", "self_attn.v_proj")

@@ -200,7 +200,7 @@ def test_a_study_shows_its_own_noise_or_the_packages(tmp_path: Path) -> None:
 
 def test_the_packaged_table_is_made_from_the_numbers_in_the_repository() -> None:
     """By another route: means of the stored numbers a matrix, weighed by entries for the unchanged share."""
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     packaged = noise.packaged()
     assert packaged["command"] == noise.COMMAND and noise.COMMAND in (docs / "protocol.md").read_text()
     assert packaged["rows"] and all(set(row["seeds"]) <= set(EXPLORATORY) for row in packaged["rows"])
