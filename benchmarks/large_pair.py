@@ -13,9 +13,10 @@ import json
 from pathlib import Path
 
 import torch
-from numerics import SHAPES
 from safetensors.torch import save_file
 from torch import Tensor
+
+from numerics import SHAPES
 
 
 def update(rows: int, cols: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from numerics import CORES, gemm_rate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from numerics import CORES, gemm_rate
 from opdgeo.checkpoints.names import matrices
 from opdgeo.training.models import smollm2
 

@@ -7,10 +7,14 @@ here comes first, and so does a typing error below a folder that exists.
 from __future__ import annotations
 
 import re
+import socket
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from opdgeo.errors import CheckpointError
 
@@ -23,6 +27,9 @@ _WEIGHTS = (
     ("*.gguf",),
 )
 _CONFIG = "config.json"
+_ANSWER = (
+    3.0  # seconds in which the hub, or the proxy before it, takes a connection; its client would try for half a minute
+)
 
 
 def is_name(text: str) -> bool:
@@ -48,6 +55,7 @@ def fetch(text: str) -> Path:
     assert found is not None
     repo, revision = found["repo"], found["revision"]
     try:
+        _connect()
         files = HfApi().list_repo_files(repo, revision=revision)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
@@ -77,6 +85,34 @@ def fetch(text: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(f"downloading {text} failed: {error}. Give the command again to go on.") from error
+
+
+def _connect() -> None:
+    """Raises:
+    OSError: no connection to the hub within `_ANSWER` seconds, the look-up of its name included.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    hub = urlsplit(constants.ENDPOINT)
+    proxy = getproxies().get(hub.scheme)
+    there = urlsplit(proxy) if proxy and not proxy_bypass(hub.hostname or "") else hub
+    failed: list[OSError] = [TimeoutError(f"no answer from {there.hostname} in {_ANSWER:g} s")]
+
+    def connect() -> None:
+        try:
+            port = there.port or (443 if there.scheme == "https" else 80)
+            socket.create_connection((there.hostname or "", port), timeout=_ANSWER).close()
+            failed.clear()
+        except OSError as error:
+            failed[:] = [error]
+
+    attempt = threading.Thread(target=connect, daemon=True)  # a look-up of a name cannot be given a limit of its own
+    attempt.start()
+    attempt.join(_ANSWER)
+    if failed:
+        raise failed[0]
 
 
 def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from opdgeo.assets import PACKAGED, packaged
 from opdgeo.checkpoints import hub, huggingface
 from opdgeo.checkpoints.adapter import open_adapter
 from opdgeo.checkpoints.checkpoint import Checkpoint, find_weights, open_weights, step_folders, step_of
@@ -15,7 +16,8 @@ from opdgeo.errors import CheckpointError, printable
 def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
     """Open a checkpoint of any known format, or a PEFT adapter or weight delta on `base`, reading headers only.
 
-    `path` is a folder or a file; else the name of a repository on the Hugging Face hub, ``org/name@revision``.
+    `path` is a folder or a file; else the name of a packaged model (`assets.PACKAGED`), or of a repository on the Hugging Face hub,
+    ``org/name@revision``.
 
     A folder that holds weights in several formats is opened in the first of `FORMATS`; `notes` name the others.
 
@@ -32,6 +34,8 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
 
 def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
     name, path = str(path), Path(path)
+    if not path.exists() and name in PACKAGED:
+        path = packaged(name)
     if not path.exists() and hub.is_name(name):
         return replace(open_checkpoint(hub.fetch(name), base), repository=name)
     if is_adapter(path):

@@ -9,11 +9,11 @@ import argparse
 import sys
 from typing import NoReturn
 
-from opdgeo.commands import cache, channel, compare, demo, evaluate, report, reproduce, signals, track, train
+from opdgeo.commands import cache, channel, compare, demo, evaluate, explain, report, reproduce, signals, track, train
 from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
 from opdgeo.errors import OpdgeoError
 
-COMMANDS = (demo, compare, track, train, evaluate, reproduce, signals, channel, cache, report)
+COMMANDS = (demo, compare, track, train, evaluate, reproduce, signals, channel, cache, report, explain)
 
 EPILOG = """\
 examples:

@@ -21,17 +21,16 @@ import re
 import shutil
 import tempfile
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opdgeo.assets import PACKAGED, packaged
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TINY = ("tiny/base", "tiny/teacher")
 SMOLLM2, SMOLLM2_ANCHOR, SMOLLM2_TEACHER = "smollm2", "smollm2/anchor", "smollm2/teacher"
 SMOLLM2_RUN = {SMOLLM2_ANCHOR: 3, SMOLLM2_TEACHER: 24}  # checkpoints of the preset's arm `teacher`
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,17 +45,14 @@ def resolve(name: str) -> Path:
     """
     if name == SMOLLM2:
         return smollm2()
-    if name in TINY:
-        folder = Path(str(resources.files("opdgeo").joinpath("assets", *name.split("/"))))
-    else:
-        folder = Path(name).expanduser()
+    folder = packaged(name) if name in PACKAGED else Path(name).expanduser()
     if name in SMOLLM2_RUN:
         folder = smollm2_run() / f"step-{SMOLLM2_RUN[name]:06d}"
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) and not folder.parent.exists():
         folder = _from_hub(name)
     if not folder.is_dir():
         raise CheckpointError(
-            f"there is no model folder {folder}; expected a Hugging Face folder or one of {', '.join((*TINY, SMOLLM2))}. "
+            f"there is no model folder {folder}; expected a Hugging Face folder or one of {', '.join((*PACKAGED, SMOLLM2))}. "
             "Check the path; a checkpoint is a folder such as RUN/step-000100."
         )
     missing = [

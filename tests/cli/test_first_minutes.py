@@ -1,0 +1,75 @@
+"""What a newcomer types first: the demo, the packaged models by name, what a diagnostic means, a name that no hub knows."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from opdgeo.checkpoints import hub
+from opdgeo.diagnostics import DIAGNOSTICS
+from program import run_opdgeo
+
+
+def test_the_demo_measures_the_packaged_models_and_draws_the_page(tmp_path: Path) -> None:
+    done = run_opdgeo("demo", "--nulls", 2, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "opdgeo-demo" / "report.html").is_file()
+    by_name = run_opdgeo("compare", "tiny/base", "tiny/teacher", "--nulls", 2, "-o", "named", cwd=tmp_path)
+    assert by_name.returncode == 0, by_name.stderr
+    ours, theirs = (pl.read_parquet(tmp_path / out / "measurements.parquet") for out in ("opdgeo-demo", "named"))
+    assert ours.equals(theirs)
+
+
+def test_a_folder_comes_before_a_packaged_model_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "tiny" / "base").mkdir(parents=True)
+    done = run_opdgeo("compare", "tiny/base", "tiny/teacher", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "tiny/base holds no weights" in done.stderr
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_every_diagnostic_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from opdgeo.commands import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", name.replace("_", "-")])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{DIAGNOSTICS[name].title} ({name})"
+    assert {"formula", "meaning", "source"} <= {line.split()[0] for line in lines[2:]}
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_list_and_a_wrong_name() -> None:
+    listed = run_opdgeo("explain")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()[: len(DIAGNOSTICS)]] == list(DIAGNOSTICS)
+    wrong = run_opdgeo("explain", "stablerank")
+    assert wrong.returncode == 2
+    assert "Did you mean stable_rank?" in wrong.stderr
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes no connection: its queue is full, so a client would wait until its own limit."""
+    monkeypatch.setattr(hub, "_ANSWER", 0.2)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        address = full.getsockname()
+        waiting = [socket.socket() for _ in range(4)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(address)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{address[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with pytest.raises(OSError, match=r"timed out|no answer"):
+            hub._connect()
+        for client in waiting:
+            client.close()
