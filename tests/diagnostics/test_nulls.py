@@ -88,3 +88,11 @@ def test_a_scaled_down_walk_is_that_of_the_large_shape(monkeypatch: pytest.Monke
     assert set(exact.values()) == {(1.0, 0.0)}
     chance = whole(math.pi / 2)["right", 8][0]
     assert abs(chance - 8 / 200) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (1, 7), (1, 1)])
+def test_a_walk_of_vectors_keeps_its_only_direction(shape: tuple[int, int]) -> None:
+    found = nulls.PairSimilarity(*shape, (1,))(0.4)
+    assert all(math.isfinite(mean) and math.isfinite(deviation) for mean, deviation in found.values())
+    for side, size in zip(("left", "right"), shape, strict=True):
+        assert (found[side, 1] == (1.0, 0.0)) == (size == 1)

@@ -233,7 +233,9 @@ class PairSimilarity:
         for i, side in enumerate(("left", "right")):
             for j, k in enumerate(self.ranks):
                 chance, there = k / self.asked[i], k / self.shape[i]
-                values = chance + (drawn[:, i, j] - there) * (1 - chance) / (1 - there)
+                # Of a side with no more than k dimensions, the top k are the whole space and always alike.
+                rest = 0.0 if there == 1 else (1 - chance) / (1 - there)
+                values = chance + (drawn[:, i, j] - there) * rest
                 found[side, k] = float(values.mean()), float(values.std())
         return found
 
