@@ -142,3 +142,12 @@ def test_the_numerics_ask_no_object_for_its_kind() -> None:
         if isinstance(node, ast.Name) and node.id == "isinstance"
     ]
     assert asked == []
+
+
+def test_no_two_modules_differ_by_a_letter() -> None:
+    """Of `training` and `experiments` against every other; the files of `commands` are named as a user types them."""
+    names = [m.rpartition(".")[2] for m in modules() if package(m) != "commands"]
+    own = [m.rpartition(".")[2] for m in modules() if m.startswith(("training.", "experiments."))]
+    for name in own:
+        assert names.count(name) == 1, name
+        assert f"{name}s" not in names and name.removesuffix("s") not in set(names) - {name}, name
