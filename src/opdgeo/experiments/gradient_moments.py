@@ -44,6 +44,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdgeo import tasks
+from opdgeo.assets import PACKAGED
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair, run_checkpoints
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.experiments.gradient_statistics import (
@@ -230,7 +231,7 @@ def _opened(asked: list[str | Path]) -> list[tuple[str, Checkpoint]]:
         for checkpoint in run_checkpoints([folder]) if inside else [open_checkpoint(models.resolve(str(path)))]:
             own = checkpoint.path.resolve()
             in_run = checkpoint.step is not None or (own.parent / "config.json").is_file()
-            named = str(path) if str(path) in models.TINY else f"{own.parent.name}/{own.name}" if in_run else own.name
+            named = str(path) if str(path) in PACKAGED else f"{own.parent.name}/{own.name}" if in_run else own.name
             found.append((named, checkpoint))
     names = [n for n, _ in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
