@@ -111,7 +111,10 @@ def assert_equal(found: pl.DataFrame, expected: pl.DataFrame, tolerance: float =
         assert row["status"] == row["status_merged"], (key, row)
         assert (row["rows"], row["cols"], row["role"]) == (row["rows_merged"], row["cols_merged"], row["role_merged"])
         if row["value"] is None:
-            assert row["value_merged"] is None and row["reason"] == row["reason_merged"], (key, row)
+            # Beyond its rank an update in factors has a gap that vanishes, a merged one the rounding of the file.
+            why = {row["reason"], row["reason_merged"]}
+            assert row["value_merged"] is None, (key, row)
+            assert len(why) == 1 or all("determined" in reason for reason in why), (key, row)
             continue
         share = 1.0 if key[1] in ("principal_energy", "mask_overlap", "update_sparsity", "subspace_similarity") else 0.0
         apart = abs(row["value"] - row["value_merged"])

@@ -97,3 +97,13 @@ def test_the_bound_on_rounding_is_above_the_rounding_and_near_it(dtype: torch.dt
         found = float(torch.linalg.matrix_norm(kept.double() - exact, ord=2))
         bound = precision.rounding(*precision.squares(kept), dtype)
         assert found < bound < 3 * found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_measuring_leaves_the_weights_as_they_are(dtype: torch.dtype) -> None:
+    weights = torch.randn(20, 12, dtype=torch.float64).to(dtype)
+    before = weights.clone()
+    rows, cols = precision.squares(weights)
+    assert torch.equal(weights, before)
+    torch.testing.assert_close(rows, before.double().square().sum(1))
+    torch.testing.assert_close(cols, before.double().square().sum(0))

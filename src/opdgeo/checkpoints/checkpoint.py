@@ -54,6 +54,7 @@ FORMATS = (
 # Where trainers put the weights inside of a checkpoint's folder: verl and SkyRL, both with Megatron, accelerate.
 PLACES = ("actor", "policy", "dist_ckpt", "actor/dist_ckpt", "policy/dist_ckpt", "pytorch_model_fsdp_0")
 _STEP = re.compile(r"(?:step|checkpoint|global_step|iter)[-_]([0-9]+)|(?:global_step|weight_v)([0-9]+)")
+ADAPTER = "adapter_config.json"
 _CONFIGS = ("config.json", "huggingface/config.json")
 
 
@@ -166,7 +167,8 @@ def open_weights(path: Path) -> Checkpoint:
     if not found:
         if path.is_file():
             raise CheckpointError(f"{path} is not a file of weights that opdgeo knows; expected {expected()}.")
-        if steps := step_folders(path):
+        steps = {step: at for step, at in step_folders(path).items() if find_weights(at) or (at / ADAPTER).is_file()}
+        if steps:
             some = ", ".join(steps[step].name for step in sorted(steps)[-2:])
             raise CheckpointError(
                 f"{path} is a run and not one checkpoint: it holds {len(steps)}, such as {some}. Use opdgeo track BASE {path} for "

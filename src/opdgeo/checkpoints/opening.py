@@ -8,7 +8,7 @@ from pathlib import Path
 from opdgeo.assets import PACKAGED, packaged
 from opdgeo.checkpoints import hub, huggingface
 from opdgeo.checkpoints.adapter import open_adapter
-from opdgeo.checkpoints.checkpoint import Checkpoint, find_weights, open_weights, step_folders, step_of
+from opdgeo.checkpoints.checkpoint import ADAPTER, Checkpoint, find_weights, open_weights, step_folders, step_of
 from opdgeo.checkpoints.delta import is_delta, open_version
 from opdgeo.errors import CheckpointError, printable
 
@@ -58,7 +58,7 @@ def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter and no exported whole model; a trainer's own state beside it is the adapter's too."""
     whole = huggingface.find_safetensors(path) or huggingface.find_bin(path)
-    return (path / "adapter_config.json").is_file() and whole is None
+    return (path / ADAPTER).is_file() and whole is None
 
 
 def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> list[Checkpoint]:

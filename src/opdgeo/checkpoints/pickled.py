@@ -15,7 +15,7 @@ from typing import Any
 
 from opdgeo.errors import CheckpointError
 
-MOST = 2_000_000  # opcodes of any pickle; a larger checkpoint may have more, one for every `EACH` of its bytes
+MOST = 1_000_000  # opcodes of any pickle; a larger checkpoint may have more, one for every `EACH` of its bytes
 EACH = 256
 _DIGITS = 64  # bytes of an integer
 

@@ -54,7 +54,7 @@ def squares(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The squared norms of the rows, (rows,), and of the columns, (cols,), in float64, a block at a time."""
     of_rows, of_cols = [], torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
     for block in weights.split(rows_of_block(weights.shape[1])):
-        block = block.double().square_()
+        block = block.double().square()  # a new tensor: float64 weights are not copied by double()
         of_rows.append(block.sum(1))
         of_cols += block.sum(0)
     return torch.cat(of_rows) if of_rows else of_cols[:0], of_cols
