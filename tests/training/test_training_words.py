@@ -46,6 +46,8 @@ def test_a_run_whose_config_has_the_former_name_is_resumed(tmp_path: Path) -> No
     command += ["--set", "drop_flat_groups=true"]
     done = run_opdgeo(*command)
     assert done.returncode == 0 and "drop_flat_groups is now called dynamic_sampling" in done.stderr, done.stderr
+    # Standard error is no terminal here: a line a step, and how long it will take.
+    assert "opdgeo: rlvr step 1/2  loss" in done.stderr and "left" in done.stderr
     recorded = json.loads((out / "config.json").read_text())
     assert recorded.pop("dynamic_sampling") is True
     (out / "config.json").write_text(json.dumps(recorded | {"drop_flat_groups": True}))

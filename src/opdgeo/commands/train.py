@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"opdgeo-{args.paradigm}")
     if args.plan is not None:
         return _train_plan(config, args.plan or None)
-    make_teacher(config, progress=sys.stderr.isatty())
-    last = train(config, out, resume=args.resume, progress=sys.stderr.isatty())
+    make_teacher(config, progress=True)
+    last = train(config, out, resume=args.resume, progress=True)
     if not is_main():
         return DONE
     print(f"last checkpoint: {last}")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: log rows, checkpoints, trainer states; and the progress bar.
+"""What a run leaves behind: log rows, checkpoints, trainer states; and how far it is, as a bar or as lines.
 
 Everything is written beside its final name and then renamed. A run that is killed at any moment leaves nothing that looks
 complete and is not. `step-NNNNNN/` holds weights (fp32), configuration and tokenizer. The states of the optimizer and of the
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdgeo.errors import NumericsError
+from opdgeo.machine import duration
 from opdgeo.training import constrain, distributed, models, rollouts
 from opdgeo.training.channel import Channel
 from opdgeo.training.config import TrainConfig
@@ -92,7 +94,9 @@ def forget_after(out: Path, step: int) -> None:
 
 
 class Recorder(TrainerCallback):
-    """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and moves the progress bar.
+    """Writes log.jsonl and step-NNNNNN/, evaluates, asks for trainer states, and says how far the run is.
+
+    Progress is a bar on a terminal. Where standard error goes to a file it is a line a step.
 
     At a checkpoint step it writes the step's row, the weights, the evaluation's row and then the trainer state. A run that is
     killed in between is resumed from the state before, and writes these again. Of several processes only the first one
@@ -110,7 +114,10 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.config, self.out, self.tokenizer, self.evaluate, self.gather = config, out, tokenizer, evaluate, gather
         self.saved_at = set(config.checkpoint_steps)
-        self.bar: Progress | None = _bar() if progress and distributed.is_main() else None
+        shown = progress and distributed.is_main()
+        self.bar: Progress | None = _bar() if shown and sys.stderr.isatty() else None
+        self.lines = shown and self.bar is None
+        self.begun = self.from_step = 0.0
         self.bar_task: TaskID | None = None
         self.started = self.seconds = 0.0
         self.tokens_before = 0.0
@@ -123,7 +130,13 @@ class Recorder(TrainerCallback):
             stream.flush()
             os.fsync(stream.fileno())
 
+    def _say(self, text: str) -> None:
+        if self.lines:
+            print(f"opdgeo: {self.config.arm} {text}", file=sys.stderr, flush=True)
+
     def _measure(self, model: PreTrainedModel, step: int) -> None:
+        if self.config.eval_prompts:
+            self._say(f"step {step}: evaluating")
         measured = self.evaluate(model, step)
         if measured is not None:
             self._row({"event": "eval", "step": step, **asdict(measured)})
@@ -150,6 +163,9 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.tokens_before = float(state.num_input_tokens_seen)
+        self.begun, self.from_step = time.monotonic(), state.global_step
+        if state.global_step:
+            self._say(f"goes on from step {state.global_step} of {self.config.steps}")
         if self.bar is not None:
             self.bar.start()
             self.bar_task = self.bar.add_task(
@@ -211,11 +227,13 @@ class Recorder(TrainerCallback):
         if geometry:
             self._row({"event": "geometry", "step": step, **geometry})
         self.tokens_before = tokens
+        note = f"loss {logs['loss']:.3f}"
+        if logs.get("reward") is not None:
+            note += f"  reward {logs['reward']:.2f}"
         if self.bar is not None and self.bar_task is not None:
-            note = f"loss {logs['loss']:.3f}"
-            if logs.get("reward") is not None:
-                note += f"  reward {logs['reward']:.2f}"
             self.bar.update(self.bar_task, completed=step, note=note)
+        left = (time.monotonic() - self.begun) / (step - self.from_step) * (self.config.steps - step)
+        self._say(f"step {step}/{self.config.steps}  {note}  {self.seconds:.1f} s  {duration(left)} left")
         if step in self.saved_at:
             model = kwargs["model"]
             self._save(model, kwargs["optimizer"], step)
