@@ -234,8 +234,9 @@ class PairSimilarity:
             for j, k in enumerate(self.ranks):
                 chance, there = k / self.asked[i], k / self.shape[i]
                 # Of a side with no more than k dimensions, the top k are the whole space and always alike.
-                rest = 0.0 if there == 1 else (1 - chance) / (1 - there)
-                values = chance + (drawn[:, i, j] - there) * rest
+                values = (
+                    drawn[:, i, j] if there == 1 else chance + (drawn[:, i, j] - there) * (1 - chance) / (1 - there)
+                )
                 found[side, k] = float(values.mean()), float(values.std())
         return found
 
