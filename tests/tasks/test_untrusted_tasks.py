@@ -253,13 +253,15 @@ def test_a_checkpoint_chooses_no_task_that_is_not_known_to_be_harmless(
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_the_tasks_of_our_own_presets_are_not_asked_about(preset: str, tmp_path: Path) -> None:
+def test_of_our_own_presets_only_tasks_that_read_a_source_are_asked_about(preset: str, tmp_path: Path) -> None:
     config = train_config("rlvr", preset, origin="a-model")
-    if config.task == "problems":  # reads a file or a dataset: asked about
-        pytest.skip("problems come from a source")
     folder = beside(tmp_path, task=config.task, task_options=dict(config.task_options))
-    task, _ = benchmark._task("task", folder, plain=True, trust_run=False)
-    assert task.verifiable
+    if config.task == "problems":  # a file or a dataset
+        with pytest.raises(ConfigError, match=r"--trust-run"):
+            benchmark._task("task", folder, plain=True, trust_run=False)
+    else:
+        task, _ = benchmark._task("task", folder, plain=True, trust_run=False)
+        assert task.verifiable
 
 
 @pytest.mark.parametrize(
