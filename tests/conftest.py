@@ -49,7 +49,7 @@ LONG = (
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
     """One fork server for all test processes: it belongs to the one that starts the others."""
-    if not hasattr(session.config, "workerinput"):
+    if program.ADDRESS not in os.environ:
         server = program.server()
         server.__enter__()
         session.config.add_cleanup(lambda: server.__exit__(None, None, None))
