@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples import examples
 from opdgeo.checkpoints import open_checkpoint, pair
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.patterns import Patterns
@@ -410,7 +411,7 @@ def test_meshes_of_ranks_that_are_not_there_end(ranks: int, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(st.text("ab.|()*+?[]{}1,\\d^$", max_size=8), st.text("ab.1", max_size=6))
 def test_patterns_match_as_python_matches_them(pattern: str, name: str) -> None:
     try:
