@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples import examples
-from opdgeo.checkpoints import open_checkpoint, pair
+from opdgeo.checkpoints import open_checkpoint, pair, pickled
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw
@@ -261,11 +261,13 @@ PICKLES = {
 
 @pytest.mark.parametrize("case", PICKLES)
 @pytest.mark.parametrize("where", ["bin", "metadata"])
-def test_a_hostile_pickle_ends(case: str, where: str, tmp_path: Path) -> None:
+def test_a_hostile_pickle_ends(case: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many instructions as are allowed in one place; the other, read by the same machine, has fewer to wait for."""
     if where == "bin":
         packed(tmp_path / "pytorch_model.bin", PICKLES[case])
     else:
         (tmp_path / ".metadata").write_bytes(PICKLES[case])
+        monkeypatch.setattr(pickled, "MOST", pickled.MOST // 10)
     assert "OpdgeoError" in within_limits(lambda: open_checkpoint(tmp_path))
 
 
