@@ -246,6 +246,7 @@ def _build(
             teacher=judge,
             max_tokens=config.max_tokens,
             origin=start,
+            samples=config.eval_samples,
             longest=config.max_prompt_tokens + config.max_tokens,
             accelerator=trainer.accelerator,
         )
@@ -298,6 +299,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "teacher_server",
         "max_tokens",
         "eval_batch",
+        "eval_samples",
         "device",
         "weights",
     }:
