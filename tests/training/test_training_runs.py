@@ -43,6 +43,7 @@ STEP = {
 }
 EVAL = {
     "event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "kl_origin", "completion_length", "prompts", "loss",
+    "right_greedy", "right_sampled",
 }  # fmt: skip
 
 

@@ -114,10 +114,7 @@ class Content:
             self._read(data, q, control, {arm: stand_in[arm] for arm in group}, claim.at)
         self.tested = self.of["excess" if control.excess else "value"]
         self.by_excess = control.excess
-        if control.excess and q.ratio is False:
-            self.chance = 0.0
-        else:
-            self.chance = 0.0 if control.excess else 0.5
+        self.chance = 0.0 if control.excess else 0.5
 
     def _read(self, data: Data, q: Quantity, control: Control, group: dict[str, str], at: str) -> None:
         def arrays(arm: str, end: int) -> dict[str, np.ndarray]:
@@ -353,6 +350,17 @@ def compared(test: Comparison, effects: np.ndarray) -> list[Compared]:
         return []
     asks = test.of.asks
     return [Compared(tuple(e), test.least, sameness=asks == "same", either=asks == "other") for e in effects.tolist()]
+
+
+def compared_again(comparisons: Sequence[dict[str, Any]]) -> list[Compared]:
+    """What `compare` judged, from its comparisons for claims.json; all of them have to be defined."""
+    return [
+        Compared(
+            tuple(e), math.log(c["required"]) if c["log"] else c["required"], sameness=c["asks"] == "same",
+            either=c["asks"] == "other",
+        )
+        for c in comparisons for e in c["effects"]
+    ]  # fmt: skip
 
 
 def compare(
