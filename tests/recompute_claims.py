@@ -73,7 +73,9 @@ def of_study(folder: Path, seeds: list[int]) -> Numbers:
         "mask_overlap": [["principal.0.5"], ["low_magnitude.0.5"]], "stable_rank": [[""]], "hill_exponent": [["16"]],
         "subspace_similarity": [["final.16"], ["previous.16"]], "frobenius_norm": [[""]],
     }  # fmt: skip
-    for (run, diagnostic), part in whole.with_columns(run=pl.col("checkpoint").str.split("/").list.first()).group_by("run", "diagnostic"):
+    for (run, diagnostic), part in whole.with_columns(run=pl.col("checkpoint").str.split("/").list.first()).group_by(
+        "run", "diagnostic"
+    ):
         arm, _, seed = str(run).partition("-seed")
         for variants in wanted.get(str(diagnostic), []):
             name = f"{diagnostic}.{'+'.join(variants)}".rstrip(".")
@@ -85,7 +87,9 @@ def of_study(folder: Path, seeds: list[int]) -> Numbers:
                 pair = row["value"], row["null_mean"]
                 if diagnostic != "frobenius_norm" and not bare and pair[1] is None:
                     pair = None, None
-                cells.setdefault((row["step"], row["matrix"]), []).append((pair[0], pair[1] if pair[0] is not None else None))
+                cells.setdefault((row["step"], row["matrix"]), []).append(
+                    (pair[0], pair[1] if pair[0] is not None else None)
+                )
                 sizes[row["matrix"]] = row["rows"] * row["cols"] if diagnostic == "update_sparsity" else 1
             for step in {s for s, _ in cells}:
                 columns: list[list[tuple[float, float]]] = [[], [], []]
@@ -133,7 +137,9 @@ def of_units(folder: Path, point: dict[str, Any], rules: str) -> tuple[Numbers, 
                 right = sum(byte.bit_count() for byte in row["right"])
                 count = round(right / row["value"]) if row["value"] else 0
                 if not math.isclose(right, row["value"] * count, abs_tol=1e-6) or count > 8 * len(row["right"]):
-                    wrong.append(f"{path.name}/{row['arm']}/{row['name']}: {row['value']} is not the mean of its outcomes")
+                    wrong.append(
+                        f"{path.name}/{row['arm']}/{row['name']}: {row['value']} is not the mean of its outcomes"
+                    )
     return numbers, wrong
 
 
@@ -218,7 +224,9 @@ def holm(p: list[float]) -> list[float]:
 
 
 def joint(each: list[dict[str, float]]) -> dict[str, float]:
-    return {"holds": max(p["holds"] for p in each)} | {k: min(holm([p[k] for p in each])) for k in ("reversed", "no difference")}
+    return {"holds": max(p["holds"] for p in each)} | {
+        k: min(holm([p[k] for p in each])) for k in ("reversed", "no difference")
+    }
 
 
 def said(p: dict[str, float]) -> str:
@@ -266,10 +274,19 @@ class Checker:
         return out
 
     def read(
-        self, n: Numbers, seed: int, quantity: str, real: dict[str, str], groups: list[list[str]], control: str, shared: bool
+        self,
+        n: Numbers,
+        seed: int,
+        quantity: str,
+        real: dict[str, str],
+        groups: list[list[str]],
+        control: str,
+        shared: bool,
     ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
         """Arm → (values, nulls, excesses) at the points of reading, and arm → norms, of one seed."""
-        key = {"equal accuracy": ACCURACY, "equal KL from the start": "kl_origin"}.get(control, NORM if control.startswith("equal norm") else "")
+        key = {"equal accuracy": ACCURACY, "equal KL from the start": "kl_origin"}.get(
+            control, NORM if control.startswith("equal norm") else ""
+        )
         columns, norms = {}, {}
         for group in groups:
             steps = {arm: n.steps(real[arm]) for arm in group}
@@ -278,16 +295,18 @@ class Checker:
             whole = {}
             for arm in group:
                 end = max(common) if lined else steps[arm][-1]
-                four = [n.series(real[arm], seed, quantity, c, end) for c in range(3)] + [n.series(real[arm], seed, NORM, 0, end)]
+                four = [n.series(real[arm], seed, quantity, c, end) for c in range(3)] + [
+                    n.series(real[arm], seed, NORM, 0, end)
+                ]
                 kept = [i for i, s in enumerate(steps[arm]) if not lined or s in common]
                 whole[arm] = [[x[i] for i in kept] for x in four]
             if key:
                 found = {}
                 for arm in group:
                     cell = n.cells.get((real[arm], seed, key), {})
-                    found[arm] = [cell[s][0] for s in steps[arm]]
+                    found[arm] = [cell[s][0] if s in cell else math.nan for s in steps[arm]]
                 low, high = max(k[0] for k in found.values()), min(k[-1] for k in found.values())
-                if not low < high:
+                if not low < high or not all(math.isfinite(x) for k in found.values() for x in k):
                     return {}, {}
                 for arm in group:
                     places = [cross(found[arm], low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
@@ -296,7 +315,9 @@ class Checker:
                 columns[arm], norms[arm] = whole[arm][:3], whole[arm][3]
         return columns, norms
 
-    def reading(self, where: str, n: Numbers, claim: dict[str, Any], stated: dict[str, Any], control: str, seeds: list[int]) -> str:
+    def reading(
+        self, where: str, n: Numbers, claim: dict[str, Any], stated: dict[str, Any], control: str, seeds: list[int]
+    ) -> str:
         """Check one list of comparisons; the verdict that we find."""
         tested = list(dict.fromkeys(arm for c in claim["tested"] for arm in arms_in(c)))
         real = {arm: self.stand_ins(control, tested).get(arm, arm) for arm in tested}
@@ -363,7 +384,10 @@ class Checker:
 
     def measured(self, where: str, stated: dict[str, Any], rows: list[list[float]], excess: bool) -> None:
         """`rows`: value, null and excess of every seed."""
-        for column, keys in ((2 if excess else 0, ("mean", "low", "high")), (2, ("excess", "excess_low", "excess_high"))):
+        for column, keys in (
+            (2 if excess else 0, ("mean", "low", "high")),
+            (2, ("excess", "excess_low", "excess_high")),
+        ):
             if keys[0] not in stated:
                 continue
             x = [row[column] for row in rows if math.isfinite(row[column])]
@@ -386,13 +410,26 @@ class Checker:
             if claim.get("parts"):
                 parts = [named[part] for part in claim["parts"]]
                 verdicts = [p["verdict"] for p in parts]
-                expected = "holds" if verdicts == ["holds"] * len(parts) else next((k for k in ("reversed", "no difference") if k in verdicts), "open")
+                expected = (
+                    "holds"
+                    if verdicts == ["holds"] * len(parts)
+                    else next((k for k in ("reversed", "no difference") if k in verdicts), "open")
+                )
                 self.same(f"{claim['id']}/verdict", claim["verdict"], expected)
                 continue
             quantity = f"{claim['diagnostic']}.{'+'.join(claim['variants'])}".rstrip(".")
-            about = {"id": claim["id"], "at": claim["at"], "quantity": quantity, "tested": [c["text"] for c in claim["comparisons"]]}
+            about = {
+                "id": claim["id"],
+                "at": claim["at"],
+                "quantity": quantity,
+                "tested": [c["text"] for c in claim["comparisons"]],
+            }
             plain = {**claim, "measured": {}} if quantity == ACCURACY else claim
-            self.same(f"{claim['id']}/verdict", claim["verdict"], self.reading(claim["id"], n, about, plain, "", claim["seeds"]))
+            self.same(
+                f"{claim['id']}/verdict",
+                claim["verdict"],
+                self.reading(claim["id"], n, about, plain, "", claim["seeds"]),
+            )
             by_name = {}
             for control in claim["controls"]:
                 where = f"{claim['id']}/{control['name']}"
@@ -400,9 +437,17 @@ class Checker:
                 shown = {**control, "measured": {}} if quantity == ACCURACY else control
                 by_name[control["name"]] = self.reading(where, n, own, shown, control["name"], control["seeds"])
                 self.same(f"{where}/verdict", control["verdict"], by_name[control["name"]])
-            names = re.match(r"Still holds when the claim holds and holds under: (.*)\. Does not", claim["after_matching_rule"])
+            names = re.match(
+                r"Still holds when the claim holds and holds under: (.*)\. Does not", claim["after_matching_rule"]
+            )
             all_of = {claim["verdict"], *(by_name.get(name, "open") for name in names[1].split("; "))}  # type: ignore[index]
-            after = "does not" if all_of & {"reversed", "no difference"} else "still holds" if all_of == {"holds"} else "inconclusive"
+            after = (
+                "does not"
+                if all_of & {"reversed", "no difference"}
+                else "still holds"
+                if all_of == {"holds"}
+                else "inconclusive"
+            )
             self.same(f"{claim['id']}/after_matching", claim["after_matching"], after)
             if quantity == ACCURACY:
                 self.accuracies(claim, n)
@@ -411,7 +456,11 @@ class Checker:
                 cells = [cell for (a, _, q), cell in sorted(n.cells.items()) if a == arm and q == name]
                 if name != "prompts":
                     for end, pick in (("start", min), ("end", max)):
-                        self.same(f"outcomes/{arm}/{name}/{end}", ends[end]["mean"], np.mean([cell[pick(cell)][0] for cell in cells]))
+                        self.same(
+                            f"outcomes/{arm}/{name}/{end}",
+                            ends[end]["mean"],
+                            np.mean([cell[pick(cell)][0] for cell in cells]),
+                        )
         self.noise(claims, n)
 
     def accuracies(self, claim: dict[str, Any], n: Numbers) -> None:
@@ -421,13 +470,21 @@ class Checker:
             leaks = [n.last(arm, s, "channel_outside") for s in n.seeds([arm], "channel_outside")]
             self.same(f"S1/{arm}/outside", stated.get("outside"), np.mean(leaks) if leaks else None)
         for i, seed in enumerate(n.seeds(["opd"])):
-            self.same(f"S1/k/{seed}", claim["k"][i], max(1, math.floor(n.series("opd", seed, "stable_rank", 0, n.steps("opd")[0])[0])))
+            self.same(
+                f"S1/k/{seed}",
+                claim["k"][i],
+                max(1, math.floor(n.series("opd", seed, "stable_rank", 0, n.steps("opd")[0])[0])),
+            )
         for paradigm, kinds in claim["recovery"].items():
             for what, stated in kinds.items():
                 arms = [f"s1-{paradigm}-{w}" for w in (what, "free", "frozen")]
                 seeds = n.seeds(arms, ACCURACY)
                 held, free, frozen = (np.mean([n.last(a, s, ACCURACY) for s in seeds]) for a in arms)
-                self.same(f"S1/recovery/{paradigm}/{what}", stated["mean"], (held - frozen) / (free - frozen) if free > frozen else math.nan)
+                self.same(
+                    f"S1/recovery/{paradigm}/{what}",
+                    stated["mean"],
+                    (held - frozen) / (free - frozen) if free > frozen else math.nan,
+                )
 
     def noise(self, claims: dict[str, Any], n: Numbers) -> None:
         """The rows above the verdicts: means at the last checkpoint, similarity at the first."""
@@ -439,7 +496,12 @@ class Checker:
         for row in (claims.get("noise") or {}).get("rows", []):
             for name, quantity in shown.items():
                 for key, column in ((name, 0), (f"{name}_null", 1)):
-                    found = [n.series(row["name"], s, quantity, column, n.steps(row["name"])[-1])[0 if name == "similarity" else -1] for s in row["seeds"]]
+                    found = [
+                        n.series(row["name"], s, quantity, column, n.steps(row["name"])[-1])[
+                            0 if name == "similarity" else -1
+                        ]
+                        for s in row["seeds"]
+                    ]
                     found = [x for x in found if math.isfinite(x)]
                     if key in row:
                         self.same(f"noise/{row['name']}/{key}", row[key], np.mean(found) if found else math.nan)
@@ -467,18 +529,27 @@ class Checker:
                     p_of[name] = self.last_p
                 for kind in ("noise", "others"):
                     for control, other in at[kind].items():
-                        own = about | ({"tested": [c["text"] for c in other["comparisons"]]} if claim["quantity"] == ACCURACY else {})
+                        own = about | (
+                            {"tested": [c["text"] for c in other["comparisons"]]}
+                            if claim["quantity"] == ACCURACY
+                            else {}
+                        )
                         seeds = self.of_all(n, own, control)
                         found = self.reading(f"{where}/{control}", n, own, other, control, seeds)
                         self.same(f"{where}/{control}/verdict", other["verdict"], found)
             names = list(p_of)
-            corrected = {k: dict(zip(names, holm([p_of[x][k] for x in names]), strict=True)) for k in ("holds", "reversed", "no difference")}
+            corrected = {
+                k: dict(zip(names, holm([p_of[x][k] for x in names]), strict=True))
+                for k in ("holds", "reversed", "no difference")
+            }
             each = {name: said({k: corrected[k][name] for k in corrected}) for name in names}
             for name, at in claim["points"].items():
                 self.same(f"{claim['id']}/{name}/verdict", at["verdict"], each.get(name, "open"))
             shown = set(each.values()) - {"open"}
             over = "depends" if len(shown) > 1 else shown.pop() if shown and "open" not in each.values() else "open"
-            self.same(f"{claim['id']}/verdict", claim["verdict"], over if len(names) == len(claim["points"]) else "open")
+            self.same(
+                f"{claim['id']}/verdict", claim["verdict"], over if len(names) == len(claim["points"]) else "open"
+            )
 
     def of_all(self, n: Numbers, about: dict[str, Any], control: str) -> list[int]:
         tested = list(dict.fromkeys(arm for c in about["tested"] for arm in arms_in(c)))

@@ -34,7 +34,9 @@ def test_every_claim_holds_on_the_papers_own_pattern(judged: dict[str, dict[str,
     for claim in judged.values():
         assert claim["after_matching"] in ("still holds", "does not", "inconclusive")
         if claim["id"] != "R5":
-            assert all({"value", "low", "high", "required", "outcome", "effects"} <= c.keys() for c in claim["comparisons"])
+            assert all(
+                {"value", "low", "high", "required", "outcome", "effects"} <= c.keys() for c in claim["comparisons"]
+            )
             got = claim["measured"][
                 "s1-opd-free" if claim["id"] == "S1" else "opd-small" if claim["id"] == "R2" else "opd"
             ]
@@ -142,7 +144,9 @@ def test_only_what_is_left_at_equal_norm_still_holds(slopes: tuple[float, ...], 
     assert claim["after_matching"] == matched
     equal = next(c for c in claim["controls"] if c["name"] == "equal norm")
     (points,) = equal["read_at"]["points"].values()
-    assert points == [pytest.approx(np.linspace(0.4, 1.0, 5))] * 3, "from the largest first norm to the smallest last one"
+    assert points == [pytest.approx(np.linspace(0.4, 1.0, 5))] * 3, (
+        "from the largest first norm to the smallest last one"
+    )
     assert equal["measured"]["opd"]["mean"] == pytest.approx(opd, rel=0.1), "read at norm 1"
 
 
@@ -185,7 +189,9 @@ def test_every_control_stands_in_for_arms_that_the_study_trains() -> None:
 
     for control in CONTROLS:
         for claim in CLAIMS:
-            if claim.quantity.diagnostic != "accuracy_sampled" and claim.id.startswith(tuple(control.claims.split("|"))):
+            if claim.quantity.diagnostic != "accuracy_sampled" and claim.id.startswith(
+                tuple(control.claims.split("|"))
+            ):
                 assert all(control.arm(arm) in BY_NAME for arm in claim.arms), (control.name, claim.id)
 
 

@@ -59,11 +59,17 @@ def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **met
                 for i, step in enumerate(s for s in steps if s <= few * point.steps):
                     grown = value * (i + 1) / 5 if q is NORM else value
                     number = grown * (1 + 0.01 * rng.standard_normal())
-                    rows.append(known | {"step": step, "name": q.name, "value": number, "null": value, "excess": number - value})
-        prompts = 200
-        for step, share in ((0, 0.2), (point.steps, plant(point.name, arm, ACCURACY.name) or 0.5)):
-            right = rng.permutation(prompts) < round(prompts * share)
-            rows.append(known | {"step": step, "name": ACCURACY.name, "value": right.mean(), "right": bytes.fromhex(packed(right))})
+                    rows.append(
+                        known | {"step": step, "name": q.name, "value": number, "null": value, "excess": number - value}
+                    )
+        prompts, end = 200, plant(point.name, arm, ACCURACY.name) or 0.5
+        for i, step in enumerate((0, *(s for s in steps if s <= few * point.steps))):
+            right = rng.permutation(prompts) < round(prompts * (0.2 + (end - 0.2) * i / 5))
+            rows.append(known | {"step": step, "name": "kl_origin", "value": 0.01 * i * (1 + end)})
+            rows.append(
+                known
+                | {"step": step, "name": ACCURACY.name, "value": right.mean(), "right": bytes.fromhex(packed(right))}
+            )
     table = pl.DataFrame([dict.fromkeys(SCHEMA) | row for row in rows], schema=SCHEMA, orient="row")
     said = {
         "point": point.name, "seed": str(seed), "protocol": str(VERSION), "rules": regime.rules_hash(), "begun": BEGUN, "finished": "",
@@ -179,12 +185,24 @@ def test_noise_that_learns_makes_the_protocol_void(tmp_path: Path) -> None:
 
 def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path: Path) -> None:
     def plant(point: str, arm: str, quantity: str) -> float | None:
-        by_arm = {MATCHED: 0.31, OPD: 0.5, RLVR: 0.66, COIN: 0.6, RANDOM_SIGN: 0.52, "s1-sft-matched-update": 0.4, "s1-opd-frozen": 0.3}
-        return by_arm.get(arm, 0.45) * {"hot": 0.6, "between": 0.8}.get(point, 1.0) * (1 if quantity != NORM.name else 0.3)
+        by_arm = {
+            MATCHED: 0.31,
+            OPD: 0.5,
+            RLVR: 0.66,
+            COIN: 0.6,
+            RANDOM_SIGN: 0.52,
+            "s1-sft-matched-update": 0.4,
+            "s1-opd-frozen": 0.3,
+        }
+        return (
+            by_arm.get(arm, 0.45) * {"hot": 0.6, "between": 0.8}.get(point, 1.0) * (1 if quantity != NORM.name else 0.3)
+        )
 
     study(tmp_path, plant)
     paths = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
-    confirmatory.main([str(tmp_path), "--json", str(paths["json"]), "--page", str(paths["md"]), "--figure", str(paths["svg"])])
+    confirmatory.main(
+        [str(tmp_path), "--json", str(paths["json"]), "--page", str(paths["md"]), "--figure", str(paths["svg"])]
+    )
     assert recompute_claims.main(tmp_path / "units", paths["json"]) == []
     assert paths["svg"].read_text().count("<svg") == 1 and "L4" in paths["md"].read_text()
     assert sum(path.stat().st_size for path in (tmp_path / "units").iterdir()) < 5_000_000
@@ -203,7 +221,9 @@ def test_the_protocol_states_the_rules_that_judge() -> None:
     text = (ROOT / "docs/protocol.md").read_text()
     stated = re.search(r"Version (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
     assert stated is not None
-    assert stated.groups() == (str(VERSION), FROZEN, regime.rules_hash()), "rules changed without a new version of the protocol"
+    assert stated.groups() == (str(VERSION), FROZEN, regime.rules_hash()), (
+        "rules changed without a new version of the protocol"
+    )
     for point in regime.POINTS:
         assert f"| `{point.name}` | {point.text} | {point.seeds} |" in text
     assert all(str(seed) in text for seed in EXPLORATORY)
@@ -219,7 +239,17 @@ def test_the_protocols_commit_precedes_every_confirmatory_unit() -> None:
         assert path.stat().st_size <= 100_000
     if not kept or not (ROOT / ".git").exists() or shutil.which("git") is None:
         return
-    log = ["git", "-C", str(ROOT), "log", "--reverse", "--format=%cI", f"-Srules `{regime.rules_hash()}`", "--", "docs/protocol.md"]
+    log = [
+        "git",
+        "-C",
+        str(ROOT),
+        "log",
+        "--reverse",
+        "--format=%cI",
+        f"-Srules `{regime.rules_hash()}`",
+        "--",
+        "docs/protocol.md",
+    ]
     dates = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
     for path in kept if dates else []:  # a shallow clone has no such commit
         begun = json.loads(pl.read_parquet_metadata(path)["begun"])["date"]
@@ -269,7 +299,9 @@ def test_outcomes_are_packed_and_unpacked() -> None:
     assert np.array_equal(unpacked(bytes.fromhex(packed(right)), 37), right)
 
 
-def test_a_straight_walk_is_persistent_and_coherent_and_a_random_one_is_not(tmp_path: Path, config: Callable[..., TrainConfig]) -> None:
+def test_a_straight_walk_is_persistent_and_coherent_and_a_random_one_is_not(
+    tmp_path: Path, config: Callable[..., TrainConfig]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from opdgeo.training import models

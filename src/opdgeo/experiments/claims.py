@@ -141,12 +141,13 @@ class Content:
         grids = []
         for i, seed in enumerate(self.seeds):
             keys = {name: data.key(arm, control.read, seed) for name, arm in group.items()}
+            what = KEYS[control.read]
+            if not all(np.isfinite(k).all() for k in keys.values()):
+                self.unmatched = f"{what} was not measured at every checkpoint in seed {seed}"
+                return
             low, high = max(k[0] for k in keys.values()), min(k[-1] for k in keys.values())
             if not low < high:
-                what = KEYS[control.read]
-                self.unmatched = (
-                    f"no common {what} in seed {seed}: the largest at a first checkpoint is {low:.3g}, the smallest at a last {high:.3g}"
-                )
+                self.unmatched = f"no common {what} in seed {seed}: the largest at a first checkpoint is {low:.3g}, the smallest at a last {high:.3g}"
                 return
             grids.append(np.linspace(low, high, POINTS).tolist())
             for name in group:

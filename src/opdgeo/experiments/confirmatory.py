@@ -76,7 +76,9 @@ def load(folder: Path) -> Units:
         ConfigError: there is no such folder, or a file in it is no unit's.
     """
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`.")
+        raise ConfigError(
+            f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
+        )
     rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
     for path in sorted(folder.glob("*.parquet")):
         said = pl.read_parquet_metadata(path)
@@ -93,7 +95,13 @@ def load(folder: Path) -> Units:
         if reason:
             left_out[path.name] = reason
             continue
-        about.append({k: json.loads(v) if k in ("begun", "settings", "minutes", "versions") else v for k, v in said.items() if k != "ARROW:schema"})
+        about.append(
+            {
+                k: json.loads(v) if k in ("begun", "settings", "minutes", "versions") else v
+                for k, v in said.items()
+                if k != "ARROW:schema"
+            }
+        )
         rows.append(pl.read_parquet(path).with_columns(point=pl.lit(point.name)).select(*SCHEMA, "point"))
     return Units(pl.concat(rows), about, left_out)
 
@@ -106,7 +114,10 @@ def judged(units: Units) -> dict[str, Any]:
         "preset": "tiny",
         "study": "confirmatory",
         "protocol": {"version": VERSION, "frozen": FROZEN, "rules": regime.rules_hash()},
-        "regime": [{"name": p.name, "text": p.text, "seeds": p.seeds, "first": regime.FIRST, "borrows": p.borrows} for p in regime.POINTS],
+        "regime": [
+            {"name": p.name, "text": p.text, "seeds": p.seeds, "first": regime.FIRST, "borrows": p.borrows}
+            for p in regime.POINTS
+        ],
         "seeds": sorted({int(unit["seed"]) for unit in units.about}),
         "claims": claims,
         "arms": [row for point in regime.POINTS for row in _arms(point, data[point.name])],
@@ -239,23 +250,40 @@ def page(found: dict[str, Any]) -> str:
         "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.", "",
     ]  # fmt: skip
     if wrong := void(found):
-        lines += [f"**A noise arm gained accuracy ({', '.join(wrong)}): no verdict below counts until that is explained.**", ""]
-    lines += ["| | claim | over the regime | " + " | ".join(p.name for p in shown) + " |", "|---" * (3 + len(shown)) + "|"]
+        lines += [
+            f"**A noise arm gained accuracy ({', '.join(wrong)}): no verdict below counts until that is explained.**",
+            "",
+        ]
+    lines += [
+        "| | claim | over the regime | " + " | ".join(p.name for p in shown) + " |",
+        "|---" * (3 + len(shown)) + "|",
+    ]
     for claim in found["claims"]:
         if list(claim["points"]) == [regime.S1]:
             continue
         cells = [_cell(claim["points"].get(p.name)) for p in shown]
         lines.append(f"| {claim['id']} | {claim['claim']} | {_over(claim)} | " + " | ".join(cells) + " |")
-    lines += ["", "*also without learning*: the same verdict is reached with a noise arm in a learning arm's place.", ""]
+    lines += [
+        "",
+        "*also without learning*: the same verdict is reached with a noise arm in a learning arm's place.",
+        "",
+    ]
     for claim in found["claims"]:
         lines += [f"## {claim['id']}: {claim['claim']}", "", f"{claim['rule']} In the paper: {claim['paper']}.", ""]
         lines += ["| point | reading | comparison | effect [95 %] | sign-flip p | said |", "|---|---|---|---|---|---|"]
         for name, at in claim["points"].items():
             for reading, said in (("verdict", at), *at["noise"].items(), *at["others"].items()):
                 for c in said["comparisons"]:
-                    lines.append(f"| {name} | {reading} | {c['text']} | {_effect(c)} | {_p(c['sign_flip'])} | {c['outcome']} |")
+                    lines.append(
+                        f"| {name} | {reading} | {c['text']} | {_effect(c)} | {_p(c['sign_flip'])} | {c['outcome']} |"
+                    )
         lines.append("")
-    lines += ["## Arms", "", "| point | arm | ‖ΔW‖ | unchanged | stable rank | persistence | coherence | accuracy | gained |", "|---" * 9 + "|"]
+    lines += [
+        "## Arms",
+        "",
+        "| point | arm | ‖ΔW‖ | unchanged | stable rank | persistence | coherence | accuracy | gained |",
+        "|---" * 9 + "|",
+    ]
     for row in found["arms"]:
         cells = [_number(row.get(q.name)) for q in SHOWN]
         lines.append(f"| {row['point']} | {row['arm']} | " + " | ".join(cells) + f" | {_number(row.get('gain'))} |")
@@ -319,7 +347,14 @@ def figure(found: dict[str, Any], path: Path) -> None:
                     for i, c in enumerate(comparisons):
                         for effect in [np.array(c["effects"][-1], float)] if c["effects"] else []:
                             x, margin = place + shift + 0.05 * i, _least(c)
-                            panel.plot([x], [effect.mean() / margin], marker="o^sD"[i % 4], color=colour, markersize=4, linestyle="")
+                            panel.plot(
+                                [x],
+                                [effect.mean() / margin],
+                                marker="o^sD"[i % 4],
+                                color=colour,
+                                markersize=4,
+                                linestyle="",
+                            )
                             low, high = t_interval(effect)
                             if np.isfinite(low):
                                 panel.vlines(x, low / margin, high / margin, color=colour, linewidth=1)

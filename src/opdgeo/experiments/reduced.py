@@ -149,4 +149,3 @@ def walk(folder: Path, base: Path, config: TrainConfig, arm: str, seed: int) -> 
             for step, found in by_step.items() if found
         ]
     )  # fmt: skip
-

@@ -35,7 +35,7 @@ from opdgeo.experiments.statistics import ALPHA
 FIRST = 101
 """The first confirmatory seed."""
 MAIN, S1 = "main", "s1"
-FIVE = (SFT, MATCHED, OPD, RLVR, COIN, RANDOM_SIGN)
+PLAIN = (SFT, MATCHED, OPD, RLVR, COIN, RANDOM_SIGN)
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class Point:
 
 
 POINTS = (
-    Point(MAIN, "lr 1e-5, 300 steps, 64 sequences", 1e-5, 300,
-          (*FIVE, *SPARSE, TEACHER_TOKENS, *(f"opd-alpha-{a:g}" for a in ALPHAS)), seeds=7),
-    Point("batch-16", "lr 1e-5, 300 steps, RLVR with 16 sequences", 1e-5, 300, (SFT, RLVR, COIN), 5, 16,
+    Point(MAIN, "lr 1e-5, 100 steps, 64 sequences", 1e-5, 100,
+          (*PLAIN, *SPARSE, TEACHER_TOKENS, *(f"opd-alpha-{a:g}" for a in ALPHAS)), seeds=7),
+    Point("batch-16", "lr 1e-5, 100 steps, RLVR with 16 sequences", 1e-5, 100, (SFT, RLVR, COIN), 5, 16,
           dict.fromkeys((MATCHED, OPD, RANDOM_SIGN), MAIN)),
-    Point("hot", "lr 1e-4, 100 steps, 64 sequences", 1e-4, 100, FIVE, 5),
-    Point("between", "lr 3e-5, 100 steps, 64 sequences", 3e-5, 100, FIVE, 5),
+    Point("hot", "lr 1e-4, 100 steps, 64 sequences", 1e-4, 100, PLAIN, 5),
     Point(S1, "held in a channel: lr 1e-4, from step 10 to step 100, 64 sequences", 1e-4, 100,
           (*(s1(OPD, what) for what in ("free", "frozen", "update", "random", "other", "coin", "half")),
-           *(s1(MATCHED, what) for what in ("free", "frozen", "update", "random", "other"))), 5),
-    Point("batch-128", "lr 1e-5, 300 steps, RLVR with 128 sequences", 1e-5, 300, (SFT, RLVR, COIN), 5, 128,
+           *(s1(MATCHED, what) for what in ("free", "frozen", "update", "random"))), 5),
+    Point("batch-128", "lr 1e-5, 100 steps, RLVR with 128 sequences", 1e-5, 100, (SFT, RLVR, COIN), 5, 128,
           dict.fromkeys((MATCHED, OPD, RANDOM_SIGN), MAIN)),
-    Point("proportions", "lr 1e-5; OPD 88 steps of 16, RLVR 300 of 128: the paper's 299 of 64 and 1023 of 512", 1e-5, 88,
+    Point("proportions", "lr 1e-5; OPD 29 steps of 16, RLVR 100 of 128: the paper's 299 of 64 and 1023 of 512", 1e-5, 29,
           (SFT, MATCHED, OPD, RANDOM_SIGN), 5, 16, dict.fromkeys((RLVR, COIN), "batch-128")),
+    Point("between", "lr 3e-5, 100 steps, 64 sequences", 3e-5, 100, PLAIN, 5),
 )  # fmt: skip
 """In order of worth."""
 BY_NAME = {point.name: point for point in POINTS}
@@ -77,7 +77,8 @@ BY_NAME = {point.name: point for point in POINTS}
 EVALUATED: dict[str, Any] = {
     "eval_prompts": 1024, "eval_prompts_between": 256, "eval_samples": 1, "eval_kl_origin": True, "monitor": 0,
 }  # fmt: skip
-"""Of every arm of a point; accuracy and KL are read between checkpoints there, and decide nothing."""
+"""Of a point's paradigms and noise arms; accuracy and KL are read between checkpoints there, and decide nothing. The other arms are
+not evaluated: their claims are about the stable rank."""
 EARLY_ANCHOR = 24
 """Steps of SFT after which S1's anchor is stopped, so that there is much left to learn."""
 LEG_FROM = 10
@@ -89,14 +90,10 @@ S1_EVALUATED: dict[str, Any] = {
 
 
 def units() -> Iterator[tuple[Point, int]]:
-    """Every (point, seed) in order of worth: the first seeds of every point before the last ones of the main point."""
-    most = min(point.seeds for point in POINTS)
+    """Every (point, seed) in order of worth."""
     for point in POINTS:
-        for i in range(min(point.seeds, most)):
-            yield point, FIRST + i
-    for point in POINTS:
-        for i in range(most, point.seeds):
-            yield point, FIRST + i
+        for seed in planned(point):
+            yield point, seed
 
 
 def planned(point: Point) -> list[int]:

@@ -91,7 +91,14 @@ def reproduce(
         first = next(iter(results.values())).run["settings"]
         run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
             "peak_memory_bytes": peak_memory() + _children_peak() * workers,
-            "settings": {"preset": preset, "study": study, "seeds": seeds, "first_seed": first_seed, "rehearsal": rehearse} | first,
+            "settings": {
+                "preset": preset,
+                "study": study,
+                "seeds": seeds,
+                "first_seed": first_seed,
+                "rehearsal": rehearse,
+            }
+            | first,
             "arms": {
                 n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()
             },

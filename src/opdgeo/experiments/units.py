@@ -72,18 +72,24 @@ def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = Fals
     if point.name != regime.S1:
         of = study.BY_NAME[arm]
         plain = study.configure(of, seed, "tiny", here)
+        if arm not in regime.PLAIN:
+            changes["eval_prompts"] = 0
         return replace(plain, origin=str(start.resolve()), **changes | {"steps": round(of.part * steps)})
     taken = round(LEG_FROM * steps / point.steps)
     changes |= regime.S1_EVALUATED | (SHORT if short else {})
     if not arm.startswith("s1-"):
         plain = study.configure(study.BY_NAME[arm], seed, "tiny", here)
-        return replace(
-            plain, origin=str(start.resolve()), **changes | {"steps": taken, "checkpoints": (1.0,), "eval_prompts": 0}
-        )
+        if arm == COIN:  # the legs go on from the others, and share their last evaluation
+            changes["eval_prompts"] = 0
+        return replace(plain, origin=str(start.resolve()), **changes | {"steps": taken, "checkpoints": (1.0,)})
     paradigm, what = _s1_parts(arm)
     plain = study.configure(study.BY_NAME[paradigm], seed, "tiny", here)
     early = here / "arms" / study.folder(paradigm, seed) / f"step-{taken:06d}"
-    held = {} if what == "free" else {"channel": str((here / "channels" / f"{arm}.safetensors").resolve()), "constrain": "update"}
+    held = (
+        {}
+        if what == "free"
+        else {"channel": str((here / "channels" / f"{arm}.safetensors").resolve()), "constrain": "update"}
+    )
     return replace(
         plain, arm=arm, origin=str(early.resolve()), data_seed=1000 + seed, **changes | held | {"steps": steps - taken}
     )  # fmt: skip
@@ -123,7 +129,9 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     here.mkdir(parents=True, exist_ok=True)
     begun = here / "begun.json"
     if not begun.is_file():
-        begun.write_text(json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), "rules": regime.rules_hash()}))
+        begun.write_text(
+            json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), "rules": regime.rules_hash()})
+        )
     tables, hashes, minutes = [], dict[str, str](), dict[str, float]()
     for arm in arms_of(point):
         config = settings(point, arm, seed, out, short=short)
@@ -151,7 +159,11 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
         else:
             tables.append(reduced(_no_measurements(), {study.folder(arm, seed): log}))
         minutes[arm] = round((time.process_time() - clock) / 60, 2)
-        print(f"{point.name} seed {seed}: {arm} done, {minutes[arm]:.1f} minutes of processor time", file=sys.stderr, flush=True)
+        print(
+            f"{point.name} seed {seed}: {arm} done, {minutes[arm]:.1f} minutes of processor time",
+            file=sys.stderr,
+            flush=True,
+        )
     metadata = {
         "point": point.name, "seed": str(seed), "protocol": str(VERSION), "frozen": FROZEN, "rules": regime.rules_hash(),
         "begun": begun.read_text(), "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -160,7 +172,9 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     }  # fmt: skip
     table = pl.concat(tables).with_columns(pl.col("value", "null", "excess").cast(pl.Float64))
     keep.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, lambda path: table.write_parquet(path, compression="zstd", compression_level=19, metadata=metadata))
+    write_atomically(
+        kept, lambda path: table.write_parquet(path, compression="zstd", compression_level=19, metadata=metadata)
+    )
     shutil.rmtree(here)
     return kept
 
@@ -196,7 +210,10 @@ def _make_channel(point: Point, arm: str, seed: int, out: Path, path: Path, *, s
     config = settings(point, source, seed, out, short=short)
     early = here / "arms" / study.folder(source, seed) / f"step-{config.steps:06d}"
     geometry = load_result(here / "arms" / study.folder(OPD, seed) / "geometry").measurements
-    k = early_rank(Data(reduced(geometry.with_columns((pl.lit(f"{OPD}-seed{seed}/") + pl.col("checkpoint")).alias("checkpoint")))), seed)
+    k = early_rank(
+        Data(reduced(geometry.with_columns((pl.lit(f"{OPD}-seed{seed}/") + pl.col("checkpoint")).alias("checkpoint")))),
+        seed,
+    )
     channel = Channel.extract(models.resolve(config.origin), early, max(1, round(k / 2)) if what == "half" else k)
     if what == "frozen":
         channel = channel.cut(0)
@@ -206,9 +223,7 @@ def _make_channel(point: Point, arm: str, seed: int, out: Path, path: Path, *, s
     channel.save(path)
 
 
-def run_all(
-    units: list[tuple[Point, int]], out: Path, keep: Path, workers: int, *, short: bool = False
-) -> list[Path]:
+def run_all(units: list[tuple[Point, int]], out: Path, keep: Path, workers: int, *, short: bool = False) -> list[Path]:
     """Run units in their order, `workers` at a time, each on one thread of a process of its own.
 
     A process serves several units, so libraries are loaded once.
@@ -243,7 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", help="some of " + ", ".join(regime.BY_NAME) + " (default: all, in order of worth)")
     parser.add_argument("--first-seed", type=int, default=regime.FIRST, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="seeds of each point (default: as planned)")
-    parser.add_argument("--rehearse", action="store_true", help="a few steps an arm: whether the units run, not what they find")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="a few steps an arm: whether the units run, not what they find"
+    )
     options = parser.parse_args(arguments)
     wanted = options.points.split(",") if options.points else list(regime.BY_NAME)
     if unknown := [name for name in wanted if name not in regime.BY_NAME]:

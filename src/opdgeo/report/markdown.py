@@ -87,7 +87,12 @@ def _in_words(judged: list[dict[str, Any]]) -> list[str]:
         return ", ".join(ids) or "none"
 
     after = ("", "does not", "inconclusive", "still holds")
-    against = {"Reversed": ("reversed",), "No difference": ("no difference",), "Fails": ("fails",), "Open": ("open", "inconclusive")}
+    against = {
+        "Reversed": ("reversed",),
+        "No difference": ("no difference",),
+        "Fails": ("fails",),
+        "Open": ("open", "inconclusive"),
+    }
     lines = [
         f"* Holds, and still holds at equal size with a matched SFT: {named(('holds', 'still holds'))}.",
         f"* Holds as the paper compares, but not after matching (size, start, learning rate or steps): {named(('holds', 'does not'))}.",
