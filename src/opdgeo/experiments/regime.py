@@ -84,7 +84,7 @@ EARLY_ANCHOR = 24
 LEG_FROM = 10
 """Steps after which S1 takes its channels; its arms go on from there with fresh moments and fresh prompts."""
 S1_EVALUATED: dict[str, Any] = {
-    "eval_prompts": 2048, "eval_prompts_between": 0, "eval_samples": 4, "eval_kl_origin": False, "monitor": 0,
+    "eval_prompts": 2048, "eval_prompts_between": 0, "eval_start": False, "eval_samples": 4, "eval_kl_origin": False, "monitor": 0,
     "checkpoints": (1.0,),
 }  # fmt: skip
 

@@ -79,9 +79,7 @@ def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = Fals
     changes |= regime.S1_EVALUATED | (SHORT if short else {})
     if not arm.startswith("s1-"):
         plain = study.configure(study.BY_NAME[arm], seed, "tiny", here)
-        if arm == COIN:  # the legs go on from the others, and share their last evaluation
-            changes["eval_prompts"] = 0
-        return replace(plain, origin=str(start.resolve()), **changes | {"steps": taken, "checkpoints": (1.0,)})
+        return replace(plain, origin=str(start.resolve()), **changes | {"steps": taken, "eval_prompts": 0})
     paradigm, what = _s1_parts(arm)
     plain = study.configure(study.BY_NAME[paradigm], seed, "tiny", here)
     early = here / "arms" / study.folder(paradigm, seed) / f"step-{taken:06d}"

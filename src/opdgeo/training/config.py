@@ -139,6 +139,8 @@ class TrainConfig:
     """Held-out examples measured before the first step and after the last; 0 = never measure."""
     eval_prompts_between: int = 512
     """The first so many of them, measured at the other checkpoints."""
+    eval_start: bool = True
+    """False: not before the first step, where nothing depends on it."""
     eval_samples: int = 1
     """Completions sampled of every held-out prompt; the accuracy is their mean, the KLs are of the first one."""
     eval_batch: int = 256

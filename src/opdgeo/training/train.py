@@ -232,6 +232,8 @@ def _build(
     known = _known_evaluation(config, origin)
 
     def measure(model: Any, step: int) -> evaluation.Evaluation | None:
+        if step == 0 and not config.eval_start:
+            return None
         if step == 0 and known is not None:
             return known
         count = config.eval_prompts if step in (0, config.steps) else config.eval_prompts_between
