@@ -151,6 +151,10 @@ def cross(key: list[float], value: float) -> tuple[int, float]:
     return len(key) - 2, 1.0
 
 
+def log(x: float, over: float) -> float:
+    return math.log(x / over) if over and x / over > 0 else math.nan
+
+
 def effects(text: str, of: dict[str, list[float]], norms: dict[str, list[float]], chance: float) -> list[float]:
     """The effects of one seed, by the words of the comparison."""
 
@@ -173,15 +177,15 @@ def effects(text: str, of: dict[str, list[float]], norms: dict[str, list[float]]
         (r"the contrast of (\S+) \(with (\S+), (\S+)\) minus that of (\S+) \(with (\S+), (\S+)\) above",
          lambda *x: held(*x[:3]) - held(*x[3:])),
         (r"(\S+) minus (\S+) above", lambda a, b: last(a) - last(b)),
-        (r"(\S+) last over first checkpoint above", lambda a: math.log(last(a) / first(a))),
-        (r"(\S+) first over last checkpoint above", lambda a: math.log(first(a) / last(a))),
-        (r"(\S+) at every checkpoint within a factor \S+ of the first", lambda a: [math.log(x / first(a)) for x in of[arm_name(a)][1:]]),
+        (r"(\S+) last over first checkpoint above", lambda a: log(last(a), first(a))),
+        (r"(\S+) first over last checkpoint above", lambda a: log(first(a), last(a))),
+        (r"(\S+) at every checkpoint within a factor \S+ of the first", lambda a: [log(x, first(a)) for x in of[arm_name(a)][1:]]),
         (r"(\S+) within a factor \S+ of (\S+) at every shared checkpoint",
-         lambda a, b: [math.log(x / y) for x, y in zip(of[arm_name(a)], of[arm_name(b)], strict=True)]),
-        (r"(\S+) beyond a factor \S+ of (\S+) at the last shared checkpoint", lambda a, b: math.log(last(a) / last(b))),
-        (r"(\S+) and (\S+) within a factor", lambda a, b: math.log(last(a) / last(b))),
-        (r"(\S+)'s norm over (\S+)'s above", lambda a, b: math.log(norms[arm_name(a)][-1] / norms[arm_name(b)][-1])),
-        (r"(\S+) over (\S+) above", lambda a, b: math.log(last(a) / last(b))),
+         lambda a, b: [log(x, y) for x, y in zip(of[arm_name(a)], of[arm_name(b)], strict=True)]),
+        (r"(\S+) beyond a factor \S+ of (\S+) at the last shared checkpoint", lambda a, b: log(last(a), last(b))),
+        (r"(\S+) and (\S+) within a factor", lambda a, b: log(last(a), last(b))),
+        (r"(\S+)'s norm over (\S+)'s above", lambda a, b: log(norms[arm_name(a)][-1], norms[arm_name(b)][-1])),
+        (r"(\S+) over (\S+) above", lambda a, b: log(last(a), last(b))),
     ]  # fmt: skip
     for pattern, compute in rules:
         if m := re.match(pattern, text):
@@ -353,18 +357,18 @@ class Checker:
                 for j, (x, y) in enumerate(zip(mine, theirs, strict=True)):
                     self.same(f"{at}/effects/{i}/{seeds[j]}", y, x)
             margin = float(re.search(r"(?:above|within a factor|beyond a factor|within) (-?[\d.]+)", c["text"])[1])  # type: ignore[index]
-            log = " factor " in c["text"] or bool(re.search(r"\bover\b", c["text"]))
+            logs = " factor " in c["text"] or bool(re.search(r"\bover\b", c["text"]))
             self.same(f"{at}/required", c["required"], margin)
             asks = "same" if " within " in c["text"] else "other" if " beyond " in c["text"] else "more"
             if not components or not all(math.isfinite(x) for e in components for x in e):
                 defined = False
                 self.same(f"{at}/outcome", c["outcome"], "open")
                 continue
-            each = [p_values(e, math.log(margin) if log else margin, asks) for e in components]
+            each = [p_values(e, math.log(margin) if logs else margin, asks) for e in components]
             all_of += each
             self.same(f"{at}/outcome", c["outcome"], said(joint(each)))
             shown = max(range(len(each)), key=lambda i: (each[i]["holds"], abs(np.mean(components[i]))))
-            x, scale = components[shown], math.exp if log else float
+            x, scale = components[shown], math.exp if logs else float
             self.same(f"{at}/value", c["value"], scale(float(np.mean(x))))
             if len(x) > 1 and np.std(x) > 0:
                 ends = stats.t.interval(0.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 HOLDS, REVERSED, SAME, DEPENDS, OPEN = "holds", "reversed", "no difference", "depends", "open"
 VERDICTS = (HOLDS, REVERSED, SAME, DEPENDS, OPEN)
@@ -52,7 +52,7 @@ def t_interval(x: np.ndarray | Sequence[float], confidence: float = 1 - ALPHA) -
     if n < 2:
         whole = np.full(x.shape[:-1], np.inf)
         return -whole, whole
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * x.std(-1, ddof=1) / math.sqrt(n)
+    half = special.stdtrit(n - 1, (1 + confidence) / 2) * x.std(-1, ddof=1) / math.sqrt(n)
     return x.mean(-1) - half, x.mean(-1) + half
 
 
@@ -100,7 +100,7 @@ def _one_sided(x: np.ndarray | Sequence[float], bound: float) -> float:
     error = x.std(ddof=1) / math.sqrt(len(x))
     if error == 0:
         return 0.0 if x.mean() > bound else 1.0
-    return float(stats.t.sf((x.mean() - bound) / error, len(x) - 1))
+    return float(special.stdtr(len(x) - 1, -(x.mean() - bound) / error))
 
 
 @dataclass(frozen=True)
