@@ -44,7 +44,7 @@ from opdgeo.experiments.rules import (
     Claim,
 )
 from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
-from opdgeo.files import write_atomically
+from opdgeo.files import atomic_path
 
 UNITS = "units"
 PRIMARY = "matched SFT"
@@ -399,7 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
     for path, text in ((options.json, json.dumps(found, indent=1) + "\n"), (options.page, page(found))):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
+            with atomic_path(path) as partial:
+                partial.write_text(text, encoding="utf-8")
     if options.figure:
         figure(found, options.figure)
     print("\n".join(table(found)))

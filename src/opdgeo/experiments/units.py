@@ -138,7 +138,7 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
         if config.channel and not Path(config.channel).is_file():
             _make_channel(point, arm, seed, out, Path(config.channel), short=short)
         clock = time.process_time()
-        with FileLock(where / f".{arm}.lock"):  # the points of a seed share its anchor
+        with FileLock(where / f".{folder.name}.lock"):  # the points of a seed share its anchor
             train(config, folder, resume=True, progress=False)
             geometry = folder / "geometry"
             base = models.resolve(config.origin)
