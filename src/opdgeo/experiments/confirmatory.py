@@ -227,10 +227,10 @@ def _arms(point: Point, data: Data) -> list[dict[str, Any]]:
 
 
 def void(found: dict[str, Any]) -> list[str]:
-    """Noise arms that gained accuracy, by their whole interval: a protocol whose noise learns is void until that is explained."""
+    """Noise arms that gained accuracy, more than NOISE_GAINS by their whole interval: a protocol whose noise learns is void until that is explained."""
     return [
         f"{row['arm']} at {row['point']}" for row in found["arms"]
-        if row["arm"] in NOISE and row.get("gain") and row["gain"]["low"] is not None and row["gain"]["low"] > 0
+        if row["arm"] in NOISE and row.get("gain") and row["gain"]["low"] is not None and row["gain"]["low"] > regime.NOISE_GAINS
     ]  # fmt: skip
 
 
@@ -360,6 +360,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
                                 panel.vlines(x, low / margin, high / margin, color=colour, linewidth=1)
         panel.axhspan(-1, 1, color="#f0f0f0", zorder=0)
         panel.axhline(0, color="black", linewidth=0.6)
+        panel.set_xlim(-0.5, len(names) - 0.5)
         panel.set_yscale("symlog", linthresh=1)
         panel.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right")
         panel.set_title(f"{claim['id']}: {_over(claim).strip('*')}", fontsize=9, loc="left")

@@ -79,6 +79,8 @@ EVALUATED: dict[str, Any] = {
 }  # fmt: skip
 """Of a point's paradigms and noise arms; accuracy and KL are read between checkpoints there, and decide nothing. The other arms are
 not evaluated: their claims are about the stable rank."""
+NOISE_GAINS = 0.02
+"""A noise arm that is shown to gain more accuracy than this has learned: no noise control, and the protocol is void."""
 EARLY_ANCHOR = 24
 """Steps of SFT after which S1's anchor is stopped, so that there is much left to learn."""
 LEG_FROM = 10
@@ -108,7 +110,7 @@ def as_data() -> dict[str, Any]:
         "claims": [asdict(claim) for claim in CLAIMS],
         "controls": [asdict(control) for control in CONTROLS],
         "points": [asdict(point) for point in POINTS],
-        "evaluated": EVALUATED, "s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM},
+        "evaluated": EVALUATED, "noise_gains": NOISE_GAINS, "s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM},
     }  # fmt: skip
 
 
