@@ -155,6 +155,10 @@ def log(x: float, over: float) -> float:
     return math.log(x / over) if over and x / over > 0 else math.nan
 
 
+def apart(ours: list[float], theirs: list[float]) -> list[float]:
+    return [log(x, y) for x, y in zip(ours, theirs, strict=True)] if len(ours) == len(theirs) else [math.nan]
+
+
 def effects(text: str, of: dict[str, list[float]], norms: dict[str, list[float]], chance: float) -> list[float]:
     """The effects of one seed, by the words of the comparison."""
 
@@ -181,7 +185,7 @@ def effects(text: str, of: dict[str, list[float]], norms: dict[str, list[float]]
         (r"(\S+) first over last checkpoint above", lambda a: log(first(a), last(a))),
         (r"(\S+) at every checkpoint within a factor \S+ of the first", lambda a: [log(x, first(a)) for x in of[arm_name(a)][1:]]),
         (r"(\S+) within a factor \S+ of (\S+) at every shared checkpoint",
-         lambda a, b: [log(x, y) for x, y in zip(of[arm_name(a)], of[arm_name(b)], strict=True)]),
+         lambda a, b: apart(of[arm_name(a)], of[arm_name(b)])),
         (r"(\S+) beyond a factor \S+ of (\S+) at the last shared checkpoint", lambda a, b: log(last(a), last(b))),
         (r"(\S+) and (\S+) within a factor", lambda a, b: log(last(a), last(b))),
         (r"(\S+)'s norm over (\S+)'s above", lambda a, b: log(norms[arm_name(a)][-1], norms[arm_name(b)][-1])),

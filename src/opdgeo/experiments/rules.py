@@ -107,6 +107,12 @@ def _log(x: float | np.ndarray) -> Any:
         return np.log(x)
 
 
+def _apart(m: Sample, arm: str, other: str) -> Any:
+    """Log ratios at the shared checkpoints; not defined where there are none, as in a rehearsal."""
+    ours, theirs = m.series(arm), m.series(other)
+    return _log(ours / theirs) if len(ours) == len(theirs) else np.array([np.nan])
+
+
 KINDS: dict[str, Kind] = {
     "difference": Kind("{1} minus {0} above {margin}", lambda m, low, high: m(high) - m(low)),
     "ratio": Kind("{1} over {0} above {margin}", lambda m, low, high: _log(m(high) / m(low)), log=True),
@@ -117,7 +123,7 @@ KINDS: dict[str, Kind] = {
     "band": Kind("{0} at every checkpoint within a factor {margin} of the first",
                  lambda m, arm: _log(m.series(arm)[1:] / m.series(arm)[0]), "same", log=True),
     "preserved": Kind("{0} within a factor {margin} of {1} at every shared checkpoint",
-                      lambda m, arm, other: _log(m.series(arm) / m.series(other)), "same", log=True),
+                      _apart, "same", log=True),
     "changed": Kind("{0} beyond a factor {margin} of {1} at the last shared checkpoint",
                     lambda m, arm, other: _log(m(arm) / m(other)), "other", log=True),
     "alike": Kind("{0} and {1} within a factor {margin}", lambda m, arm, other: _log(m(arm) / m(other)), "same", log=True),

@@ -34,6 +34,7 @@ from typing import Any
 import polars as pl
 from filelock import FileLock
 
+from opdgeo.errors import ConfigError
 from opdgeo.experiments import regime, study
 from opdgeo.experiments.reduced import reduced, walk
 from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, Point
@@ -113,7 +114,11 @@ def settings_hash(config: TrainConfig) -> str:
 
 
 def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = False) -> Path:
-    """Train and measure every arm, keep the reduced numbers, delete the weights, and return the kept file."""
+    """Train and measure every arm, keep the reduced numbers, delete the weights, and return the kept file.
+
+    Raises:
+        ConfigError: the unit was begun under other rules.
+    """
     from opdgeo.survey import track
     from opdgeo.survey.results import load_result
     from opdgeo.training import models
@@ -129,6 +134,10 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     if not begun.is_file():
         begun.write_text(
             json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), "rules": regime.rules_hash()})
+        )
+    if (old := json.loads(begun.read_text())["rules"]) != regime.rules_hash():
+        raise ConfigError(
+            f"{here} was begun under rules {old}; expected {regime.rules_hash()}. Delete the folder: such a unit never counts."
         )
     tables, hashes, minutes = [], dict[str, str](), dict[str, float]()
     for arm in arms_of(point):
@@ -230,6 +239,9 @@ def run_all(units: list[tuple[Point, int]], out: Path, keep: Path, workers: int,
     done = [file_of(keep, point.name, seed) for point, seed in units if (point, seed) not in waiting]
     print(f"{len(done)} of {len(units)} units are kept already", file=sys.stderr, flush=True)
     if workers == 1:
+        import torch
+
+        torch.set_num_threads(1)
         return done + [run_unit(point, seed, out, keep, short=short) for point, seed in waiting]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(1,)) as pool:
