@@ -310,6 +310,14 @@ def test_units_come_in_order_of_worth() -> None:
         assert [seed for name, seed in listed if name == point.name] == regime.planned(point)
 
 
+def test_a_unit_begun_under_other_rules_does_not_go_on(tmp_path: Path) -> None:
+    here = tmp_path / "hot-seed101"
+    here.mkdir()
+    (here / "begun.json").write_text(json.dumps({"date": "2026-11-01T00:00:00+00:00", "rules": "older"}))
+    with pytest.raises(ConfigError, match="begun under rules older"):
+        units.run_unit(regime.BY_NAME["hot"], 101, tmp_path, tmp_path / "units")
+
+
 # What is reduced
 
 
