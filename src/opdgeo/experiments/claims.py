@@ -44,7 +44,18 @@ from opdgeo.experiments.rules import (
     Quantity,
     s1,
 )
-from opdgeo.experiments.statistics import HOLDS, OPEN, REVERSED, SAME, SHOWN, Compared, sign_flip, t_interval, verdict
+from opdgeo.experiments.statistics import (
+    HOLDS,
+    MOST_FLIPPED,
+    OPEN,
+    REVERSED,
+    SAME,
+    SHOWN,
+    Compared,
+    sign_flip,
+    t_interval,
+    verdict,
+)
 
 POINTS = 5
 KEYS = {"norm": "‖ΔW‖_F", "accuracy": "sampled accuracy", "kl": "KL from the start"}
@@ -393,7 +404,7 @@ def _described(test: Comparison, effects: np.ndarray, here: list[Compared]) -> d
         "required": test.margin, "below": test.of.asks == "same", "outcome": verdict(here) if here else OPEN,
         "asks": test.of.asks, "log": test.of.log, "effects": [[_known(v) for v in row] for row in effects.tolist()],
         "p": {kind: max(c.p(kind) for c in here) if kind == HOLDS else min(c.p(kind) for c in here) for kind in SHOWN} if here else {},
-        "sign_flip": sign_flip(x) if here and len(x) > 1 else None,
+        "sign_flip": sign_flip(x) if here and 1 < len(x) <= MOST_FLIPPED else None,
     }  # fmt: skip
 
 
