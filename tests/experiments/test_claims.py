@@ -13,7 +13,7 @@ import pytest
 import recompute_claims
 from opdgeo.experiments import claims as claims_module
 from opdgeo.experiments.claims import crossing, judge, missing, outcomes
-from opdgeo.experiments.rules import CLAIMS, CONTROLS, EXPLORATORY, PARADIGMS
+from opdgeo.experiments.rules import CLAIMS, CONTROLS, PARADIGMS
 from opdgeo.survey.results import MEASUREMENTS
 from planted_study import PAPER, PLAIN, S1, logs, measurements
 
@@ -34,7 +34,9 @@ def test_every_claim_holds_on_the_papers_own_pattern(judged: dict[str, dict[str,
     for claim in judged.values():
         assert claim["after_matching"] in ("still holds", "does not", "inconclusive")
         if claim["id"] != "R5":
-            assert all({"value", "low", "high", "required", "outcome"} <= c.keys() for c in claim["comparisons"])
+            assert all(
+                {"value", "low", "high", "required", "outcome", "effects"} <= c.keys() for c in claim["comparisons"]
+            )
             got = claim["measured"][
                 "s1-opd-free" if claim["id"] == "S1" else "opd-small" if claim["id"] == "R2" else "opd"
             ]
@@ -43,17 +45,25 @@ def test_every_claim_holds_on_the_papers_own_pattern(judged: dict[str, dict[str,
 
 
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if c.id[0] in "RL" and c.id != "R2"], ids=lambda c: c.id)
-def test_every_claim_fails_when_its_pattern_is_turned_round(claim: Any) -> None:
+def test_no_claim_holds_when_its_pattern_is_turned_round(claim: Any) -> None:
     reverse = {"sft": "rlvr", "sft-matched": "opd", "opd": "sft", "rlvr": "sft-matched"}
     turned = {key: {arm: arms[reverse[arm]] for arm in arms} for key, arms in PLAIN.items()}
     turned["mask_overlap/principal.0.5"] = dict.fromkeys(PARADIGMS, 0.6)
     turned["frobenius_norm/"] = dict.fromkeys(PARADIGMS, 1.0)
-    assert verdicts(measurements(turned, {}))[claim.id] == "fails"
+    assert verdicts(measurements(turned, {}, noise=0.001))[claim.id] in ("reversed", "no difference")
 
 
-def test_noise_makes_a_claim_inconclusive() -> None:
+def test_noise_between_seeds_leaves_a_claim_open() -> None:
     close = {**PLAIN, "update_sparsity/bf16_eta": {"sft": 0.50, "sft-matched": 0.5, "opd": 0.53, "rlvr": 0.56}}
-    assert verdicts(measurements(close, {}, noise=0.08))["R1"] == "inconclusive"
+    assert verdicts(measurements(close, {}, noise=0.08))["R1"] == "open"
+
+
+def test_with_one_seed_every_verdict_is_open() -> None:
+    for claim in judge(measurements(PAPER, {}, seeds=1), logs(seeds=1)):
+        assert claim["verdict"] == "open" and claim["after_matching"] == "inconclusive", claim["id"]
+        assert all(c["low"] is None and c["high"] is None and c["outcome"] == "open" for c in claim["comparisons"])
+        assert all(c["verdict"] == "open" for c in claim["controls"])
+        assert claim["id"] == "R5" or "(one seed)" in claim["explanation"]
 
 
 def test_a_difference_of_size_alone_does_not_survive_the_null() -> None:
@@ -61,8 +71,8 @@ def test_a_difference_of_size_alone_does_not_survive_the_null() -> None:
     claim = next(c for c in judge(measurements(PLAIN, {key: PLAIN[key]})) if c["id"] == "R1")
     assert claim["verdict"] == "holds"
     controls = {c["name"]: c for c in claim["controls"]}
-    assert controls["beyond size"]["verdict"] == "fails", "every arm equals its null, so no order is left"
-    assert controls["matched SFT"]["verdict"] in ("inconclusive", "fails")
+    assert controls["beyond size"]["verdict"] == "no difference", "every arm equals its null, so no order is left"
+    assert controls["matched SFT"]["verdict"] in ("open", "no difference")
     assert claim["after_matching"] == "does not"
     assert claim["measured"]["opd"]["null"] == pytest.approx(0.52)
 
@@ -134,7 +144,9 @@ def test_only_what_is_left_at_equal_norm_still_holds(slopes: tuple[float, ...], 
     assert claim["after_matching"] == matched
     equal = next(c for c in claim["controls"] if c["name"] == "equal norm")
     (points,) = equal["read_at"]["points"].values()
-    assert points == pytest.approx(np.linspace(0.4, 1.0, 5)), "from the largest first norm to the smallest last one"
+    assert points == [pytest.approx(np.linspace(0.4, 1.0, 5))] * 3, (
+        "from the largest first norm to the smallest last one"
+    )
     assert equal["measured"]["opd"]["mean"] == pytest.approx(opd, rel=0.1), "read at norm 1"
 
 
@@ -145,7 +157,7 @@ def test_trajectories_without_a_common_norm_are_inconclusive() -> None:
     }
     claim = next(c for c in judge(measurements(far, {})) if c["id"] == "R1")
     equal = next(c for c in claim["controls"] if c["name"] == "equal norm")
-    assert equal["verdict"] == "inconclusive" and "no common" in equal["explanation"]
+    assert equal["verdict"] == "open" and "no common" in equal["explanation"]
     assert claim["after_matching"] != "still holds"
 
 
@@ -160,17 +172,15 @@ def test_recovery_is_the_share_of_what_training_the_matrices_brings(judged: dict
     assert recovery["sft"]["update"]["mean"] == pytest.approx((0.52 - 0.45) / 0.15)
     assert recovery["opd"]["random"]["mean"] == pytest.approx(1 / 3)
     assert set(recovery["opd"]) == set(S1) - {"free", "frozen"}
-    assert all(r["low"] < r["mean"] < r["high"] for r in recovery["sft"].values())
-    stopped = next(c for c in judged["S1"]["controls"] if c["name"] == "matched SFT at equal norm")
-    assert stopped["read_at"]["evaluation"] == 1 and stopped["read_at"]["share"] == pytest.approx(1 / 3, abs=0.02)
-    halfway = 0.4 + 0.2 * (0.5 + 0.5 * stopped["read_at"]["share"])
-    assert stopped["measured"]["s1-sft-matched-free"]["mean"] == pytest.approx(halfway, abs=0.002)
+    contrast = next(c for c in judged["S1"]["controls"] if c["name"] == "recovery")
+    assert contrast["verdict"] == "holds"
+    assert contrast["comparisons"][0]["value"] == pytest.approx(0.6 - 0.8 * 0.6 - 0.2 * 0.45)
 
 
 def test_a_study_says_what_it_left_out() -> None:
     left = missing(measurements(PLAIN, {}), {})
     assert [line.partition(" ")[0] for line in left if not line.startswith("control")] == ["R2", "S1", "C1", "C2", "C3"]
-    assert sum(line.startswith("control") for line in left) == 6
+    assert sum(line.startswith("control") for line in left) == 9
     assert missing(measurements(PAPER, {}), logs())[0].startswith("control")
 
 
@@ -179,7 +189,9 @@ def test_every_control_stands_in_for_arms_that_the_study_trains() -> None:
 
     for control in CONTROLS:
         for claim in CLAIMS:
-            if claim.id.startswith(tuple(control.claims.split("|"))):
+            if claim.quantity.diagnostic != "accuracy_sampled" and claim.id.startswith(
+                tuple(control.claims.split("|"))
+            ):
                 assert all(control.arm(arm) in BY_NAME for arm in claim.arms), (control.name, claim.id)
 
 
@@ -202,7 +214,7 @@ def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: 
     assert recompute_claims.main(tmp_path) == []
 
     claims["claims"][0]["measured"]["opd"]["low"] += 1e-3
-    claims["claims"][-1]["verdict"] = "inconclusive"
+    claims["claims"][-1]["verdict"] = "open"
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     wrong = recompute_claims.main(tmp_path)
     assert any("R1/opd/low" in line for line in wrong) and any("C3/verdict" in line for line in wrong)
@@ -236,32 +248,18 @@ def test_similarities_are_compared_at_one_end(monkeypatch: pytest.MonkeyPatch) -
     (claim,) = judge(table)
     controls = {c["name"]: c for c in claim["controls"]}
     for name in ("forward KL", "full reverse KL", "SFT on own samples"):
-        assert controls[name]["verdict"] == "fails", controls[name]["explanation"]
+        assert all(c["value"] == pytest.approx(0) for c in controls[name]["comparisons"]), controls[name]["explanation"]
         assert all(got["mean"] == pytest.approx(0.9055) for got in controls[name]["measured"].values())
     # Without a checkpoint at the common end beside the first one, there is nothing to compare.
     gone_on = pl.concat([table, table.filter(pl.col("step") == 20, ~pl.col("checkpoint").str.contains("kl")).with_columns(
         pl.lit(30).cast(pl.Int64).alias("step"), pl.col("checkpoint").str.replace("000020", "000030"))])  # fmt: skip
     (claim,) = judge(gone_on)
     forward = next(c for c in claim["controls"] if c["name"] == "forward KL")
-    assert forward["verdict"] == "inconclusive" and "goes on after step 40" in forward["explanation"]
+    assert forward["verdict"] == "open" and "goes on after step 40" in forward["explanation"]
 
 
-def test_the_weights_of_a_resample_are_those_of_its_matrices() -> None:
-    """Matrices of very different sizes that are all equally sparse: whichever a resample draws, the mean is that number."""
+def test_matrices_of_different_sizes_that_are_equally_sparse_give_that_number() -> None:
     table = measurements(PLAIN, {}, noise=0.0)
     huge = pl.when(pl.col("matrix") == "m0").then(10_000).otherwise("rows").alias("rows")
     claim = next(c for c in judge(table.with_columns(huge)) if c["id"] == "R1")
-    got = claim["measured"]["opd"]
-    assert got["low"] == pytest.approx(0.52, rel=1e-9) and got["high"] == pytest.approx(0.52, rel=1e-9)
-    assert all(c["low"] == pytest.approx(c["high"]) for c in claim["comparisons"])
-
-
-def test_exploratory_seeds_never_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "CLAIMS", [c for c in CLAIMS if c.id in ("R1", "S1")])
-    table, runs = measurements(PAPER, {}), logs()
-    (looked_at,) = EXPLORATORY
-    seen = table.filter(pl.col("checkpoint").str.contains("-seed1/")).with_columns(
-        pl.col("checkpoint").str.replace("-seed1/", f"-seed{looked_at}/"), pl.col("value") * 0.5
-    )
-    more = {name.replace("-seed1", f"-seed{looked_at}"): rows for name, rows in runs.items() if name.endswith("-seed1")}
-    assert judge(pl.concat([table, seen]), runs | more) == judge(table, runs)
+    assert claim["measured"]["opd"]["mean"] == pytest.approx(0.52, rel=1e-9)

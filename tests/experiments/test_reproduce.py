@@ -84,7 +84,7 @@ def test_every_claim_has_a_rule_a_verdict_and_controls(small: Study) -> None:
     assert [c["id"] for c in claims["claims"]] == ["R1", "R3", "R4", "R5", "R5a", "R5b", "L1", "L2", "L3", "L4"]
     assert [line.partition(" ")[0] for line in claims["left_out"]][:5] == ["R2", "S1", "C1", "C2", "C3"]
     for claim in claims["claims"]:
-        assert claim["verdict"] in ("holds", "fails", "inconclusive")
+        assert claim["verdict"] == "open", "one seed decides nothing"
         assert claim["after_matching"] in ("still holds", "does not", "inconclusive")
         assert claim["rule"] and claim["explanation"] and claim["after_matching_rule"]
         if claim["id"] != "R5":

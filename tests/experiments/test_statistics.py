@@ -109,6 +109,11 @@ def test_a_claim_of_sameness_holds_where_no_difference_is_shown(mean: float, exp
     assert verdict([planted(0.3), Compared(planted(mean, seed=5).effects, MARGIN, sameness=True)]) == expected
 
 
+@pytest.mark.parametrize(("mean", "expected"), [(0.2, HOLDS), (-0.2, HOLDS), (0.0, SAME), (0.1, OPEN)])
+def test_a_claim_of_any_difference_holds_in_either_direction(mean: float, expected: str) -> None:
+    assert verdict([Compared(planted(mean).effects, MARGIN, either=True)]) == expected
+
+
 def test_one_seed_decides_nothing() -> None:
     assert verdict([Compared((5.0,), MARGIN)]) == OPEN
 

@@ -43,6 +43,7 @@ STEP = {
 }
 EVAL = {
     "event", "step", "accuracy_greedy", "accuracy_sampled", "kl_teacher", "kl_origin", "completion_length", "prompts", "loss",
+    "right_greedy", "right_sampled",
 }  # fmt: skip
 
 
@@ -72,7 +73,9 @@ def test_a_run_leaves_whole_checkpoints_and_complete_rows(
     assert all(
         math.isfinite(row[k]) for row in steps for k in ("loss", "grad_norm", "learning_rate", "tokens", "seconds")
     )
-    assert all(math.isfinite(row[k]) for row in evals for k in EVAL - {"event", "loss"})
+    assert all(
+        math.isfinite(row[k]) for row in evals for k in EVAL - {"event", "loss", "right_greedy", "right_sampled"}
+    )
     assert [row["prompts"] for row in evals] == [8, 4, 8]
     assert all(row["tokens"] > 0 and row["seconds"] > 0 for row in steps)
     assert {row["reward"] is None for row in steps} == {kind == "sft"}

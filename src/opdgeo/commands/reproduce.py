@@ -23,6 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--seeds", type=int, default=1, help="independent repetitions, each with its own anchor (default: 1)"
     )
+    command.add_argument("--first-seed", type=int, default=0, help="the first of these seeds (default: 0)")
     command.add_argument(
         "--study",
         choices=("small", "full"),
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from opdgeo.report.terminal import print_claims
 
     claims = reproduce(
-        args.preset, args.out, seeds=args.seeds, workers=args.workers, study=args.study, rehearse=args.rehearse
-    )
+        args.preset, args.out, seeds=args.seeds, first_seed=args.first_seed, workers=args.workers, study=args.study,
+        rehearse=args.rehearse,
+    )  # fmt: skip
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
     return DONE

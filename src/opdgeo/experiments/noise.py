@@ -21,14 +21,28 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from opdgeo.experiments.claims import Data, _mean
-from opdgeo.experiments.rules import ANGLES, LOW, MATCHED, NORM, OPD, RLVR, SHIFT, SIMILARITY, SPARSITY, STABLE_RANK
+from opdgeo.experiments.claims import Data
+from opdgeo.experiments.reduced import reduced
+from opdgeo.experiments.rules import (
+    ANGLES,
+    COIN,
+    LOW,
+    MATCHED,
+    NOISE,
+    NORM,
+    OPD,
+    RANDOM_SIGN,
+    RLVR,
+    SHIFT,
+    SIMILARITY,
+    SPARSITY,
+    STABLE_RANK,
+)
 from opdgeo.training.config import TrainConfig
 
-COIN, RANDOM_SIGN = "coin", "opd-random-sign"
-NOISE = (COIN, RANDOM_SIGN)
 SEED = 900
 COMMAND = (
     "python -m opdgeo.experiments.noise -o DIR --save docs/results/noise.parquet --table src/opdgeo/assets/noise.json"
@@ -85,27 +99,30 @@ def table(measurements: pl.DataFrame, runs: Iterable[dict[str, Any]]) -> list[di
         measurements: rows as in `measurements.parquet`.
         runs: name (the arm in `checkpoint`), seeds, learning_rate, steps and whatever else the row should say.
     """
-    data = Data(measurements, {})
+    data = Data(reduced(measurements))
     rows = []
     for run in runs:
         row = dict(run)
         for name, quantity in COLUMNS.items():
             at = 0 if quantity is SIMILARITY else -1
-            for key, column in (("", "value"), ("_null", "null_mean")):
-                values = data.values(run["name"], quantity, column, run["seeds"])[:, :, at]
-                got = _mean(values, data.weights(run["name"], quantity))
-                row[name + key] = got if math.isfinite(got) else None
+            for key, column in (("", "value"), ("_null", "null")):
+                values = data.values(run["name"], quantity, column, run["seeds"])[:, at]
+                got = values[np.isfinite(values)]
+                row[name + key] = float(got.mean()) if len(got) else None
         del row["norm_null"]  # the null has the same norm
-        row["persistence"] = _persistence(data, run)
+        row["persistence"] = _persistence(measurements, run)
         rows.append(row)
     return rows
 
 
-def _persistence(data: Data, run: dict[str, Any]) -> float | None:
+def _persistence(measurements: pl.DataFrame, run: dict[str, Any]) -> float | None:
     if not run.get("learning_rate"):
         return None
-    rows = data.table.filter(
-        pl.col("arm") == run["name"], pl.col("seed").is_in(run["seeds"]), pl.col("diagnostic") == "frobenius_norm"
+    from opdgeo.experiments.study import folder
+
+    folders = [folder(run["name"], seed) for seed in run["seeds"]]
+    rows = measurements.filter(
+        pl.col("checkpoint").str.split("/").list.first().is_in(folders), pl.col("diagnostic") == "frobenius_norm"
     )
     last = rows.filter(pl.col("step") == rows["step"].max())
     walk = run["learning_rate"] * math.sqrt(run["steps"])

@@ -26,10 +26,11 @@ from typing import Any
 import polars as pl
 
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import noise
+from opdgeo.experiments import noise, regime
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
 from opdgeo.experiments.presets import make_teacher
+from opdgeo.experiments.rules import EXPLORATORY, VERSION
 from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
@@ -55,8 +56,9 @@ class Job:
 
 
 def reproduce(
-    preset: str, out: Path, *, seeds: int = 1, workers: int | None = None, study: str = "small", rehearse: bool = False
-) -> dict[str, Any]:
+    preset: str, out: Path, *, seeds: int = 1, first_seed: int = 0, workers: int | None = None, study: str = "small",
+    rehearse: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Run (or finish) the study in the folder `out` and return the content of `claims.json`.
 
     `rehearse` gives every arm a few steps and prompts: whether the whole study runs, not what it finds.
@@ -65,10 +67,11 @@ def reproduce(
         ConfigError: unknown preset or study, a preset without all four arms, a folder made with other settings, or one that
             another process works in.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds is {seeds}; expected at least 1.")
+    if seeds < 1 or first_seed < 0:
+        raise ConfigError(f"seeds is {seeds} and the first one {first_seed}; expected at least 1 of them, from 0 on.")
     arms = arms_of.chosen(study, preset)
-    jobs = plan(arms, seeds, preset, out, rehearse=rehearse)
+    all_seeds = range(first_seed, first_seed + seeds)
+    jobs = plan(arms, all_seeds, preset, out, rehearse=rehearse)
     from opdgeo.report import write_report
     from opdgeo.training.callbacks import read_log
 
@@ -79,7 +82,7 @@ def reproduce(
         make_teacher(teacher, progress=sys.stderr.isatty())
     with _alone(out):
         peak = _run_all(out, jobs, workers, preset, rehearse)
-        names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
+        names = [arms_of.folder(arm.name, seed) for arm in arms for seed in all_seeds[: arm.seeds]]
         tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
         results = {name: load_result(out / "arms" / name / GEOMETRY) for name in tracked}
         measurements = pl.concat([_named(r.measurements, name) for name, r in results.items()])
@@ -87,7 +90,14 @@ def reproduce(
         first = next(iter(results.values())).run["settings"]
         run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
             "peak_memory_bytes": peak_memory() + peak * workers,
-            "settings": {"preset": preset, "study": study, "seeds": seeds, "rehearsal": rehearse} | first,
+            "settings": {
+                "preset": preset,
+                "study": study,
+                "seeds": seeds,
+                "first_seed": first_seed,
+                "rehearsal": rehearse,
+            }
+            | first,
             "arms": {
                 n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()
             },
@@ -105,7 +115,12 @@ def reproduce(
             "preset": preset,
             "study": study,
             "rehearsal": rehearse,
-            "seeds": list(range(seeds)),
+            "seeds": list(all_seeds),
+            "protocol": {
+                "version": VERSION,
+                "rules": regime.rules_hash(),
+                "exploratory": [seed for seed in all_seeds if seed in EXPLORATORY],
+            },
             "outcomes": outcomes(logs),
             "claims": judge(measurements, logs),
             "left_out": missing(measurements, logs),
@@ -118,13 +133,13 @@ def reproduce(
         return claims
 
 
-def plan(arms: list[Arm], seeds: int, preset: str, out: Path, *, rehearse: bool = False) -> list[Job]:
+def plan(arms: list[Arm], seeds: range, preset: str, out: Path, *, rehearse: bool = False) -> list[Job]:
     """Every run, and every model that one of them needs. Nothing is written."""
     jobs, models = [], set()
     for arm in arms:
         needs = arms_of.needs(arm)
         models |= {name for name in needs if name not in BY_NAME}
-        for seed in range(min(seeds, arm.seeds)):
+        for seed in seeds[: arm.seeds]:
             before = (arms_of.folder(n, seed) if n in BY_NAME else n for n in sorted(needs))
             config = arms_of.configure(arm, seed, preset, out, rehearse=rehearse)
             cost = config.steps * config.sequences_per_step * (1 if config.rollouts == "demonstrations" else 2)

@@ -1,17 +1,18 @@
-"""The claims of the paper (PAPER §1), each with the rule that judges it. Written before any run whose results it judges.
+"""The claims of the paper, each with the rule that judges it. Written before any run whose results it judges.
 
-A rule is a list of comparisons. A comparison has a statistic (a difference, a ratio or a width of means over seeds and
-matrices, or a difference of accuracies), a 95 % bootstrap interval, and a required size. It is met when the whole interval
-is beyond the required size, missed when the whole interval falls short of it, open otherwise. A claim holds when every
-comparison is met, fails when one is missed, and is inconclusive otherwise.
+A rule is a list of comparisons. A comparison gives one effect a seed (or one a checkpoint and seed), signed so that the claim is
+positive, and asks for more than a margin, for less than the margin in size (*sameness*), or for more than it in either direction.
+What may be said of the effects of several seeds is in `statistics.py`: a claim holds, is reversed, shows no difference, depends on the
+regime, or is open. The kinds of comparisons (`KINDS`) are all there are, so a rule is data, and `regime.rules_hash` is its fingerprint.
 
-A claim is then judged again under controls (`CONTROLS`): with other arms in the place of the paper's, on the excess over an
-isotropic update of the same size, and with the arms' trajectories read where they agree in ‖ΔW‖_F, in accuracy, or in KL from
-the start. The second verdict, `after_matching`, takes the controls named by `Claim.after`: *still holds* when the claim
-and all of them hold, *does not* when one of these fails, *inconclusive* otherwise.
+A claim is judged again under controls (`CONTROLS`): with other arms in the place of the paper's, with a noise arm in the place of
+each learning arm in turn, on the excess over an isotropic update of the same size, and with the arms' trajectories read where they agree
+in ‖ΔW‖_F, in accuracy, or in KL from the start. The second verdict, `after_matching`, takes the controls named by
+`Claim.after`: *still holds* when the claim and all of them hold, *does not* when one of these is reversed or shows no
+difference, *inconclusive* otherwise.
 
-How the statistics are computed: `claims.py`. No number is in here that a run could have suggested; a rule that turns out to be
-wrong is changed in a commit of its own that says why.
+How values are read: `claims.py`. No number is in here that a confirmatory run could have suggested; a rule that turns out to be wrong is
+changed in a commit of its own that says why, with a new `VERSION`.
 """
 
 from __future__ import annotations
@@ -20,33 +21,43 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+VERSION = 1
+"""Of the protocol (docs/protocol.md)."""
+FROZEN = "2026-11-27"
+"""The day on which this version was fixed."""
+
 SFT, MATCHED, OPD, RLVR = "sft", "sft-matched", "opd", "rlvr"
 PARADIGMS = (SFT, MATCHED, OPD, RLVR)
+COIN, RANDOM_SIGN = "coin", "opd-random-sign"
+NOISE = (COIN, RANDOM_SIGN)
 BAND = 1.25  # two stable ranks are "about the same", and a trajectory is "narrow", within this factor
-ALPHAS = (0.75, 0.5, 0.25, 0.05, 0.01)
-SPARSE = tuple(f"opd-{choice}-{share}" for choice in ("top", "random") for share in (50, 25))
+ALPHAS = (0.75, 0.01)  # the ends of the paper's range, which C3 is about
+SPARSE = ("opd-top-25", "opd-random-25")  # keeping half of the tokens lies between these and keeping all
 TEACHER_TOKENS = "opd-teacher-tokens"
 S1_MODES = ("gradient", "update", "adapter")
 
 
 EXPLORATORY = {
-    900: "the noise control beside the arms, before the protocol (noise.py)",
+    0: "the finished study (docs/results.md)",
+    1: "the finished study",
+    2: "the finished study",
+    900: "the noise control beside the arms (noise.py), and the pilots of the protocol's costs",
 }
-"""Seeds that were looked at before rules were written, and what for. No verdict ever counts them."""
+"""Seeds that were looked at before the rules were fixed, and what for. No confirmatory verdict ever counts them."""
 
 
 class Sample(Protocol):
-    """The means of one bootstrap resample (the first is the data itself), by arm."""
+    """The means over matrices of one seed, by arm."""
 
     chance: float
     """Expected overlap of a random mask, 0.5; 0 where values are excesses over the null."""
 
     def __call__(self, arm: str, when: str = "last") -> float:
-        """Mean over seeds and matrices at the last or the first checkpoint."""
+        """Mean over matrices at the last or the first checkpoint."""
 
     def series(self, arm: str) -> np.ndarray:
         """That mean at every checkpoint."""
@@ -67,26 +78,101 @@ class Quantity:
     unit: str
     ratio: bool  # compared as a ratio (a positive quantity without a natural upper end) or as a difference (a share)
 
+    @property
+    def name(self) -> str:
+        """How reduced data call it."""
+        return ".".join((self.diagnostic, "+".join(self.variants))).rstrip(".")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a comparison computes of one seed and what it asks for."""
+
+    says: str
+    """The comparison in words; {0}, {1} … are its arms, {margin} the margin."""
+    effects: Callable[..., float | np.ndarray]
+    """(sample, *arms) → the effect in the claim's direction; an array has one a checkpoint."""
+    asks: Literal["more", "same", "other"] = "more"
+    """more: effect above the margin. same: within ± the margin. other: beyond it in either direction."""
+    log: bool = False
+    """The effect is the log of a ratio, and the margin is given as a factor."""
+
+
+def _contrast(m: Sample, held: str, free: str, frozen: str) -> float:
+    return m.accuracy(held) - 0.8 * m.accuracy(free) - 0.2 * m.accuracy(frozen)
+
+
+def _log(x: float | np.ndarray) -> Any:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.log(x)
+
+
+def _apart(m: Sample, arm: str, other: str) -> Any:
+    """Log ratios at the shared checkpoints; not defined where there are none, as in a rehearsal."""
+    ours, theirs = m.series(arm), m.series(other)
+    return _log(ours / theirs) if len(ours) == len(theirs) else np.array([np.nan])
+
+
+KINDS: dict[str, Kind] = {
+    "difference": Kind("{1} minus {0} above {margin}", lambda m, low, high: m(high) - m(low)),
+    "ratio": Kind("{1} over {0} above {margin}", lambda m, low, high: _log(m(high) / m(low)), log=True),
+    "below chance": Kind("chance (0.5) minus {0} above {margin}", lambda m, arm: m.chance - m(arm)),
+    "above chance": Kind("{0} minus chance (0.5) above {margin}", lambda m, arm: m(arm) - m.chance),
+    "growth": Kind("{0} last over first checkpoint above {margin}", lambda m, arm: _log(m(arm) / m(arm, "first")), log=True),
+    "decline": Kind("{0} first over last checkpoint above {margin}", lambda m, arm: _log(m(arm, "first") / m(arm)), log=True),
+    "band": Kind("{0} at every checkpoint within a factor {margin} of the first",
+                 lambda m, arm: _log(m.series(arm)[1:] / m.series(arm)[0]), "same", log=True),
+    "preserved": Kind("{0} within a factor {margin} of {1} at every shared checkpoint",
+                      _apart, "same", log=True),
+    "changed": Kind("{0} beyond a factor {margin} of {1} at the last shared checkpoint",
+                    lambda m, arm, other: _log(m(arm) / m(other)), "other", log=True),
+    "alike": Kind("{0} and {1} within a factor {margin}", lambda m, arm, other: _log(m(arm) / m(other)), "same", log=True),
+    "norms": Kind("{1}'s norm over {0}'s above {margin}", lambda m, low, high: _log(m.norm(high) / m.norm(low)), log=True),
+    "at first": Kind("at the first checkpoint {1} minus {0} above {margin}",
+                     lambda m, low, high: m(high, "first") - m(low, "first")),
+    "accuracy kept": Kind("accuracy of {0} and of {1} within {margin}",
+                          lambda m, held, free: m.accuracy(held) - m.accuracy(free), "same"),
+    "accuracy": Kind("accuracy of {1} minus that of {0} above {margin}",
+                     lambda m, low, high: m.accuracy(high) - m.accuracy(low)),
+    "contrast": Kind("accuracy of {0} minus .8 of {1} minus .2 of {2} above {margin}", _contrast),
+    "contrasts": Kind("the contrast of {0} (with {1}, {2}) minus that of {3} (with {4}, {5}) above {margin}",
+                      lambda m, *arms: _contrast(m, *arms[:3]) - _contrast(m, *arms[3:])),
+}  # fmt: skip
+"""Every kind of comparison. The contrast is above 0 where four fifths of what training the matrices brings is kept."""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Met where `value` of a sample is above `required` (below it, with `below`)."""
-
-    text: str
+    kind: str
     arms: tuple[str, ...]
-    value: Callable[[Sample], float]
-    required: float
-    below: bool = False
+    margin: float
+    """The smallest effect that matters; a factor where the kind is a ratio."""
+
+    @property
+    def of(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def text(self) -> str:
+        return self.of.says.format(*map(_label, self.arms), margin=f"{self.margin:g}")
+
+    @property
+    def least(self) -> float:
+        """The margin on the effect's own scale."""
+        return math.log(self.margin) if self.of.log else self.margin
+
+    def effects(self, sample: Sample) -> np.ndarray:
+        """The effects of one seed (components,): one, or one a checkpoint."""
+        return np.atleast_1d(np.asarray(self.of.effects(sample, *self.arms), dtype=float))
 
 
 @dataclass(frozen=True)
 class OwnControl:
-    """Other comparisons for one claim. `stop`: the matched SFT is read where its ‖ΔW‖_F equals OPD's at the end."""
+    """Other comparisons for one claim."""
 
     name: str
     text: str
     comparisons: tuple[Comparison, ...]
-    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +196,10 @@ class Claim:
     def rule(self) -> str:
         """The whole rule in words."""
         tests = "; ".join(c.text for c in self.comparisons)
-        return f"Holds if all of these are met by their whole 95 % interval, fails if one is missed by its whole interval: {tests}."
+        return (
+            f"Holds when each of these is shown at 5 % over seeds; reversed, or no difference, when the opposite of one, or less than "
+            f"its margin, is (Holm's correction over them); open otherwise: {tests}."
+        )
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -122,122 +211,41 @@ def _label(arm: str) -> str:
     return arm.upper() if arm in PARADIGMS else arm
 
 
-def difference(low: str, high: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(high)} minus {_label(low)} above {required:g}", (low, high), lambda m: m(high) - m(low), required
-    )
+def difference(low: str, high: str, margin: float) -> Comparison:
+    return Comparison("difference", (low, high), margin)
 
 
-def ratio(low: str, high: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(high)} over {_label(low)} above {required:g}", (low, high), lambda m: m(high) / m(low), required
-    )
-
-
-def growth(arm: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(arm)} last over first checkpoint above {required:g}",
-        (arm,),
-        lambda m: m(arm) / m(arm, "first"),
-        required,
-    )
-
-
-def decline(arm: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(arm)} first over last checkpoint above {required:g}",
-        (arm,),
-        lambda m: m(arm, "first") / m(arm),
-        required,
-    )
+def ratio(low: str, high: str, margin: float) -> Comparison:
+    return Comparison("ratio", (low, high), margin)
 
 
 def band(arm: str, width: float) -> Comparison:
-    return Comparison(
-        f"{_label(arm)} largest over smallest checkpoint mean below {width:g}",
-        (arm,),
-        lambda m: float(m.series(arm).max() / m.series(arm).min()),
-        width,
-        below=True,
-    )
-
-
-def _apart(m: Sample, arm: str, other: str) -> float:
-    """The largest factor between two trajectories, over the checkpoints that both have."""
-    return float(np.exp(np.abs(np.log(m.series(arm) / m.series(other))).max()))
+    return Comparison("band", (arm,), width)
 
 
 def preserved(arm: str, other: str = OPD) -> Comparison:
-    return Comparison(
-        f"{arm} within a factor {BAND:g} of {_label(other)} at every shared checkpoint",
-        (arm, other),
-        lambda m: _apart(m, arm, other),
-        BAND,
-        below=True,
-    )
-
-
-def changed(arm: str, other: str = OPD) -> Comparison:
-    return Comparison(
-        f"{arm} beyond a factor {BAND:g} of {_label(other)} at some shared checkpoint",
-        (arm, other),
-        lambda m: _apart(m, arm, other),
-        BAND,
-    )
-
-
-def about_the_same(arm: str, other: str) -> Comparison:
-    return Comparison(
-        f"stable ranks of {_label(arm)} and {_label(other)} within a factor {BAND:g}",
-        (arm, other),
-        lambda m: math.exp(abs(math.log(m(arm) / m(other)))),
-        BAND,
-        below=True,
-    )
+    return Comparison("preserved", (arm, other), BAND)
 
 
 def s1(paradigm: str, what: str) -> str:
-    """The arm of experiment S1 that goes on from 20 % of `paradigm`: free, frozen, random, other, half, double or a mode."""
+    """The arm of experiment S1 that goes on early from `paradigm`: free, frozen, random, other, coin, half, double or a mode."""
     return f"s1-{paradigm}-{what}"
 
 
-def recovery(m: Sample, paradigm: str, what: str) -> float:
-    """(constrained − frozen) / (free − frozen), of accuracies; undefined where training the matrices brings nothing."""
-    frozen = m.accuracy(s1(paradigm, "frozen"))
-    gained = m.accuracy(s1(paradigm, "free")) - frozen
-    return (m.accuracy(s1(paradigm, what)) - frozen) / gained if gained > 0 else math.nan
+def _kept(paradigm: str, what: str) -> Comparison:
+    return Comparison("accuracy kept", (s1(paradigm, what), s1(paradigm, "free")), 0.03)
 
 
-def _s1_arms(what: str, *paradigms: str) -> tuple[str, ...]:
-    return tuple(s1(p, w) for p in paradigms for w in (what, "free", "frozen"))
+def _lost(paradigm: str, what: str) -> Comparison:
+    return Comparison("accuracy", (s1(paradigm, what), s1(paradigm, "free")), 0.03)
 
 
-def recovers(what: str, paradigm: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(paradigm)}'s recovery ({what}) above {required:g}",
-        _s1_arms(what, paradigm),
-        lambda m: recovery(m, paradigm, what),
-        required,
-    )
+def _recovered(paradigm: str, what: str = "update") -> tuple[str, str, str]:
+    return s1(paradigm, what), s1(paradigm, "free"), s1(paradigm, "frozen")
 
 
-def recovers_more(what: str, high: str, low: str, required: float) -> Comparison:
-    return Comparison(
-        f"recovery ({what}) of {_label(high)} minus that of {_label(low)} above {required:g}",
-        _s1_arms(what, high, low),
-        lambda m: recovery(m, high, what) - recovery(m, low, what),
-        required,
-    )
-
-
-def own_over(other: str, paradigm: str, required: float) -> Comparison:
-    return Comparison(
-        f"{_label(paradigm)}'s recovery in its own channel minus that in {'a random one' if other == 'random' else other} "
-        f"above {required:g}",
-        (*_s1_arms("update", paradigm), s1(paradigm, other)),
-        lambda m: recovery(m, paradigm, "update") - recovery(m, paradigm, other),
-        required,
-    )
+def _own_over(paradigm: str, what: str) -> Comparison:
+    return Comparison("accuracy", (s1(paradigm, what), s1(paradigm, "update")), 0.01)
 
 
 SPARSITY = Quantity("update_sparsity", ("bf16_eta",), "share", ratio=False)
@@ -250,6 +258,8 @@ HILL = Quantity("hill_exponent", ("16",), "number", ratio=True)
 SIMILARITY = Quantity("subspace_similarity", ("final.16",), "share", ratio=False)
 PREVIOUS = Quantity("subspace_similarity", ("previous.16",), "share", ratio=False)
 NORM = Quantity("frobenius_norm", ("",), "number", ratio=True)
+PERSISTENCE = Quantity("persistence", (), "number", ratio=True)
+COHERENCE = Quantity("coherence", (), "number", ratio=False)
 ACCURACY = Quantity("accuracy_sampled", (), "share", ratio=False)
 
 CLAIMS = (
@@ -281,91 +291,61 @@ CLAIMS = (
     Claim(
         "R5a", "Visible updates of OPD and RLVR avoid principal weights",
         "below the random baseline", PRINCIPAL,
-        (
-            Comparison("chance (0.5) minus OPD above 0.02", (OPD,), lambda m: m.chance - m(OPD), 0.02),
-            Comparison("chance (0.5) minus RLVR above 0.02", (RLVR,), lambda m: m.chance - m(RLVR), 0.02),
-        ),
+        (Comparison("below chance", (OPD,), 0.02), Comparison("below chance", (RLVR,), 0.02)),
     ),
     Claim(
         "R5b", "Visible updates gather on low-magnitude weights, least under SFT, most under RLVR",
         "low-magnitude overlap: SFT 31.88 %, OPD 53.59 %, RLVR 73.48 % (random 30 %)", LOW,
         (
-            Comparison("OPD minus chance (0.5) above 0.02", (OPD,), lambda m: m(OPD) - m.chance, 0.02),
+            Comparison("above chance", (OPD,), 0.02),
             difference(SFT, OPD, 0.02), difference(OPD, RLVR, 0.02),
         ),
     ),
     Claim(
         "L1", "OPD's update stays in a narrow stable-rank band; SFT's expands; RLVR's contracts",
         "stable rank against step", STABLE_RANK,
-        (band(OPD, BAND), growth(SFT, 1.1), decline(RLVR, 1.1)),
+        (band(OPD, BAND), Comparison("growth", (SFT,), 1.1), Comparison("decline", (RLVR,), 1.1)),
     ),
     Claim(
         "L2", "The narrow band is not because the update is small: OPD's norm exceeds RLVR's at about the same stable rank",
         "final Frobenius norm: SFT 4.701, OPD 0.452, RLVR 0.168", STABLE_RANK,
-        (
-            Comparison("OPD's norm over RLVR's above 1.5", (OPD, RLVR), lambda m: m.norm(OPD) / m.norm(RLVR), 1.5),
-            about_the_same(OPD, RLVR),
-        ),
-        matched=(about_the_same(OPD, RLVR), band(OPD, BAND)),
+        (Comparison("norms", (RLVR, OPD), 1.5), Comparison("alike", (OPD, RLVR), BAND)),
+        matched=(Comparison("alike", (OPD, RLVR), BAND), band(OPD, BAND)),
     ),
     Claim(
         "L3", "The spectrum's shape changes mildly under OPD, rises sharply under SFT, falls under RLVR",
         "Hill exponent under OPD 2.34 → 2.93", HILL,
-        (band(OPD, 1.5), growth(SFT, 1.5), decline(RLVR, 1.05)),
+        (band(OPD, 1.5), Comparison("growth", (SFT,), 1.5), Comparison("decline", (RLVR,), 1.05)),
     ),
     Claim(
         "L4", "Under OPD the final update subspace is there from the first checkpoint; SFT and RLVR reach it gradually",
         "Sim_16(t, end)", SIMILARITY,
-        (
-            Comparison("at the first checkpoint OPD minus SFT above 0.05", (OPD, SFT),
-                       lambda m: m(OPD, "first") - m(SFT, "first"), 0.05),
-            Comparison("at the first checkpoint OPD minus RLVR above 0.05", (OPD, RLVR),
-                       lambda m: m(OPD, "first") - m(RLVR, "first"), 0.05),
-        ),
+        (Comparison("at first", (SFT, OPD), 0.05), Comparison("at first", (RLVR, OPD), 0.05)),
         at="first checkpoint",
     ),
     Claim(
-        "S1", "Held from 20 % of training in the subspace found there, OPD keeps its accuracy and SFT loses some",
+        "S1", "Held early in the subspace found there, OPD keeps its accuracy and SFT loses some",
         "AIME24 avg@8: OPD 64.2 against 63.3 free; SFT 45.6 against 55.5 free", ACCURACY,
-        (
-            Comparison("OPD: projected (gradient) minus free above -0.03", (s1(OPD, "gradient"), s1(OPD, "free")),
-                       lambda m: m.accuracy(s1(OPD, "gradient")) - m.accuracy(s1(OPD, "free")), -0.03),
-            Comparison("SFT: free minus projected (gradient) above 0.03", (s1(SFT, "gradient"), s1(SFT, "free")),
-                       lambda m: m.accuracy(s1(SFT, "free")) - m.accuracy(s1(SFT, "gradient")), 0.03),
-        ),
+        (_kept(OPD, "update"), _lost(MATCHED, "update")),
         at="after the last step",
-        after=("matched SFT at equal norm", "own channel over a random one"),
+        after=("recovery", "own channel over a random one"),
         own_controls=(
-            OwnControl(
-                "matched SFT", "the paper's comparison with OPD's start, learning rate, steps and sequences in SFT's place",
-                (
-                    Comparison("OPD: projected (gradient) minus free above -0.03", (s1(OPD, "gradient"), s1(OPD, "free")),
-                               lambda m: m.accuracy(s1(OPD, "gradient")) - m.accuracy(s1(OPD, "free")), -0.03),
-                    Comparison("matched SFT: free minus projected (gradient) above 0.03",
-                               (s1(MATCHED, "gradient"), s1(MATCHED, "free")),
-                               lambda m: m.accuracy(s1(MATCHED, "free")) - m.accuracy(s1(MATCHED, "gradient")), 0.03),
-                ),
-            ),
-            OwnControl(
-                "recovery, exactly held", "(constrained − frozen) / (free − frozen), mode update: nothing leaks out of the channel",
-                (recovers("update", OPD, 0.8), recovers_more("update", OPD, SFT, 0.1)),
-            ),
-            OwnControl(
-                "matched SFT at equal norm", "the same with the matched SFT, read where its ‖ΔW‖_F equals OPD's at the end",
-                (recovers("update", OPD, 0.8), recovers_more("update", OPD, MATCHED, 0.1)), stop=True,
-            ),
-            OwnControl(
-                "own channel over a random one", "a random channel of the same K is what any K directions would recover",
-                (own_over("random", OPD, 0.1),),
-            ),
-            OwnControl(
-                "own channel over the other's", "the matched SFT's channel, same K: is it this update's channel, or any update's?",
-                (own_over("other", OPD, 0.1),),
-            ),
+            OwnControl("as the paper holds it", "SFT from the base, gradients projected: with Adam some of the update leaks out",
+                       (_kept(OPD, "gradient"), _lost(SFT, "gradient"))),
+            OwnControl("recovery", "held − .8 free − .2 frozen above 0: OPD's, and OPD's above the matched SFT's",
+                       (Comparison("contrast", _recovered(OPD), 0.01),
+                        Comparison("contrasts", (*_recovered(OPD), *_recovered(MATCHED)), 0.01))),
+            OwnControl("own channel over a random one", "a random channel of the same K is what any K directions would recover",
+                       (_own_over(OPD, "random"),)),
+            OwnControl("own channel over the other's", "the matched SFT's channel, same K: is it this update's channel, or any update's?",
+                       (_own_over(OPD, "other"),)),
+            OwnControl("own channel over the coin's", "the channel of an update that learned nothing, same K", (_own_over(OPD, "coin"),)),
+            OwnControl("matched SFT's own channel over a random one", "the same for the matched SFT", (_own_over(MATCHED, "random"),)),
+            OwnControl("K over its half", "whether K, from the stable rank, is needed", (_own_over(OPD, "half"),)),
         ),
     ),
     Claim(
-        "C1", "Keeping only 25 % or 50 % of the tokens (top-gap or random) preserves the stable-rank trajectory",
+        "C1", "Keeping only 25 % of the tokens (top-gap or random) preserves the stable-rank trajectory",
         "stable rank against step", STABLE_RANK, tuple(preserved(arm) for arm in SPARSE),
         at="last shared checkpoint",
     ),
@@ -377,13 +357,13 @@ CLAIMS = (
     Claim(
         "C3", "Mixing in RLVR changes the stable-rank trajectory once the OPD share is small",
         "alpha 0.75, 0.5, 0.25, 0.05, 0.01", STABLE_RANK,
-        (preserved("opd-alpha-0.75"), changed("opd-alpha-0.01")),
+        (preserved("opd-alpha-0.75"), Comparison("changed", ("opd-alpha-0.01", OPD), BAND)),
         at="last shared checkpoint",
     ),
 )  # fmt: skip
 
 R5 = "Updates avoid principal weights (R5a) and gather on low-magnitude ones (R5b)"
-"""Reported beside its two parts: holds when both do, fails when one does, else inconclusive."""
+"""Reported beside its two parts: holds when both do; reversed, or no difference, when one is; else open."""
 
 
 @dataclass(frozen=True)
@@ -433,4 +413,8 @@ CONTROLS = (
     Control("forward KL", "OPD by KL(teacher ‖ student) over the vocabulary, matched SFT",
             {SFT: MATCHED, OPD: "opd-forward-kl"}, claims=_FOUR),
     Control("SFT on own samples", "the student's own correct samples, SFT loss, in SFT's place", {SFT: "sft-own-samples"}, claims=_FOUR),
+    *(Control(f"noise in {_label(arm)}'s place", f"matched SFT, and {noise} in the place of {_label(arm)}", {SFT: MATCHED} | {arm: noise},
+              claims=_FOUR + "|C")
+      for arm, noise in ((OPD, RANDOM_SIGN), (RLVR, COIN), (SFT, RANDOM_SIGN))),
 )  # fmt: skip
+QUANTITIES = (SPARSITY, ANGLES, SHIFT, PRINCIPAL, LOW, STABLE_RANK, HILL, SIMILARITY, PREVIOUS, NORM)

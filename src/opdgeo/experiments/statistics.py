@@ -18,7 +18,7 @@ matrices brings is kept. A ratio has no interval where free and frozen are near 
     open            none of these is shown
 
 At most one of the first three can be. A comparison may claim *sameness* instead: it holds where no difference is shown, and is
-reversed where |x| > m is. **A claim of several comparisons** holds when all of them hold and is open when nothing is shown;
+reversed where |x| > m is; or a difference in either direction, which holds where |x| > m is shown. **A claim of several comparisons** holds when all of them hold and is open when nothing is shown;
 one that is reversed or without difference is enough against it, so those are unions and take Holm's correction. **Over the
 regime** (points such as learning rates), a verdict that differs between points is *depends*; Holm's correction over the points.
 """
@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 HOLDS, REVERSED, SAME, DEPENDS, OPEN = "holds", "reversed", "no difference", "depends", "open"
 VERDICTS = (HOLDS, REVERSED, SAME, DEPENDS, OPEN)
@@ -52,7 +52,7 @@ def t_interval(x: np.ndarray | Sequence[float], confidence: float = 1 - ALPHA) -
     if n < 2:
         whole = np.full(x.shape[:-1], np.inf)
         return -whole, whole
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * x.std(-1, ddof=1) / math.sqrt(n)
+    half = special.stdtrit(n - 1, (1 + confidence) / 2) * x.std(-1, ddof=1) / math.sqrt(n)
     return x.mean(-1) - half, x.mean(-1) + half
 
 
@@ -100,7 +100,7 @@ def _one_sided(x: np.ndarray | Sequence[float], bound: float) -> float:
     error = x.std(ddof=1) / math.sqrt(len(x))
     if error == 0:
         return 0.0 if x.mean() > bound else 1.0
-    return float(stats.t.sf((x.mean() - bound) / error, len(x) - 1))
+    return float(special.stdtr(len(x) - 1, -(x.mean() - bound) / error))
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Compared:
     margin: float
     sameness: bool = False
     """The claim is that there is no difference as large as the margin."""
+    either: bool = False
+    """The claim is that there is one, in whichever direction."""
 
     def __post_init__(self) -> None:
         if not self.margin > 0 or not all(map(math.isfinite, self.effects)):
@@ -122,6 +124,8 @@ class Compared:
         """The p value behind `kind`, to be compared with α; holds and reversed are two-sided."""
         x = np.array(self.effects)
         above, below = (min(1.0, 2 * _one_sided(effect, self.margin)) for effect in (x, -x))
+        if self.either:
+            return {HOLDS: min(above, below), REVERSED: 1.0, SAME: tost(x, self.margin)}[kind]
         if self.sameness:
             return {HOLDS: tost(x, self.margin), REVERSED: min(above, below), SAME: 1.0}[kind]
         return {HOLDS: above, REVERSED: below, SAME: tost(x, self.margin)}[kind]

@@ -138,9 +138,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("coin",             RLVR,    STUDENT, COIN),
     Arm("opd-random-sign",  OPD,     STUDENT, RANDOM_SIGN),
     # C1, C2, C3: what credit, and who writes the tokens
-    Arm("opd-top-50",       OPD,     STUDENT, kept("top", 0.5),    part=PART),
     Arm("opd-top-25",       OPD,     STUDENT, kept("top", 0.25),   part=PART),
-    Arm("opd-random-50",    OPD,     STUDENT, kept("random", 0.5), part=PART),
     Arm("opd-random-25",    OPD,     STUDENT, kept("random", 0.25), part=PART),
     Arm("opd-teacher-tokens", OPD,   TEACHER, GAP,                 part=PART),
     *(Arm(f"opd-alpha-{a:g}", OPD,   STUDENT, mixed(a),            part=PART) for a in ALPHAS),
@@ -234,6 +232,7 @@ def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool 
     import polars as pl
 
     from opdgeo.experiments.claims import Data, early_rank
+    from opdgeo.experiments.reduced import reduced
     from opdgeo.training import models
     from opdgeo.training.channel import Channel
 
@@ -245,7 +244,7 @@ def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool 
     early = origin(replace(arm, start=source.name), seed, preset, out, rehearse=rehearse)
     geometry = pl.read_parquet(out / "arms" / folder(OPD, seed) / "geometry" / "measurements.parquet")
     named = geometry.with_columns((pl.lit(f"{OPD}/") + pl.col("checkpoint")).alias("checkpoint"))
-    k = early_rank(Data(named, {}), 0)
+    k = early_rank(Data(reduced(named)), 0)
     channel = Channel.extract(models.resolve(start.origin), early, max(1, round(k * held.size)))
     if held.size == 0:
         channel = channel.cut(0)

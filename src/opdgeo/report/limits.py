@@ -25,6 +25,13 @@ CANNOT = (
     "of an arm with one seed it is over matrices alone and says nothing of another run. Those of S1 are too wide, about twice: the outcomes "
     "of the same prompts are drawn anew for each arm, as if they were not the same.",
 )
+SEEDS = (
+    "A verdict below is one of this learning rate, these batches and this number of steps. In another regime the same rules can give "
+    "another one, so none of them says what a paradigm does in general.",
+    "The unit of replication is the seed: intervals are Student's over seeds, within which the arms share anchor and prompts. One seed has no "
+    "interval, so every verdict of a study of one seed is open.",
+)
+"""The same of a study that is judged by the protocol."""
 
 
 def rows(claims: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +55,7 @@ def paragraphs(claims: dict[str, Any]) -> list[str]:
             "learn, and its update is what the optimizer makes of noise. Only what differs from that row can be the work of an objective. "
             "Length, unchanged share, angles, overlaps and a stable rank far below an isotropic update's are all there without learning."
         )
-    return [first, *CANNOT]
+    return [first, *(SEEDS if claims.get("protocol") else CANNOT)]
 
 
 def note(claims: dict[str, Any]) -> str:

@@ -86,13 +86,22 @@ def _in_words(judged: list[dict[str, Any]]) -> list[str]:
         ids = [c["id"] for c in judged if (c["verdict"], c.get("after_matching", "")) in wanted]
         return ", ".join(ids) or "none"
 
-    return [
+    after = ("", "does not", "inconclusive", "still holds")
+    against = {
+        "Reversed": ("reversed",),
+        "No difference": ("no difference",),
+        "Fails": ("fails",),
+        "Open": ("open", "inconclusive"),
+    }
+    lines = [
         f"* Holds, and still holds at equal size with a matched SFT: {named(('holds', 'still holds'))}.",
         f"* Holds as the paper compares, but not after matching (size, start, learning rate or steps): {named(('holds', 'does not'))}.",
         f"* Holds as the paper compares; open after matching: {named(('holds', 'inconclusive'))}.",
-        f"* Fails: {named(*(('fails', a) for a in ('', 'does not', 'inconclusive', 'still holds')))}.",
-        f"* Open: {named(*(('inconclusive', a) for a in ('', 'does not', 'inconclusive', 'still holds')))}.",
     ]
+    for title, verdicts in against.items():
+        if (found := named(*((v, a) for v in verdicts for a in after))) != "none":
+            lines.append(f"* {title}: {found}.")
+    return lines
 
 
 def _claim(claim: dict[str, Any]) -> list[str]:

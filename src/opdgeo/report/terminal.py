@@ -26,8 +26,9 @@ from opdgeo.report.verdict import (
 )
 
 _STYLE = {"geometry": "bold cyan", "size": "dim", "unclear": "yellow", "by construction": "dim"}
-_GOOD, _BAD = ("holds", "still holds"), ("fails", "does not")
-_VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") | {"inconclusive": "yellow"}
+_GOOD, _BAD = ("holds", "still holds"), ("reversed", "fails", "does not")
+_UNSURE = ("no difference", "depends", "open", "inconclusive")
+_VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") | dict.fromkeys(_UNSURE, "yellow")
 
 
 def print_summary(

@@ -139,6 +139,10 @@ class TrainConfig:
     """Held-out examples measured before the first step and after the last; 0 = never measure."""
     eval_prompts_between: int = 512
     """The first so many of them, measured at the other checkpoints."""
+    eval_start: bool = True
+    """False: not before the first step, where nothing depends on it."""
+    eval_samples: int = 1
+    """Completions sampled of every held-out prompt; the accuracy is their mean, the KLs are of the first one."""
     eval_batch: int = 256
     eval_kl_origin: bool = False
     """Also measure KL(student ‖ start) on the sampled completions; holds the start's weights in memory."""
@@ -199,7 +203,7 @@ class TrainConfig:
         )
         need(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 (RLVR) to 1 (OPD)")
         need(0.0 < self.token_share <= 1.0, "token_share", "a share above 0 and at most 1")
-        for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch"):
+        for name in ("steps", "sequences_per_step", "max_tokens", "max_prompt_tokens", "eval_batch", "eval_samples"):
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in (
             "micro_batch",

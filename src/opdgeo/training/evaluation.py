@@ -8,7 +8,9 @@
   (The `kl_teacher` of a training step in log.jsonl is the one-sample estimate log p_student − log p_teacher instead.)
 * loss: mean cross-entropy of the tokens of a plain text; None for a task with prompts.
 
-The random state is seeded inside and put back, so evaluating more or less often does not change training.
+The random state is seeded inside and put back, so evaluating more or less often does not change training. It is seeded anew for every
+batch and sample: two models that complete the same prompts meet the same random numbers, token by token, so their outcomes are
+paired. `right_greedy` and `right_sampled` say which prompts were solved.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +45,10 @@ class Evaluation:
     prompts: int
     loss: float | None
     kl_origin: float | None = None
+    right_greedy: str | None = None
+    """Outcomes of the prompts in their order, as hexadecimal bits; the last byte is filled up with 0."""
+    right_sampled: str | None = None
+    """The same, the samples of a prompt side by side."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ def evaluate(
     longest: int,
     accelerator: Any = None,
     origin: PreTrainedModel | None = None,
+    samples: int = 1,
 ) -> Evaluation:
     """Measure `model` on `examples`, also against the weights `origin`; `model` is put in evaluation mode and back.
 
@@ -119,28 +128,31 @@ def evaluate(
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(SEED)
             share, counted = _share(examples, accelerator)
+            right: dict[str, list[list[bool]]] = {}
             if not task.verifiable:
                 sums = _text_loss(model, tokenizer, share, counted, max_tokens, batch)
             else:
-                sums = _accuracies(
+                sums, right = _accuracies(
                     model, tokenizer, task, share, counted, teacher=teacher, max_tokens=max_tokens, batch=batch,
-                    longest=longest, origin=origin,
+                    longest=longest, origin=origin, samples=samples,
                 )  # fmt: skip
             total = torch.tensor(sums, dtype=torch.float64)
             if accelerator is not None:
                 total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
+                right = {name: gather_object(rows) for name, rows in right.items()}
     finally:
         model.train(training)
     if not task.verifiable:
         loss, tokens = total.tolist()
         return Evaluation(None, None, None, None, len(examples), loss / tokens if tokens else None)
-    greedy, sampled, divergence, drift, tokens = total.tolist()
+    divergence, drift, tokens = total.tolist()
+    bits = {name: np.array(rows, dtype=bool) for name, rows in right.items()}  # (prompts, samples)
     return Evaluation(
-        accuracy_greedy=greedy / len(examples), accuracy_sampled=sampled / len(examples),
+        accuracy_greedy=float(bits["greedy"].mean()), accuracy_sampled=float(bits["sampled"].mean()),
         kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
         prompts=len(examples), loss=None, kl_origin=drift / tokens if origin is not None else None,
+        right_greedy=np.packbits(bits["greedy"]).tobytes().hex(), right_sampled=np.packbits(bits["sampled"]).tobytes().hex(),
     )  # fmt: skip
 
 
@@ -155,27 +167,36 @@ def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], in
 
 def _accuracies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int, *,
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None,
-) -> list[float]:  # fmt: skip
-    """Sums over the first `counted` examples: right greedy, right sampled, KL to the teacher and to the start, tokens."""
-    right = {True: 0.0, False: 0.0}
+    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None, samples: int,
+) -> tuple[list[float], dict[str, list[list[bool]]]]:  # fmt: skip
+    """Over the first `counted` examples: sums of the KL to the teacher and to the start and of tokens; which were right."""
+    right: dict[str, list[list[bool]]] = {"greedy": [], "sampled": []}
     tokens, divergence, drift = 0, 0.0, 0.0
     # The student's distribution at every sampled token is computed by sampling already; it is kept where it fits.
     fits = min(batch, len(examples)) * max_tokens * model.config.vocab_size <= LOGITS_AT_ONCE
     for start, part in _batches(examples, batch):
         prompts = [example.prompt for example in part]
         real = max(0, counted - start)
-        for sample in (False, True):
-            keep = fits and sample and not (teacher is None and origin is None)
-            done = complete(model, tokenizer, prompts, max_tokens, sample=sample, keep_logits=keep)
+        sampled: list[list[bool]] = []
+        for sample in range(-1, samples):  # the greedy completion first
+            torch.manual_seed(SEED + (sample + 1) * 1_000_003 + start)
+            keep = fits and sample == 0 and not (teacher is None and origin is None)
+            done = complete(model, tokenizer, prompts, max_tokens, sample=sample >= 0, keep_logits=keep)
             pairs = list(zip(done.texts(tokenizer), part, strict=True))[:real]
-            right[sample] += sum(task.verify(text, example.answer) for text, example in pairs)
-        tokens += int(done.mask_BT[:real].sum())
-        if teacher is not None:
-            divergence += float(reverse_kl(model, teacher, done, longest)[:real].sum())
-        if origin is not None:
-            drift += float(reverse_kl(model, origin, done, longest)[:real].sum())
-    return [right[False], right[True], divergence, drift, tokens]
+            verdicts = [bool(task.verify(text, example.answer)) for text, example in pairs]
+            if sample < 0:
+                right["greedy"] += [[verdict] for verdict in verdicts]
+                continue
+            sampled.append(verdicts)
+            if sample > 0:
+                continue
+            tokens += int(done.mask_BT[:real].sum())
+            if teacher is not None:
+                divergence += float(reverse_kl(model, teacher, done, longest)[:real].sum())
+            if origin is not None:
+                drift += float(reverse_kl(model, origin, done, longest)[:real].sum())
+        right["sampled"] += [list(each) for each in zip(*sampled, strict=True)]
+    return [divergence, drift, tokens], right
 
 
 @torch.no_grad()

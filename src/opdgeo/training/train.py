@@ -232,6 +232,8 @@ def _build(
     known = _known_evaluation(config, origin)
 
     def measure(model: Any, step: int) -> evaluation.Evaluation | None:
+        if step == 0 and not config.eval_start:
+            return None
         if step == 0 and known is not None:
             return known
         count = config.eval_prompts if step in (0, config.steps) else config.eval_prompts_between
@@ -246,6 +248,7 @@ def _build(
             teacher=judge,
             max_tokens=config.max_tokens,
             origin=start,
+            samples=config.eval_samples,
             longest=config.max_prompt_tokens + config.max_tokens,
             accelerator=trainer.accelerator,
         )
@@ -298,6 +301,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "teacher_server",
         "max_tokens",
         "eval_batch",
+        "eval_samples",
         "device",
         "weights",
     }:

@@ -1,0 +1,411 @@
+"""The confirmatory study's verdicts, map and page, from its units' files alone (`units.py`); nothing is trained.
+
+    python -m opdgeo.experiments.confirmatory docs/results [--json FILE] [--page FILE.md] [--figure FILE.svg]
+
+reads docs/results/units/*.parquet. A file counts when it was made by the rules as they are (their hash is in it), with a planned seed, and
+is no rehearsal; every other file is named and left out. A claim is judged at a point when all planned seeds are there, and over
+the regime when all its points are: before that it is open, and what is known so far stands beside it.
+
+SFT in a verdict is the matched SFT, which has OPD's start, learning rate, steps and sequences; with the anchor's own SFT, as the
+paper compares, the same is reported beside. The noise arm in each learning arm's place is judged by the same rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from opdgeo.errors import ConfigError
+from opdgeo.experiments import regime
+from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
+from opdgeo.experiments.reduced import SCHEMA
+from opdgeo.experiments.regime import MAIN, Point
+from opdgeo.experiments.rules import (
+    ACCURACY,
+    CLAIMS,
+    COHERENCE,
+    EXPLORATORY,
+    FROZEN,
+    NOISE,
+    NORM,
+    PERSISTENCE,
+    SFT,
+    SPARSITY,
+    STABLE_RANK,
+    VERSION,
+    Claim,
+)
+from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
+from opdgeo.files import atomic_path
+
+UNITS = "units"
+PRIMARY = "matched SFT"
+"""The control whose reading is the verdict where a claim is about SFT."""
+SHOWN = (NORM, SPARSITY, STABLE_RANK, PERSISTENCE, COHERENCE, ACCURACY)
+OWN = "as the paper compares"
+
+
+@dataclass(frozen=True)
+class Units:
+    """The files that count: their rows with a column `point`, what each says of itself, and what was left out and why."""
+
+    rows: pl.DataFrame
+    about: list[dict[str, Any]]
+    left_out: dict[str, str]
+
+    def at(self, point: Point) -> pl.DataFrame:
+        """The rows of a point, borrowed arms included."""
+        parts = [self.rows.filter(pl.col("point") == point.name)]
+        for arm, other in point.borrows.items():
+            parts.append(self.rows.filter(pl.col("point") == other, pl.col("arm") == arm))
+        return pl.concat(parts).drop("point")
+
+
+def load(folder: Path) -> Units:
+    """Read every unit's file in `folder`.
+
+    Raises:
+        ConfigError: there is no such folder, or a file in it is no unit's.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
+        )
+    rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
+    for path in sorted(folder.glob("*.parquet")):
+        said = pl.read_parquet_metadata(path)
+        if not {"point", "seed", "rules"} <= said.keys() or said["point"] not in regime.BY_NAME:
+            raise ConfigError(f"{path} is no unit of the confirmatory study; expected a file that units.py wrote.")
+        point, seed = regime.BY_NAME[said["point"]], int(said["seed"])
+        reason = ""
+        if said["rules"] != regime.rules_hash() or json.loads(said["begun"])["rules"] != regime.rules_hash():
+            reason = f"made by rules {said['rules']}, not {regime.rules_hash()}"
+        elif said["rehearsal"] == "True":
+            reason = "a rehearsal"
+        elif seed in EXPLORATORY or seed not in regime.planned(point):
+            reason = f"seed {seed} is exploratory or not planned"
+        if reason:
+            left_out[path.name] = reason
+            continue
+        about.append(
+            {
+                k: json.loads(v) if k in ("begun", "settings", "minutes", "versions") else v
+                for k, v in said.items()
+                if k != "ARROW:schema"
+            }
+        )
+        rows.append(pl.read_parquet(path).with_columns(point=pl.lit(point.name)).select(*SCHEMA, "point"))
+    return Units(pl.concat(rows), about, left_out)
+
+
+def judged(units: Units) -> dict[str, Any]:
+    """Every claim over the regime: the content of the confirmatory claims.json."""
+    data = {point.name: Data(units.at(point)) for point in regime.POINTS}
+    claims = [found for claim in CLAIMS if (found := _claim(claim, data))]
+    return {
+        "preset": "tiny",
+        "study": "confirmatory",
+        "protocol": {"version": VERSION, "frozen": FROZEN, "rules": regime.rules_hash()},
+        "regime": [
+            {"name": p.name, "text": p.text, "seeds": p.seeds, "first": regime.FIRST, "borrows": p.borrows}
+            for p in regime.POINTS
+        ],
+        "seeds": sorted({int(unit["seed"]) for unit in units.about}),
+        "claims": claims,
+        "arms": [row for point in regime.POINTS for row in _arms(point, data[point.name])],
+        "units": units.about,
+        "left_out": units.left_out,
+    }
+
+
+def points_of(claim: Claim) -> list[Point]:
+    """The points whose arms a claim can be judged on."""
+    return [p for p in regime.POINTS if set(claim.arms) <= set(p.all_arms)]
+
+
+def _claim(claim: Claim, data: dict[str, Data]) -> dict[str, Any] | None:
+    points = points_of(claim)
+    if not points:
+        return None
+    found = {point.name: _at(claim, point, data[point.name]) for point in points}
+    whole = {name: compared_again(at["comparisons"]) for name, at in found.items() if at["complete"] and at["defined"]}
+    over, each = over_the_regime(whole) if whole else (OPEN, {})
+    for name, at in found.items():
+        at["verdict"] = each.get(name, OPEN)
+        at["also_without_learning"] = [
+            noise for noise, said in at["noise"].items() if said["verdict"] == at["verdict"] != OPEN
+        ]
+    main = found.get(MAIN) or next(iter(found.values()))
+    complete = len(whole) == len(found)
+    return {
+        "id": claim.id, "claim": claim.claim, "paper": claim.paper, "rule": claim.rule, "quantity": claim.quantity.name,
+        "unit": claim.quantity.unit, "at": claim.at,
+        "verdict": over if complete else OPEN,
+        "so_far": over,
+        "points_complete": [len(whole), len(found)],
+        "measured": main["measured"],
+        "points": found,
+    }  # fmt: skip
+
+
+def _at(claim: Claim, point: Point, data: Data) -> dict[str, Any]:
+    """One claim at one point: the verdict's comparisons, the noise controls, and the readings that carry no verdict."""
+    planned = regime.planned(point)
+    name = ACCURACY.name if claim.quantity is ACCURACY else NORM.name
+    seeds = data.seeds(point.all_arms, name)  # a unit is kept whole, and an arm that is borrowed may still be missing
+    out: dict[str, Any] = {
+        "seeds": seeds, "planned": len(planned), "complete": seeds == planned, "defined": False, "comparisons": [], "noise": {}, "others": {},
+        "measured": {},
+    }  # fmt: skip
+    if not seeds:
+        return out
+    if claim.quantity is ACCURACY:
+        _, out["comparisons"] = compare(claim.comparisons, accuracy_samples(data, claim.arms, seeds), seeds)
+        for own in claim.own_controls:
+            used = list(dict.fromkeys(arm for c in own.comparisons for arm in c.arms))
+            if data.seeds(used, name):
+                verdict, comparisons = compare(own.comparisons, accuracy_samples(data, used, seeds), seeds)
+                out["others"][own.name] = {"verdict": verdict, "comparisons": comparisons}
+    else:
+        controls = {control.name: control for control in controls_of(claim, data)}
+        primary = controls.pop(PRIMARY, None) if SFT in claim.arms else None
+        content = Content(data, claim, primary, list(claim.arms))
+        _, out["comparisons"] = compare(claim.comparisons, content.samples(), content.seeds)
+        index = 0 if claim.at.startswith("first") else -1
+        for arm, values in content.tested.items():
+            real = primary.arm(arm) if primary else arm
+            out["measured"][real] = _interval(values[:, index])
+        if primary:
+            plain = Content(data, claim, None, list(claim.arms))
+            verdict, comparisons = compare(claim.comparisons, plain.samples(), plain.seeds)
+            out["others"][OWN] = {"verdict": verdict, "comparisons": comparisons}
+        for control in controls.values():
+            content = Content(data, claim, control, list(claim.arms))
+            noise = control.name.startswith("noise in")
+            tests = claim.matched if claim.matched and control.read != "last" else claim.comparisons
+            if content.unmatched:
+                said: dict[str, Any] = {"verdict": OPEN, "comparisons": [], "explanation": content.unmatched}
+            else:
+                verdict, comparisons = compare(tests, content.samples(), content.seeds)
+                said = {"verdict": verdict, "comparisons": comparisons}
+            out["noise" if noise else "others"][control.name] = said
+    out["defined"] = bool(out["comparisons"]) and all(c["p"] for c in out["comparisons"])
+    return out
+
+
+def _interval(values: np.ndarray) -> dict[str, Any]:
+    known = np.asarray(values, float)[np.isfinite(values)]
+    if not len(known):
+        return {"mean": None, "low": None, "high": None, "seeds": []}
+    low, high = (float(end) for end in t_interval(known))
+    ends = {"low": low, "high": high} if np.isfinite(low) else {"low": None, "high": None}
+    return {"mean": float(known.mean()), **ends, "seeds": known.tolist()}
+
+
+def _arms(point: Point, data: Data) -> list[dict[str, Any]]:
+    """What every arm of a point is at its end, and what it gained in accuracy: a noise arm must gain none."""
+    rows = []
+    for arm in point.all_arms:
+        row: dict[str, Any] = {"point": point.name, "arm": arm}
+        for q in SHOWN:
+            if seeds := data.seeds([arm], q.name):
+                row[q.name] = _interval(np.array([[*data.evaluated(arm, q.name, seed).values()][-1] for seed in seeds]))
+        gains = [[*data.evaluated(arm, ACCURACY.name, seed).values()] for seed in data.seeds([arm], ACCURACY.name)]
+        if gains and point.name != regime.S1:
+            row["gain"] = _interval(np.array([found[-1] - found[0] for found in gains]))
+        if len(row) > 2:
+            rows.append(row)
+    return rows
+
+
+def void(found: dict[str, Any]) -> list[str]:
+    """Noise arms that gained accuracy, more than NOISE_GAINS by their whole interval: a protocol whose noise learns is void until that is explained."""
+    return [
+        f"{row['arm']} at {row['point']}" for row in found["arms"]
+        if row["arm"] in NOISE and row.get("gain") and row["gain"]["low"] is not None and row["gain"]["low"] > regime.NOISE_GAINS
+    ]  # fmt: skip
+
+
+# As text
+
+
+def page(found: dict[str, Any]) -> str:
+    """The results page: the map, the verdicts with noise beside them, and how far the study is."""
+    shown = [point for point in regime.POINTS if point.name != regime.S1]
+    counts = {p.name: len({u["seed"] for u in found["units"] if u["point"] == p.name}) for p in regime.POINTS}
+    lines = [
+        "# What the confirmatory study found", "",
+        f"Written by `python -m opdgeo.experiments.confirmatory docs/results --page FILE` from the units in docs/results/units, by protocol "
+        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {FROZEN}; [protocol.md](protocol.md)). "
+        "`python tests/recompute_claims.py --units docs/results/units FILE.json` computes every effect and verdict once more.", "",
+        "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in regime.POINTS) + ". "
+        "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.", "",
+    ]  # fmt: skip
+    if wrong := void(found):
+        lines += [
+            f"**A noise arm gained accuracy ({', '.join(wrong)}): no verdict below counts until that is explained.**",
+            "",
+        ]
+    lines += [
+        "| | claim | over the regime | " + " | ".join(p.name for p in shown) + " |",
+        "|---" * (3 + len(shown)) + "|",
+    ]
+    for claim in found["claims"]:
+        if list(claim["points"]) == [regime.S1]:
+            continue
+        cells = [_cell(claim["points"].get(p.name)) for p in shown]
+        lines.append(f"| {claim['id']} | {claim['claim']} | {_over(claim)} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "*also without learning*: the same verdict is reached with a noise arm in a learning arm's place.",
+        "",
+    ]
+    for claim in found["claims"]:
+        lines += [f"## {claim['id']}: {claim['claim']}", "", f"{claim['rule']} In the paper: {claim['paper']}.", ""]
+        lines += ["| point | reading | comparison | effect [95 %] | sign-flip p | said |", "|---|---|---|---|---|---|"]
+        for name, at in claim["points"].items():
+            for reading, said in (("verdict", at), *at["noise"].items(), *at["others"].items()):
+                for c in said["comparisons"]:
+                    lines.append(
+                        f"| {name} | {reading} | {c['text']} | {_effect(c)} | {_p(c['sign_flip'])} | {c['outcome']} |"
+                    )
+        lines.append("")
+    lines += [
+        "## Arms",
+        "",
+        "| point | arm | ‖ΔW‖ | unchanged | stable rank | persistence | coherence | accuracy | gained |",
+        "|---" * 9 + "|",
+    ]
+    for row in found["arms"]:
+        cells = [_number(row.get(q.name)) for q in SHOWN]
+        lines.append(f"| {row['point']} | {row['arm']} | " + " | ".join(cells) + f" | {_number(row.get('gain'))} |")
+    minutes = sum(sum(unit["minutes"].values()) for unit in found["units"])
+    lines += ["", f"{len(found['units'])} units, {minutes:.0f} minutes of processor time."]
+    if found["left_out"]:
+        lines += ["", "Not counted: " + "; ".join(f"{name} ({why})" for name, why in found["left_out"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _over(claim: dict[str, Any]) -> str:
+    done, all_of = claim["points_complete"]
+    return f"**{claim['verdict']}**" if done == all_of else f"open ({done} of {all_of} points: {claim['so_far']})"
+
+
+def _cell(at: dict[str, Any] | None) -> str:
+    if at is None:
+        return "–"
+    if not at["comparisons"]:
+        return f"open ({len(at['seeds'])} of {at['planned']} seeds)"
+    effects = "; ".join(_effect(c) for c in at["comparisons"])
+    head = at["verdict"] if at["complete"] else f"open ({len(at['seeds'])} of {at['planned']} seeds)"
+    return f"{head}{', also without learning' if at['also_without_learning'] else ''}: {effects}"
+
+
+def _effect(c: dict[str, Any]) -> str:
+    if c["value"] is None:
+        return "undefined"
+    return f"{c['value']:.3g}" + ("" if c["low"] is None else f" [{c['low']:.3g}, {c['high']:.3g}]")
+
+
+def _number(found: dict[str, Any] | None) -> str:
+    if not found or found["mean"] is None:
+        return "–"
+    return f"{found['mean']:.3g}" + ("" if found["low"] is None else f" [{found['low']:.3g}, {found['high']:.3g}]")
+
+
+def _p(p: float | None) -> str:
+    return "–" if p is None else f"{p:.3f}"
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    """The map, one panel a claim: each comparison's effect at every point, and beside it the same with a noise arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    claims = found["claims"]
+    wide = 3
+    tall = -(-len(claims) // wide)
+    picture, panels = pyplot.subplots(tall, wide, figsize=(4.6 * wide, 2.7 * tall), squeeze=False)
+    for panel in panels.flat[len(claims) :]:
+        panel.axis("off")
+    for panel, claim in zip(panels.flat, claims, strict=False):
+        names = list(claim["points"])
+        for place, at in enumerate(claim["points"].values()):
+            for reading, colour, shift in (("verdict", "#1f5f8b", -0.12), ("noise", "#999999", 0.12)):
+                sets = [at["comparisons"]] if reading == "verdict" else [n["comparisons"] for n in at["noise"].values()]
+                for comparisons in sets:
+                    for i, c in enumerate(comparisons):
+                        for effect in [np.array(c["effects"][-1], float)] if c["effects"] else []:
+                            x, margin = place + shift + 0.05 * i, _least(c)
+                            panel.plot(
+                                [x],
+                                [effect.mean() / margin],
+                                marker="o^sD"[i % 4],
+                                color=colour,
+                                markersize=4,
+                                linestyle="",
+                            )
+                            low, high = t_interval(effect)
+                            if np.isfinite(low):
+                                panel.vlines(x, low / margin, high / margin, color=colour, linewidth=1)
+        panel.axhspan(-1, 1, color="#f0f0f0", zorder=0)
+        panel.axhline(0, color="black", linewidth=0.6)
+        panel.set_xlim(-0.5, len(names) - 0.5)
+        panel.set_yscale("symlog", linthresh=1)
+        panel.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right")
+        panel.set_title(f"{claim['id']}: {_over(claim).strip('*')}", fontsize=9, loc="left")
+    picture.supylabel("effect over its margin (grey: noise in an arm's place; band: within the margin)", fontsize=8)
+    picture.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(picture)
+
+
+def _least(c: dict[str, Any]) -> float:
+    return float(np.log(c["required"])) if c["log"] else float(c["required"])
+
+
+def table(found: dict[str, Any]) -> Sequence[str]:
+    """The verdicts as lines for a terminal."""
+    return [
+        f"{claim['id']:>4}  {_over(claim):<40}  "
+        + "; ".join(f"{name}: {at['verdict']} ({len(at['seeds'])}/{at['planned']})" for name, at in claim["points"].items())
+        for claim in found["claims"]
+    ]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m opdgeo.experiments.confirmatory", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("results", type=Path, help="the folder that holds units/")
+    parser.add_argument("--json", type=Path, help="where the verdicts go")
+    parser.add_argument("--page", type=Path, help="where the results page goes (Markdown)")
+    parser.add_argument("--figure", type=Path, help="where the map goes (SVG, PNG or PDF)")
+    options = parser.parse_args(arguments)
+    try:
+        found = judged(load(options.results / UNITS))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    for path, text in ((options.json, json.dumps(found, indent=1) + "\n"), (options.page, page(found))):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+    if options.figure:
+        figure(found, options.figure)
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""The confirmatory study: verdicts over the regime on planted units, what counts, the frozen rules, and real units in a few steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import recompute_claims
+from opdgeo.errors import ConfigError
+from opdgeo.experiments import confirmatory, regime, units
+from opdgeo.experiments.claims import Data
+from opdgeo.experiments.reduced import SCHEMA, packed, unpacked, walk
+from opdgeo.experiments.rules import (
+    ACCURACY,
+    CLAIMS,
+    COIN,
+    EXPLORATORY,
+    FROZEN,
+    MATCHED,
+    NORM,
+    OPD,
+    QUANTITIES,
+    RANDOM_SIGN,
+    RLVR,
+    SPARSITY,
+    STABLE_RANK,
+    VERSION,
+)
+from opdgeo.experiments.study import BY_NAME, configure
+from opdgeo.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+Plant = Callable[[str, str, str], float | None]
+BEGUN = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": regime.rules_hash()})
+
+
+def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **metadata: str) -> Path:
+    """A unit whose numbers are what `plant` says of (point, arm, quantity), with 1 % of noise between seeds."""
+    rng = np.random.default_rng(seed)
+    steps = [round(share * point.steps) for share in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    rows = []
+    for arm in point.arms:
+        few = BY_NAME[arm].part if arm in BY_NAME else 1.0
+        known = {"arm": arm, "seed": seed}
+        if point.name != regime.S1:
+            for q in QUANTITIES:
+                plain = {NORM.name: 0.1, STABLE_RANK.name: 4.0}.get(q.name, 0.5)
+                value = plant(point.name, arm, q.name) or plain
+                for i, step in enumerate(s for s in steps if s <= few * point.steps):
+                    grown = value * (i + 1) / 5 if q is NORM else value
+                    number = grown * (1 + 0.01 * rng.standard_normal())
+                    rows.append(
+                        known
+                        | {
+                            "step": step,
+                            "name": q.name,
+                            "value": number,
+                            "null": value,
+                            "excess": number / value if q.ratio else number - value,
+                        }
+                    )
+        prompts, end = 200, plant(point.name, arm, ACCURACY.name) or 0.5
+        for i, step in enumerate((0, *(s for s in steps if s <= few * point.steps))):
+            right = rng.permutation(prompts) < round(prompts * (0.2 + (end - 0.2) * i / 5))
+            rows.append(known | {"step": step, "name": "kl_origin", "value": 0.01 * i * (1 + end)})
+            rows.append(
+                known
+                | {"step": step, "name": ACCURACY.name, "value": right.mean(), "right": bytes.fromhex(packed(right))}
+            )
+    table = pl.DataFrame([dict.fromkeys(SCHEMA) | row for row in rows], schema=SCHEMA, orient="row")
+    said = {
+        "point": point.name, "seed": str(seed), "protocol": str(VERSION), "rules": regime.rules_hash(), "begun": BEGUN, "finished": "",
+        "settings": "{}", "minutes": '{"opd": 1.0}', "machine": "-", "versions": "{}", "rehearsal": "False",
+    } | metadata  # fmt: skip
+    path = units.file_of(folder, point.name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.write_parquet(path, metadata=said)
+    return path
+
+
+def study(folder: Path, plant: Plant) -> dict[str, dict[str, Any]]:
+    for point, seed in regime.units():
+        write_unit(folder / "units", point, seed, plant)
+    return {claim["id"]: claim for claim in confirmatory.judged(confirmatory.load(folder / "units"))["claims"]}
+
+
+@pytest.fixture
+def r1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirmatory, "CLAIMS", [claim for claim in CLAIMS if claim.id == "R1"])
+
+
+def sparsity(**by_arm: float) -> Plant:
+    names = {"matched": MATCHED, "random_sign": RANDOM_SIGN}
+    values = {names.get(arm, arm): value for arm, value in by_arm.items()}
+    return lambda point, arm, quantity: values.get(arm) if quantity == SPARSITY.name else None
+
+
+@pytest.mark.usefixtures("r1_alone")
+@pytest.mark.parametrize(
+    ("plant", "expected"),
+    [
+        (sparsity(matched=0.3, opd=0.5, rlvr=0.7), "holds"),
+        (sparsity(matched=0.5, opd=0.5, rlvr=0.5), "no difference"),
+        (sparsity(matched=0.7, opd=0.5, rlvr=0.3), "reversed"),
+        (sparsity(matched=0.3, opd=0.5, rlvr=0.523), "open"),
+    ],
+    ids=["difference", "equality", "reversal", "about the margin"],
+)
+def test_a_planted_pattern_gets_its_verdict(tmp_path: Path, plant: Plant, expected: str) -> None:
+    found = study(tmp_path, plant)["R1"]
+    assert found["verdict"] == expected, found["points"]["main"]["comparisons"]
+    assert {at["verdict"] for at in found["points"].values()} == {expected}
+    assert all(at["complete"] and len(at["seeds"]) == at["planned"] for at in found["points"].values())
+
+
+@pytest.mark.usefixtures("r1_alone")
+def test_what_differs_between_learning_rates_depends(tmp_path: Path) -> None:
+    cold = sparsity(matched=0.3, opd=0.5, rlvr=0.7)
+
+    def plant(point: str, arm: str, quantity: str) -> float | None:
+        return None if point == "hot" else cold(point, arm, quantity)
+
+    found = study(tmp_path, plant)["R1"]
+    assert found["verdict"] == "depends"
+    assert found["points"]["hot"]["verdict"] == "no difference" and found["points"]["main"]["verdict"] == "holds"
+    assert "depends" in confirmatory.page(confirmatory.judged(confirmatory.load(tmp_path / "units")))
+
+
+@pytest.mark.usefixtures("r1_alone")
+def test_what_noise_does_too_is_said_so(tmp_path: Path) -> None:
+    as_noise = study(tmp_path / "a", sparsity(matched=0.3, opd=0.5, random_sign=0.5, rlvr=0.7, coin=0.7))["R1"]
+    learned = study(tmp_path / "b", sparsity(matched=0.3, opd=0.5, random_sign=0.9, rlvr=0.7, coin=0.4))["R1"]
+    assert as_noise["points"]["main"]["also_without_learning"] == ["noise in OPD's place", "noise in RLVR's place"]
+    assert learned["points"]["main"]["also_without_learning"] == []
+
+
+@pytest.mark.usefixtures("r1_alone")
+def test_a_batch_point_takes_the_other_arms_from_the_main_point(tmp_path: Path) -> None:
+    def plant(point: str, arm: str, quantity: str) -> float | None:
+        if quantity != SPARSITY.name:
+            return None
+        return {"main": 0.6, "batch-16": 0.9}.get(point) if arm == RLVR else 0.5
+
+    at = study(tmp_path, plant)["R1"]["points"]
+    second = {name: at[name]["comparisons"][1]["value"] for name in ("main", "batch-16")}
+    assert second == pytest.approx({"main": 0.1, "batch-16": 0.4}, abs=0.01)
+
+
+@pytest.mark.usefixtures("r1_alone")
+def test_a_verdict_waits_for_all_planned_seeds(tmp_path: Path) -> None:
+    study(tmp_path, sparsity(matched=0.3, opd=0.5, rlvr=0.7))
+    units.file_of(tmp_path / "units", "hot", regime.FIRST + 4).unlink()
+    found = confirmatory.judged(confirmatory.load(tmp_path / "units"))
+    claim = next(c for c in found["claims"] if c["id"] == "R1")
+    assert claim["verdict"] == "open" and claim["so_far"] == "holds"
+    assert claim["points"]["hot"]["verdict"] == "open" and len(claim["points"]["hot"]["seeds"]) == 4
+    assert "open (4 of 5 seeds)" in confirmatory.page(found)
+
+
+def test_only_planned_seeds_of_these_rules_count(tmp_path: Path) -> None:
+    plant = sparsity(matched=0.3, opd=0.5, rlvr=0.7)
+    main, folder = regime.BY_NAME["main"], tmp_path / "units"
+    write_unit(folder, main, 101, plant)
+    write_unit(folder, main, 900, plant)
+    write_unit(folder, main, 102, plant, rules="another")
+    write_unit(folder, main, 103, plant, begun=json.dumps({"date": "2026-12-01", "rules": "another"}))
+    write_unit(folder, main, 104, plant, rehearsal="True")
+    write_unit(folder, main, 190, plant)
+    found = confirmatory.load(folder)
+    assert [unit["seed"] for unit in found.about] == ["101"]
+    assert sorted(found.left_out) == [f"main-seed{s}.parquet" for s in (102, 103, 104, 190, 900)]
+    assert all(seed not in EXPLORATORY for point in regime.POINTS for seed in regime.planned(point))
+    (folder / "other.parquet").write_bytes((ROOT / "docs/results/noise.parquet").read_bytes())
+    with pytest.raises(ConfigError, match="no unit"):
+        confirmatory.load(folder)
+    with pytest.raises(ConfigError, match="no folder"):
+        confirmatory.load(tmp_path / "nowhere")
+
+
+@pytest.mark.usefixtures("r1_alone")
+def test_noise_that_learns_makes_the_protocol_void(tmp_path: Path) -> None:
+    def plant(point: str, arm: str, quantity: str) -> float | None:
+        return 0.2 if quantity == ACCURACY.name and arm in (COIN, RANDOM_SIGN) and arm != learns else None
+
+    learns = ""
+    study(tmp_path / "fair", plant)
+    assert confirmatory.void(confirmatory.judged(confirmatory.load(tmp_path / "fair/units"))) == []
+    learns = COIN
+    study(tmp_path / "learns", plant)
+    wrong = confirmatory.void(confirmatory.judged(confirmatory.load(tmp_path / "learns/units")))
+    assert wrong and {line.split(" at ")[0] for line in wrong} == {COIN}
+
+
+def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path: Path) -> None:
+    def plant(point: str, arm: str, quantity: str) -> float | None:
+        by_arm = {
+            MATCHED: 0.31,
+            OPD: 0.5,
+            RLVR: 0.66,
+            COIN: 0.6,
+            RANDOM_SIGN: 0.52,
+            "s1-sft-matched-update": 0.4,
+            "s1-opd-frozen": 0.3,
+        }
+        return (
+            by_arm.get(arm, 0.45) * {"hot": 0.6, "between": 0.8}.get(point, 1.0) * (1 if quantity != NORM.name else 0.3)
+        )
+
+    study(tmp_path, plant)
+    paths = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
+    confirmatory.main(
+        [str(tmp_path), "--json", str(paths["json"]), "--page", str(paths["md"]), "--figure", str(paths["svg"])]
+    )
+    assert recompute_claims.main(tmp_path / "units", paths["json"]) == []
+    assert paths["svg"].read_text().count("<svg") == 1 and "L4" in paths["md"].read_text()
+    assert sum(path.stat().st_size for path in (tmp_path / "units").iterdir()) < 5_000_000
+    found = json.loads(paths["json"].read_text())
+    found["claims"][0]["points"]["main"]["comparisons"][0]["effects"][0][0] += 1e-3
+    found["claims"][1]["verdict"] = "depends"
+    paths["json"].write_text(json.dumps(found))
+    wrong = recompute_claims.main(tmp_path / "units", paths["json"])
+    assert len(wrong) == 2 and any("R1/main" in line for line in wrong)
+
+
+# What is frozen
+
+
+def test_the_protocol_states_the_rules_that_judge() -> None:
+    text = (ROOT / "docs/protocol.md").read_text()
+    stated = re.search(r"Version (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
+    assert stated is not None
+    assert stated.groups() == (str(VERSION), FROZEN, regime.rules_hash()), (
+        "rules changed without a new version of the protocol"
+    )
+    for point in regime.POINTS:
+        assert f"| `{point.name}` | {point.text} | {point.seeds} |" in text
+    assert all(str(seed) in text for seed in EXPLORATORY)
+
+
+def test_the_protocols_commit_precedes_every_confirmatory_unit() -> None:
+    kept = sorted((ROOT / "docs/results/units").glob("*.parquet"))
+    for path in kept:
+        said = pl.read_parquet_metadata(path)
+        begun = json.loads(said["begun"])
+        assert (said["rules"], begun["rules"]) == (regime.rules_hash(),) * 2, path.name
+        assert datetime.fromisoformat(begun["date"]).date() >= date.fromisoformat(FROZEN), path.name
+        assert path.stat().st_size <= 100_000
+    if not kept or not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return
+    log = [
+        "git",
+        "-C",
+        str(ROOT),
+        "log",
+        "--reverse",
+        "--format=%cI",
+        f"-Srules `{regime.rules_hash()}`",
+        "--",
+        "docs/protocol.md",
+    ]
+    dates = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
+    for path in kept if dates else []:  # a shallow clone has no such commit
+        begun = json.loads(pl.read_parquet_metadata(path)["begun"])["date"]
+        assert datetime.fromisoformat(dates[0]) <= datetime.fromisoformat(begun), path.name
+
+
+def test_the_rules_hash_follows_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = regime.rules_hash()
+    assert regime.rules_hash() == before
+    monkeypatch.setattr(regime, "LEG_FROM", 11)
+    assert regime.rules_hash() != before
+
+
+def test_settings_differ_between_points_as_the_regime_says(tmp_path: Path) -> None:
+    for point in regime.POINTS:
+        for arm in units.arms_of(point):
+            config = units.settings(point, arm, 101, tmp_path)
+            assert config.seed == 101
+            if arm == "sft":
+                assert (config.learning_rate, config.steps) == (3e-4, 60)
+                continue
+            assert config.sequences_per_step == point.sequences and config.learning_rate == point.learning_rate
+            if arm in BY_NAME and point.name != regime.S1:
+                assert config.steps == round(BY_NAME[arm].part * point.steps)
+                plain = configure(BY_NAME[arm], 101, "tiny", tmp_path)
+                changed = set(config.differences(plain))
+                assert changed <= {"learning_rate", "steps", "sequences_per_step", "origin", *regime.EVALUATED}, arm
+    held = units.settings(regime.BY_NAME[regime.S1], "s1-opd-other", 101, tmp_path)
+    assert (held.steps, held.constrain, held.eval_samples) == (90, "update", 4)
+    elsewhere = units.settings(regime.BY_NAME[regime.S1], "s1-opd-other", 101, tmp_path / "elsewhere")
+    assert held != elsewhere and units.settings_hash(held) == units.settings_hash(elsewhere)
+
+
+def test_units_come_in_order_of_worth() -> None:
+    listed = [(point.name, seed) for point, seed in regime.units()]
+    assert len(listed) == len(set(listed)) == sum(point.seeds for point in regime.POINTS)
+    assert listed[:2] == [("main", 101), ("main", 102)]
+    for point in regime.POINTS:
+        assert [seed for name, seed in listed if name == point.name] == regime.planned(point)
+
+
+def test_a_unit_begun_under_other_rules_does_not_go_on(tmp_path: Path) -> None:
+    here = tmp_path / "hot-seed101"
+    here.mkdir()
+    (here / "begun.json").write_text(json.dumps({"date": "2026-11-01T00:00:00+00:00", "rules": "older"}))
+    with pytest.raises(ConfigError, match="begun under rules older"):
+        units.run_unit(regime.BY_NAME["hot"], 101, tmp_path, tmp_path / "units")
+
+
+# What is reduced
+
+
+def test_outcomes_are_packed_and_unpacked() -> None:
+    right = np.random.default_rng(0).random(37) < 0.5
+    assert np.array_equal(unpacked(bytes.fromhex(packed(right)), 37), right)
+
+
+def test_a_straight_walk_is_persistent_and_coherent_and_a_random_one_is_not(
+    tmp_path: Path, config: Callable[..., TrainConfig]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from opdgeo.training import models
+
+    asked = config("opd", steps=100, checkpoints=(0.25, 0.5, 0.75, 1.0), learning_rate=1e-3)
+    base = models.resolve(asked.origin)
+    for kind in ("straight", "random"):
+        rng, at = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+        first: dict[str, torch.Tensor] = {}
+        for step in asked.checkpoint_steps:
+            folder = tmp_path / kind / f"step-{step:06d}"
+            shutil.copytree(base, folder)
+            weights = at or {n: t.float() for n, t in load_file(base / "model.safetensors").items()}
+            for name, tensor in weights.items():
+                signs = torch.randn(tensor.shape, generator=rng)
+                move = first.setdefault(name, signs.sign()) * 25 if kind == "straight" else signs * 5
+                at[name] = tensor + asked.learning_rate * move  # 25 steps of size lr in every entry
+            save_file(at, folder / "model.safetensors", metadata={"format": "pt"})
+        rows = [{"event": "step", "step": s, "learning_rate": asked.learning_rate} for s in range(1, 101)]
+        (tmp_path / kind / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = walk(tmp_path / kind, base, asked, "opd", 7)
+        data = Data(table)
+        persistence, coherence = (data.evaluated("opd", name, 7) for name in ("persistence", "coherence"))
+        if kind == "straight":
+            assert persistence == pytest.approx({25: 5, 50: 50**0.5, 75: 75**0.5, 100: 10}, rel=1e-3)
+            assert coherence == pytest.approx({50: 1, 75: 1, 100: 1}, rel=1e-3)
+        else:
+            assert persistence == pytest.approx(dict.fromkeys((25, 50, 75, 100), 1.0), rel=0.02)
+            assert all(abs(x) < 0.05 for x in coherence.values())
+
+
+def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
+    """Both kinds of unit in a few steps: the arms of a point, and S1 with all its channels."""
+    keep = tmp_path / "results" / "units"
+    command = ["-o", str(tmp_path / "work"), "--keep", str(keep), "--rehearse", "--seeds", "1", "--workers", "1"]
+    units.main([*command, "--points", "batch-16,s1"])
+    for name in ("batch-16", "s1"):
+        point, path = regime.BY_NAME[name], units.file_of(keep, name, 101)
+        said, table = pl.read_parquet_metadata(path), pl.read_parquet(path)
+        assert said["rules"] == regime.rules_hash() and said["rehearsal"] == "True"
+        assert set(json.loads(said["settings"])) == set(units.arms_of(point))
+        assert set(point.arms) <= set(table["arm"]) and set(table["seed"]) == {101}
+        assert path.stat().st_size < 100_000
+        assert not (tmp_path / "work" / f"{name}-seed101").exists(), "the weights are gone"
+        accuracies = table.filter(pl.col("name") == ACCURACY.name)
+        counts = 8 * (4 if name == "s1" else 1)
+        for row in accuracies.filter(pl.col("step") == pl.col("step").max().over("arm")).to_dicts():
+            assert unpacked(row["right"], counts).mean() == row["value"]
+    walked = pl.read_parquet(units.file_of(keep, "batch-16", 101)).filter(pl.col("name") == "persistence")
+    assert set(walked["arm"]) == {"sft", "rlvr", "coin"}
+    moved = walked.filter(pl.col("arm") != "rlvr")["value"]  # in three tokens nothing is ever right
+    assert moved.is_between(0.5, 4).all()
+    written = {path: path.stat().st_mtime_ns for path in keep.iterdir()}
+    units.main([*command, "--points", "batch-16"])
+    assert {path: path.stat().st_mtime_ns for path in keep.iterdir()} == written, "what is kept is not run again"
