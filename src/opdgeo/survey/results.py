@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
-from opdgeo.diagnostics.diagnostic import UNMOVED
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, UNMOVED
 from opdgeo.diagnostics.rows import compared
+from opdgeo.diagnostics.whole import Together
 from opdgeo.errors import ConfigError
 from opdgeo.files import remove_orphans, write_atomically
 
@@ -36,6 +37,8 @@ MEASUREMENTS: dict[str, Any] = {
     "status": pl.String,
     "reason": pl.String,
 }
+OTHER = {"other": pl.String}
+"""A column of `relate` alone, behind `checkpoint`: what it is compared with; null for an update alone."""
 CURVES: dict[str, Any] = {
     "checkpoint": pl.String,
     "step": pl.Int64,
@@ -52,7 +55,7 @@ PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 @dataclass(frozen=True)
 class Result:
-    """What `compare` and `track` return, and what the data files hold."""
+    """What `compare`, `track` and `relate` return, and what the data files hold."""
 
     measurements: pl.DataFrame
     curves: pl.DataFrame
@@ -99,7 +102,7 @@ class Result:
 
 
 def load_result(out: str | Path) -> Result:
-    """The result in a folder: what `opdgeo compare -o`, `track -o` or `Result.save` wrote.
+    """The result in a folder: what `opdgeo compare -o`, `track -o`, `relate -o` or `Result.save` wrote.
 
     Raises:
         ConfigError: a file is missing or unreadable.
@@ -119,9 +122,14 @@ def load_result(out: str | Path) -> Result:
         ) from error
 
 
-def frames(rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows as typed tables."""
-    return pl.DataFrame(rows, schema=MEASUREMENTS, orient="row"), pl.DataFrame(curves, schema=CURVES, orient="row")
+def frames(
+    rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], *, pairs: bool = False
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows as typed tables; those of `pairs` have a column more."""
+    measurements, points = (
+        {"checkpoint": pl.String, **(OTHER if pairs else {}), **columns} for columns in (MEASUREMENTS, CURVES)
+    )
+    return pl.DataFrame(rows, schema=measurements, orient="row"), pl.DataFrame(curves, schema=points, orient="row")
 
 
 def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
@@ -133,27 +141,49 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
-    A trajectory adds a list for every diagnostic of whole runs, under its name.
+    A trajectory adds a list for every diagnostic of whole runs, under its name; `relate` one of pairs.
     """
-    checkpoints = []
+    checkpoints, pairs = [], None
+    if "other" in measurements.columns:
+        pairs = measurements.filter(pl.col("other").is_not_null())
+        measurements = measurements.filter(pl.col("other").is_null()).drop("other")
     for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
-        unmoved = rows.filter(pl.col("reason") == UNMOVED)["matrix"].unique()
-        rows = rows.with_columns(moved=~pl.col("matrix").is_in(unmoved.to_list()))
-        entries = []
-        for (name, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
-            diagnostic = DIAGNOSTICS[str(name)]
-            entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
-            entry["null"] = _against_null(group, diagnostic, "walk" if diagnostic.scope == "trajectory" else null)
-            entry["reason"] = _why(group)
-            entry["roles"] = {
-                str(role): _statistics(part, diagnostic) | {"null_mean": _mean(compared(part), "null_mean", diagnostic)}
-                for (role,), part in group.group_by("role", maintain_order=True)
-            }
-            entries.append(entry)
-        one = {"checkpoint": checkpoint, "step": rows["step"][0], "unmoved": len(unmoved), "diagnostics": entries}
-        checkpoints.append(one)
+        checkpoints.append({"checkpoint": checkpoint, "step": rows["step"][0], **_entries(rows, UNMOVED, null)})
     whole = {name: d.measure(measurements) for name, d in of_runs().items()}
-    return {"checkpoints": checkpoints} | {name: found for name, found in whole.items() if found}
+    found: dict[str, Any] = {"checkpoints": checkpoints} | {name: rows for name, rows in whole.items() if rows}
+    return found if pairs is None else found | {"pairs": _pairs(pairs, measurements)}
+
+
+def _pairs(pairs: pl.DataFrame, alone: pl.DataFrame) -> list[dict[str, Any]]:
+    """Each pair over its matrices, and all its matrices together; `alone` holds the rows of the updates alone."""
+    found = []
+    for (checkpoint, other), rows in pairs.group_by("checkpoint", "other", maintain_order=True):
+        one = {"checkpoint": checkpoint, "other": other, "step": rows["step"][0], **_entries(rows, ONE_UNMOVED, "")}
+        together = Together(rows, alone)
+        for entry in one["diagnostics"]:
+            group = rows.filter(diagnostic=entry["diagnostic"], variant=entry["variant"])
+            entry["together"] = together.value(DIAGNOSTICS[entry["diagnostic"]], group)
+        found.append(one)
+    return found
+
+
+def _entries(rows: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
+    """`unmoved`, the matrices with the reason `still`, and `diagnostics`: an entry for each and variant."""
+    unmoved = rows.filter(pl.col("reason") == still)["matrix"].unique()
+    rows = rows.with_columns(moved=~pl.col("matrix").is_in(unmoved.to_list()))
+    entries = []
+    for (name, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
+        diagnostic = DIAGNOSTICS[str(name)]
+        entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
+        kind = {"trajectory": "walk", "pair": "independent"}.get(diagnostic.scope, null)
+        entry["null"] = _against_null(group, diagnostic, kind)
+        entry["reason"] = _why(group)
+        entry["roles"] = {
+            str(role): _statistics(part, diagnostic) | {"null_mean": _mean(compared(part), "null_mean", diagnostic)}
+            for (role,), part in group.group_by("role", maintain_order=True)
+        }
+        entries.append(entry)
+    return {"unmoved": len(unmoved), "diagnostics": entries}
 
 
 def _weights(group: pl.DataFrame, diagnostic: Diagnostic) -> np.ndarray:
