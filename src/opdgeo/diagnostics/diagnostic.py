@@ -19,7 +19,6 @@ from opdgeo.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-    from opdgeo.diagnostics.whole import Matrices
     from opdgeo.numerics.spectra import Spectrum
 
 PAPER = "arXiv 2606.07082"
@@ -177,6 +176,33 @@ class Panel:
     name: str
     title: str
     rank: Callable[[str], int | None]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Arrays over the matrices of a pair, (n,) each; 0 in all of them but `value` where a matrix was skipped.
+
+    Attributes:
+        value: the diagnostic's; 0 where it has none.
+        known: 1 where it has one, else 0.
+        norm, other: ‖ΔW‖_F of the first update and of the second.
+        visible, visible_other, both: how many entries each moved visibly, and both; or are expected to under the null.
+        entries: of the matrix.
+    """
+
+    value: np.ndarray
+    known: np.ndarray
+    norm: np.ndarray
+    other: np.ndarray
+    visible: np.ndarray
+    visible_other: np.ndarray
+    both: np.ndarray
+    entries: np.ndarray
+
+
+def share_of(part: np.ndarray, whole: float) -> np.ndarray:
+    """`part` over `whole`; zeros where that is 0."""
+    return part / whole if whole > 0 else part * 0
 
 
 Subject = TypeVar("Subject")

@@ -49,7 +49,9 @@ class Chances:
         if not q > 0:
             return None
         r = p / q
-        squares = float(self.products[part, part] - 2 * r * self.products[part, whole] + r * r * self.products[whole, whole])
+        squares = float(
+            self.products[part, part] - 2 * r * self.products[part, whole] + r * r * self.products[whole, whole]
+        )
         return r, math.sqrt(max(0.0, p * (1 - 2 * r) + r * r * q - squares)) / q
 
     def lift(self, entries: int) -> tuple[float, float] | None:

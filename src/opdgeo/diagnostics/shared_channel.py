@@ -10,9 +10,18 @@ import math
 from typing import TYPE_CHECKING
 
 from opdgeo.diagnostics.channel_energy import share
-from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Null, Settings, Value, cut, undefined
+from opdgeo.diagnostics.diagnostic import (
+    ONE_UNMOVED,
+    Diagnostic,
+    Matrices,
+    Null,
+    Settings,
+    Value,
+    cut,
+    share_of,
+    undefined,
+)
 from opdgeo.diagnostics.subspace_similarity import SIDES
-from opdgeo.diagnostics.whole import Matrices, shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +44,8 @@ def measure(pair: Pair) -> dict[str, Value]:
         return dict.fromkeys(variants(pair.settings), undefined(ONE_UNMOVED))
     k, reason = cut(pair.settings.top_k, pair.shape)
     return {
-        f"{side}.{pair.settings.top_k}": share(pair.first, pair.second.delta_spectrum, k, side, reason) for side in SIDES
+        f"{side}.{pair.settings.top_k}": share(pair.first, pair.second.delta_spectrum, k, side, reason)
+        for side in SIDES
     }
 
 
@@ -53,7 +63,7 @@ def null(pair: Pair) -> Null:
 def weights(of: Matrices) -> np.ndarray:
     """Every matrix counts by its energy."""
     energy = of.known * of.norm**2
-    return shared(energy, float(energy.sum()))
+    return share_of(energy, float(energy.sum()))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

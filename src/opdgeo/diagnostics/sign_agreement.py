@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import NO_VISIBLE, ONE_UNMOVED, Diagnostic, Null, Value, undefined
-from opdgeo.diagnostics.whole import Matrices, shared
+from opdgeo.diagnostics.diagnostic import (
+    NO_VISIBLE,
+    ONE_UNMOVED,
+    Diagnostic,
+    Matrices,
+    Null,
+    Value,
+    share_of,
+    undefined,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +44,7 @@ def null(pair: Pair) -> Null:
 
 def weights(of: Matrices) -> np.ndarray:
     """Every entry that both moved visibly counts once."""
-    return shared(of.both, float(of.both.sum()))
+    return share_of(of.both, float(of.both.sum()))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Null, Value, undefined
-from opdgeo.diagnostics.whole import Matrices, shared
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Matrices, Null, Value, share_of, undefined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +34,7 @@ def null(pair: Pair) -> Null:
 
 def weights(of: Matrices) -> np.ndarray:
     """⟨A, B⟩ over all matrices is Σ cosᵢ aᵢ bᵢ; a matrix where one did not move adds nothing to it, and to the norms what it has."""
-    return shared(of.norm * of.other, math.sqrt(float(of.norm @ of.norm) * float(of.other @ of.other)))
+    return share_of(of.norm * of.other, math.sqrt(float(of.norm @ of.norm) * float(of.other @ of.other)))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

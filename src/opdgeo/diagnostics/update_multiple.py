@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Null, Value, undefined
-from opdgeo.diagnostics.whole import Matrices, shared
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Matrices, Null, Value, share_of, undefined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +31,7 @@ def null(pair: Pair) -> Null:
 
 def weights(of: Matrices) -> np.ndarray:
     """Σ⟨Aᵢ, Bᵢ⟩ / Σ‖Bᵢ‖²."""
-    return shared(of.other**2, float(of.other @ of.other))
+    return share_of(of.other**2, float(of.other @ of.other))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

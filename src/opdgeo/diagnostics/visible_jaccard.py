@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import NO_VISIBLE, ONE_UNMOVED, Diagnostic, Null, Value, undefined
-from opdgeo.diagnostics.whole import Matrices, shared
+from opdgeo.diagnostics.diagnostic import (
+    NO_VISIBLE,
+    ONE_UNMOVED,
+    Diagnostic,
+    Matrices,
+    Null,
+    Value,
+    share_of,
+    undefined,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +41,7 @@ def null(pair: Pair) -> Null:
 def weights(of: Matrices) -> np.ndarray:
     """Every entry that either moved visibly counts once."""
     either = of.visible + of.visible_other - of.both
-    return shared(either, float(either.sum()))
+    return share_of(either, float(either.sum()))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

@@ -10,8 +10,17 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import NO_VISIBLE, ONE_UNMOVED, Diagnostic, Null, Value, undefined
-from opdgeo.diagnostics.whole import LIFT, Matrices, shared
+from opdgeo.diagnostics.diagnostic import (
+    NO_VISIBLE,
+    ONE_UNMOVED,
+    Diagnostic,
+    Matrices,
+    Null,
+    Value,
+    share_of,
+    undefined,
+)
+from opdgeo.diagnostics.whole import LIFT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +49,7 @@ def weights(of: Matrices) -> np.ndarray:
     import numpy as np
 
     chance = of.visible * of.visible_other / np.where(of.entries > 0, of.entries, 1.0)
-    return float(of.entries.sum()) * shared(chance, float(of.visible.sum() * of.visible_other.sum()))
+    return float(of.entries.sum()) * share_of(chance, float(of.visible.sum() * of.visible_other.sum()))
 
 
 DIAGNOSTIC: OfPair = Diagnostic(

@@ -8,10 +8,10 @@ entries the two share.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opdgeo.diagnostics.diagnostic import Diagnostic
+from opdgeo.diagnostics.diagnostic import Diagnostic, Matrices
 from opdgeo.diagnostics.frobenius_norm import DIAGNOSTIC as NORM
 from opdgeo.diagnostics.update_sparsity import DIAGNOSTIC as SPARSITY
 
@@ -20,33 +20,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 LIFT = "visible_lift"  # visible entries of both · entries / (visible entries of one · those of the other)
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """Arrays over the matrices of a pair, (n,) each; 0 in all of them but `value` where a matrix was skipped.
-
-    Attributes:
-        value: the diagnostic's; 0 where it has none.
-        known: 1 where it has one, else 0.
-        norm, other: ‖ΔW‖_F of the first update and of the second.
-        visible, visible_other, both: how many entries each moved visibly, and both; or are expected to under the null.
-        entries: of the matrix.
-    """
-
-    value: np.ndarray
-    known: np.ndarray
-    norm: np.ndarray
-    other: np.ndarray
-    visible: np.ndarray
-    visible_other: np.ndarray
-    both: np.ndarray
-    entries: np.ndarray
-
-
-def shared(part: np.ndarray, whole: float) -> np.ndarray:
-    """`part` over `whole`; zeros where that is 0."""
-    return part / whole if whole > 0 else part * 0
 
 
 class Together:
@@ -69,12 +42,14 @@ class Together:
         entries = np.where(sound, [float(sizes[m]) for m in self.matrices], 0.0)
         norm, other = (np.where(sound, n, 0.0) for n in norms)
         self.loose = sys.float_info.epsilon + max(
-            float(np.max(np.where(n > 0, e, 0.0) / np.where(n > 0, n, 1.0))) for e, n in zip(loose, (norm, other), strict=True)
+            float(np.max(np.where(n > 0, e, 0.0) / np.where(n > 0, n, 1.0)))
+            for e, n in zip(loose, (norm, other), strict=True)
         )
         self.found: dict[str, Matrices] = {}
         for column, beside in (("value", "value"), ("null_mean", "null_mean")):
             seen = [
-                np.nan_to_num((1 - self._column(of, SPARSITY.name, "bf16_eta", beside)) * entries) for of in (first, second)
+                np.nan_to_num((1 - self._column(of, SPARSITY.name, "bf16_eta", beside)) * entries)
+                for of in (first, second)
             ]
             lift = np.nan_to_num(self._column(rows, LIFT, "", column))
             both = lift * seen[0] * seen[1] / np.where(entries > 0, entries, 1.0)
@@ -96,7 +71,8 @@ class Together:
         if diagnostic.weights is None or not rows["value"].is_not_null().any():
             return None
         columns = {
-            c: self._column(rows, diagnostic.name, rows["variant"][0], c) for c in ("value", "error", "null_mean", "null_std")
+            c: self._column(rows, diagnostic.name, rows["variant"][0], c)
+            for c in ("value", "error", "null_mean", "null_std")
         }
 
         def weighed(column: str) -> tuple[np.ndarray, float]:

@@ -88,7 +88,9 @@ class Job:
         return _all(diagnostics().values(), of_trajectories().values() if self.trajectory else ())
 
 
-def outdated(known: dict[str, Any] | None, settings: Settings, every: Iterable[Diagnostic]) -> tuple[set[str], set[str]]:
+def outdated(
+    known: dict[str, Any] | None, settings: Settings, every: Iterable[Diagnostic]
+) -> tuple[set[str], set[str]]:
     """Those of `every` diagnostic whose values, and whose nulls, are not known yet: they read a setting that changed since `known`.
 
     `known` are the settings of an earlier run, None without one. A null reads what its diagnostic reads, and how nulls are
@@ -198,7 +200,7 @@ def _measure_pairs(job: Job, matrix: Matrix, known: Measured) -> Measured:
 
     Two updates are in memory at a time, with the leading directions of all.
     """
-    settings, base, count = job.settings, job.base, len(job.checkpoints)
+    settings, base = job.settings, job.base
     values_of, nulls_of = outdated(known.settings, settings, job.rows)
     alone, pairs = _alone(), list(of_pairs().values())
     directions = max((d.directions(settings) for d in pairs if d.directions), default=0)
@@ -214,56 +216,49 @@ def _measure_pairs(job: Job, matrix: Matrix, known: Measured) -> Measured:
 
     def opened(index: int) -> Update:
         with clock("read"):
-            near = next((s.right for s in spectra.values()), None)
-            update = _update(before, job.checkpoints[index], matrix, job.device, directions=directions, start=near)
+            update = _update(before, job.checkpoints[index], matrix, job.device, directions=directions)
             if index not in reasons:
                 reasons[index] = blocked or _non_finite(update.weights, job.checkpoints[index])
-        if spectral and not reasons[index] and update.moved:
+        if index in spectra:
+            update.delta_spectrum = spectra[index]
+        elif spectral and not reasons[index] and update.moved:
             with clock("factor"):
-                if index in spectra:
-                    update.delta_spectrum = spectra[index]
                 spectra[index] = update.delta_spectrum
         return update
 
+    def add(wanted: list[Diagnostic], subject: Any, place: Checkpoint, other: str | None, reason: str | None) -> None:
+        """The rows and curves of an update alone, or of a pair as seen from one of the two."""
+        fresh = [d for d in wanted if d.name in values_of]
+        values = {d.name: dict.fromkeys(d.variants(settings), skipped(reason or "")) for d in fresh}
+        curves: dict[str, Sequence[float | None] | None] = {}
+        null: Null = {}
+        if not reason:
+            with clock("measure"):
+                values = {d.name: d.measure(subject) for d in fresh}
+                curves = {name: of(subject) for d in fresh for name, of in d.curves.items()}
+            if settings.nulls:
+                with clock("nulls"):
+                    drawn = [d for d in wanted if d.name in nulls_of]
+                    null = _closed(drawn, subject) if other else _null(subject, matrix, place, drawn)
+        for d in wanted:
+            found = values[d.name] if d.name in values_of else old.values(place, d.name, other)
+            beside = null if d.name in nulls_of else old.nulls(place, d, other)
+            out.rows += [row | {"other": other} for row in _rows(place, matrix, d, found, beside)]
+        for curve, owner in _curves(wanted):
+            points = curves.get(curve) if owner in values_of else old.curves.get((place.name, other, curve))
+            if points is not None:
+                at = {"checkpoint": place.name, "other": other, "step": place.step, "matrix": matrix.name}
+                out.curves.append(at | {"curve": curve, "values": points})
+
+    directed = [d for d in pairs if d.directed]
     for i, checkpoint in enumerate(job.checkpoints):
         first = opened(i)
-        values = {d.name: dict.fromkeys(d.variants(settings), skipped(reasons[i] or "")) for d in alone}
-        null: Null = {}
-        if not reasons[i]:
-            with clock("measure"):
-                values = {d.name: d.measure(first) for d in alone if d.name in values_of}
-            with clock("nulls"):
-                null = _null(first, matrix, checkpoint, [d for d in alone if d.name in nulls_of])
-        for d in alone:
-            found = values[d.name] if d.name in values_of else old.values(checkpoint, d.name)
-            beside = null if d.name in nulls_of else old.nulls(checkpoint, d)
-            out.rows += [row | {"other": None} for row in _rows(checkpoint, matrix, d, found, beside)]
-        for j in range(i + 1, count):
-            pair = Pair(first, opened(j))
+        add(alone, first, checkpoint, None, reasons[i])
+        for j in range(i + 1, len(job.checkpoints)):
+            pair, other = Pair(first, opened(j)), job.checkpoints[j]
             reason = reasons[i] or reasons[j]
-            for one, other, directed in ((i, j, False), (j, i, True)):
-                place, beside = job.checkpoints[one], job.checkpoints[other].name
-                wanted = [d for d in pairs if d.directed or not directed]
-                seen = pair.swapped() if directed else pair
-                curves: dict[str, Sequence[float | None] | None] = {}
-                null = {}
-                if reason:
-                    values = {d.name: dict.fromkeys(d.variants(settings), skipped(reason)) for d in wanted}
-                else:
-                    with clock("measure"):
-                        values = {d.name: d.measure(seen) for d in wanted if d.name in values_of}
-                        curves = {n: of(seen) for d in wanted if d.name in values_of for n, of in d.curves.items()}
-                    with clock("nulls"):
-                        null = _closed([d for d in wanted if d.name in nulls_of], seen) if settings.nulls else {}
-                for d in wanted:
-                    found = values[d.name] if d.name in values_of else old.values(place, d.name, beside)
-                    at_chance = null if d.name in nulls_of else old.nulls(place, d, beside)
-                    out.rows += [row | {"other": beside} for row in _rows(place, matrix, d, found, at_chance)]
-                for curve, owner in _curves(wanted):
-                    points = curves.get(curve) if owner in values_of else old.curves.get((place.name, beside, curve))
-                    if points is not None:
-                        at = {"checkpoint": place.name, "other": beside, "step": place.step, "matrix": matrix.name}
-                        out.curves.append(at | {"curve": curve, "values": points})
+            add(pairs, pair, checkpoint, other.name, reason)
+            add(directed, pair.swapped(), other, checkpoint.name, reason)
     return out
 
 

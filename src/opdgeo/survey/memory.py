@@ -20,9 +20,7 @@ LIBRARIES = 40 << 20  # bytes of what the first matrix loads: LAPACK and its buf
 PAGE = 120 << 20  # bytes that drawing the page takes, when the matrices are gone
 
 
-def working_set(
-    matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings, *, pairs: bool = False
-) -> int:
+def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings, *, pairs: bool = False) -> int:
     """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read
     and the leading vectors of both, and the most that one step adds: W₊ in float64 with its Gram matrix and eigenvectors, ΔW
     in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared.
