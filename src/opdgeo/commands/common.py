@@ -117,7 +117,12 @@ def finish(args: argparse.Namespace, result: Result) -> int:
     result.save(args.out)
     for remark in result.run["remarks"]:
         print(f"note: {clean(remark)}")
-    print_summary(result.summary)
+    if "pairs" in result.summary:
+        from opdgeo.report.pairs import print_pairs
+
+        print_pairs(result.summary)
+    else:
+        print_summary(result.summary)
     if reused := result.run["reused"]:
         print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
     pairing = result.run["pairing"]

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, PAPER, Diagnostic, Null, Settings, Value, cut, undefined
+from opdgeo.diagnostics.diagnostic import (
+    ONE_UNMOVED,
+    PAPER,
+    Diagnostic,
+    Headline,
+    Null,
+    Settings,
+    Value,
+    cut,
+    undefined,
+)
 from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, ranks, similarity
 
 if TYPE_CHECKING:
@@ -97,6 +107,9 @@ DIAGNOSTIC: OfPair = Diagnostic(
     source=f"{PAPER}, §2, subspace similarity, between two runs in place of two steps",
     label=label,
     listed=lambda variant: variant.endswith(f".{SHOWN}"),
+    headline=Headline(
+        f"right.{SHOWN}", f"top-{SHOWN} subspace", f"their top {SHOWN} right directions are {{}} alike", "chance is {}"
+    ),
     charted=(f"right.{SHOWN}", f"left.{SHOWN}"),
     directions=lambda settings: max(ranks(settings)),
     curves={

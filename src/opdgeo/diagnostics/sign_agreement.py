@@ -12,6 +12,7 @@ from opdgeo.diagnostics.diagnostic import (
     NO_VISIBLE,
     ONE_UNMOVED,
     Diagnostic,
+    Headline,
     Matrices,
     Null,
     Value,
@@ -61,6 +62,9 @@ DIAGNOSTIC: OfPair = Diagnostic(
     caveat="Chance is about a half. It counts entries and not how far they moved, and says nothing about entries that only one "
     "update moved visibly.",
     source="this program; sign conflicts: Yadav et al. (TIES), arXiv 2306.01708",
+    headline=Headline(
+        "", "signs alike", "of the entries that both moved visibly {} went to the same side", "chance is {}"
+    ),
     charted=("",),
     weights=weights,
 )

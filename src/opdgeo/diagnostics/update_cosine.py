@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Matrices, Null, Value, share_of, undefined
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Headline, Matrices, Null, Value, share_of, undefined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "still mean little. Two runs that share their first steps, or one base's rounding, agree for that reason alone.",
     source="this program; task vectors: Ilharco et al., arXiv 2212.04089",
     around_zero=True,
+    headline=Headline("", "cosine", "the cosine of the two updates is {}", "independent ones of these sizes have 0 ± {}"),
     charted=("",),
     weights=weights,
 )

@@ -14,6 +14,7 @@ from opdgeo.diagnostics.diagnostic import (
     NO_VISIBLE,
     ONE_UNMOVED,
     Diagnostic,
+    Headline,
     Matrices,
     Null,
     Value,
@@ -64,6 +65,12 @@ DIAGNOSTIC: OfPair = Diagnostic(
     caveat="Small weights move visibly first, in every update, so unrelated updates have a lift above 1 as well: that is the null. "
     "Over all matrices together the lift also knows that some matrices move more than others.",
     source="this program; the mask is that of arXiv 2606.07082, §2, update–mask overlap",
+    headline=Headline(
+        "",
+        "lift",
+        "both moved {} times as many entries as if each had moved its own anywhere",
+        "the small weights alone give {}",
+    ),
     charted=("",),
     weights=weights,
 )
