@@ -50,7 +50,9 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "still mean little. Two runs that share their first steps, or one base's rounding, agree for that reason alone.",
     source="this program; task vectors: Ilharco et al., arXiv 2212.04089",
     around_zero=True,
-    headline=Headline("", "cosine", "the cosine of the two updates is {}", "independent ones of these sizes have 0 ± {}"),
+    headline=Headline(
+        "", "cosine", "the cosine of the two updates is {}", "independent ones of these sizes have 0 ± {}"
+    ),
     charted=("",),
     weights=weights,
 )

@@ -227,4 +227,8 @@ def _print_one(pairs: Pairs, console: Console) -> None:
                 Text(f"{found.over}/{found.row['total']}", style="" if found.over == found.row["total"] else "yellow"),
             )
     console.print(table)
-    console.print(Text("all: all matrices together as one long vector; mean: over matrices, each once. chance: of all, else of the mean."))
+    console.print(
+        Text(
+            "all: all matrices together as one long vector; mean: over matrices, each once. chance: of all, else of the mean."
+        )
+    )

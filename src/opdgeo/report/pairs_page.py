@@ -65,43 +65,47 @@ def _sizes(results: Results) -> dict[str, Any]:
         rows.append(
             {"name": one["checkpoint"], "step": one.get("step"), "unmoved": one.get("unmoved", 0), "cells": cells}
         )
-    return {"heads": [f.label for f in every], "rows": rows}
+    return {"heads": [f.label for f in every], "rows": rows, "steps": any(row["step"] is not None for row in rows)}
 
 
 def _matrix(pairs: Pairs, diagnostic: Diagnostic, variant: str) -> dict[str, Any]:
-    """One number of all pairs: rows and columns in the order of the clustering; `strength` from 0 to 1 gives the colour."""
+    """One number of all pairs: rows and columns in the order of the clustering. The colour is the distance from chance, of what is
+    beyond it; without nulls the size of the number."""
     names = pairs.ordered()
     cells = [[None if a == b else pairs.cell(a, b, diagnostic.name, variant) for b in names] for a in names]
-    largest = max((abs(c.value) for row in cells for c in row if c is not None and c.value is not None), default=0.0)
+    largest = max((abs(_distance(c)) for row in cells for c in row if c is not None), default=0.0)
+    rows = []
+    for name, row in zip(names, cells, strict=True):
+        rows.append((name, [c and _shown(c, largest, (name, other)) for other, c in zip(names, row, strict=True)]))
     return {
         "title": label(diagnostic.name, variant),
         "directed": diagnostic.directed,
         "unit": diagnostic.unit,
-        "rows": [
-            (name, [_shown(c, pairs, diagnostic, largest, (name, other)) for other, c in zip(names, row, strict=True)])
-            for name, row in zip(names, cells, strict=True)
-        ],
+        "rows": rows,
     }
 
 
-def _shown(
-    cell: Cell | None, pairs: Pairs, diagnostic: Diagnostic, largest: float, names: tuple[str, str]
-) -> dict[str, Any] | None:
-    if cell is None:
-        return None
-    value, chance = cell.value, cell.chance
-    tip = f"{clean(names[0])} and {clean(names[1])}: {number(value, diagnostic.unit)}"
-    if chance is not None:
-        tip += f", chance {cell.chance_text()}; {cell.reading}"
+def _distance(cell: Cell) -> float:
+    """How far the number lies from chance; 0 where it is not beyond it, and the number itself without a null."""
+    if cell.value is None or cell.reading not in ("beyond chance", "no null"):
+        return 0.0
+    return cell.value - (0.0 if cell.around else cell.chance or 0.0)
+
+
+def _shown(cell: Cell, largest: float, names: tuple[str, str]) -> dict[str, Any]:
+    value, unit = cell.value, cell.found.unit
+    tip = f"{clean(names[0])} and {clean(names[1])}: {number(value, unit)}"
     if value is None:
         tip = f"{clean(names[0])} and {clean(names[1])}: {clean(cell.found.row.get('reason') or 'undefined')}"
+    elif cell.chance is not None:
+        tip += f", chance {cell.chance_text()}; {cell.reading}"
     return {
         "value": value,
-        "chance": chance,
+        "chance": None if value is None else cell.chance,
         "around": cell.around,
         "beyond": cell.reading == "beyond chance",
-        "strength": 0 if value is None or not largest else round(100 * abs(value) / largest),
-        "below": value is not None and value < 0,
+        "strength": round(100 * abs(_distance(cell)) / largest) if largest else 0,
+        "below": _distance(cell) < 0,
         "tip": tip,
     }
 
@@ -146,11 +150,14 @@ def _curves(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made:
 
 
 def _mean_curve(rows: pl.DataFrame, curve: str) -> list[float | None]:
-    """The mean over matrices at each K, of those that have a value there."""
+    """The mean over matrices at each K, of the matrices that are determined up to the most frequent K: one set along the whole
+    line."""
     values = rows.filter(pl.col("curve") == curve)["values"].to_list()
+    ends = [max((k + 1 for k, value in enumerate(v) if value is not None), default=0) for v in values]
+    end = max(sorted(set(ends), reverse=True), key=ends.count, default=0)
     found: list[float | None] = []
-    for k in range(max(map(len, values), default=0)):
-        known = [v[k] for v in values if k < len(v) and v[k] is not None]
+    for k in range(end):
+        known = [v[k] for v, e in zip(values, ends, strict=True) if e == end and v[k] is not None]
         found.append(sum(known) / len(known) if known else None)
     return found
 
