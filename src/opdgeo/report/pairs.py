@@ -72,6 +72,13 @@ class Pairs:
         self.by_names = {(p["checkpoint"], p["other"]): p for p in pairs}
         self.names = list(dict.fromkeys(name for p in pairs for name in (p["checkpoint"], p["other"])))
 
+    def short(self, name: str, limit: int) -> str:
+        """A name for a table: without the folder that all have in common, such as `step-000100`, and cut."""
+        ends = {n.rpartition("/")[2] for n in self.names}
+        if len(ends) == 1 and all("/" in n for n in self.names):
+            name = name.rpartition("/")[0]
+        return clean(name, limit)
+
     def unordered(self) -> list[tuple[str, str]]:
         """Each pair once, in the order of the names."""
         return [(a, b) for i, a in enumerate(self.names) for b in self.names[i + 1 :] if (a, b) in self.by_names]
@@ -126,7 +133,7 @@ class Pairs:
 
     def said(self, first: str, other: str) -> list[Part]:
         """One sentence about a pair: its headlines with their numbers."""
-        parts: list[Part] = [f"{clean(first, 60)} and {clean(other, 60)}: "]
+        parts: list[Part] = [f"{self.short(first, 60)} and {self.short(other, 60)}: "]
         for d, found in headlines(self.by_names[first, other]):
             if d.headline is None or found is None or found.row["mean"] is None:
                 continue
@@ -170,7 +177,7 @@ def print_pairs(summary: Summary, console: Console | None = None) -> None:
     for said in pairs.sentences():
         console.print(Text("".join(p if isinstance(p, str) else number(*p) for p in said), style="bold"))
     for first, other, count, total in pairs.still():
-        text = f"{clean(first, 40)} and {clean(other, 40)}: {count} of {total} matrices did not move in one of the two"
+        text = f"{pairs.short(first, 40)} and {pairs.short(other, 40)}: {count} of {total} matrices did not move in one of the two"
         console.print(Text(f"{text}; means, nulls and excesses are over the others.", style="yellow"))
     if len(pairs.names) == 2:
         _print_one(pairs, console)
@@ -196,7 +203,7 @@ def _print_lines(pairs: Pairs, console: Console) -> None:
             if cell is not None and cell.chance is not None:
                 text.append(f"\n({cell.chance_text()})", style="dim")
             cells.append(text)
-        table.add_row(Text(" and ".join(clean(name, 24) for name in pair)), *cells)
+        table.add_row(Text(" and ".join(pairs.short(name, 24) for name in pair)), *cells)
     console.print(table)
     console.print(Text("Every number of every pair, both ways, is on the page and in summary.json."))
 
@@ -214,7 +221,7 @@ def _print_one(pairs: Pairs, console: Console) -> None:
             cell = Cell(found)
             name = Text(found.title)
             detail = ", ".join(
-                filter(None, (found.detail, clean(pair[0], 24) if of_pairs()[found.diagnostic].directed else ""))
+                filter(None, (found.detail, pairs.short(pair[0], 24) if of_pairs()[found.diagnostic].directed else ""))
             )
             if detail:
                 name.append(f" {detail}", style="dim")

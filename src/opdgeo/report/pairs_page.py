@@ -37,7 +37,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "leading": label(*leading) if leading else "",
         "matrices": [_matrix(pairs, d, variant) for d, variant in pairs.columns()],
         "curves": _curves(results, pairs, ranked, made),
-        "maps": _maps(results, ranked, made),
+        "maps": _maps(results, pairs, ranked, made),
         "pairs": [_table(pairs, *pair) for pair in ranked or pairs.unordered()],
         "left": max(0, len(ranked) - _MAX_CURVES),
         "diagnostics": [d for d in of_pairs().values() if any(c.name == d.name for c, _ in pairs.columns())],
@@ -140,7 +140,7 @@ def _curves(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made:
                 text = curve.rpartition("_")[2]
                 lines.append(Series(text, x, shown, null=chance, style=style))  # type: ignore[arg-type]
         if lines:
-            title = f"{clean(first, 26)} and {clean(other, 26)}"
+            title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}"
             name = f"curve-{place + 1}-{_slug(first)}-{_slug(other)}"
             chart = charts.trajectory(name, title, Scale(named[0][0].unit), lines, "K")
             found.append(
@@ -162,9 +162,9 @@ def _mean_curve(rows: pl.DataFrame, curve: str) -> list[float | None]:
     return found
 
 
-def _maps(results: Results, ranked: list[tuple[str, str]], made: _Charts) -> list[dict[str, Any]]:
+def _maps(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made: _Charts) -> list[dict[str, Any]]:
     """The leading diagnostic by layer and role, one map a pair on one scale."""
-    leading = Pairs(results.pairs).leading()
+    leading = pairs.leading()
     if leading is None:
         return []
     known = of_pairs()[leading[0]]
@@ -179,7 +179,7 @@ def _maps(results: Results, ranked: list[tuple[str, str]], made: _Charts) -> lis
         rows = table.filter((pl.col("checkpoint") == first) & (pl.col("other") == other))
         roles = role_order(set(rows["role"].to_list()))
         layers = sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x)
-        caption = f"{clean(first, 26)} and {clean(other, 26)}{_AXIS.get(known.unit, '')}"
+        caption = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}{_AXIS.get(known.unit, '')}"
         name = f"map-{place + 1}-{_slug(first)}-{_slug(other)}"
         where: dict[str, Any] = {"roles": roles, "layers": layers, "limits": limits}
         chart = charts.heatmap(
