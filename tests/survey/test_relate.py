@@ -183,6 +183,16 @@ def test_an_update_that_did_not_move_is_undefined_and_one_that_is_broken_is_skip
     assert result.skipped == [NAME]
 
 
+def test_models_of_another_origin_share_the_base_that_both_lack(tmp_path: Path) -> None:
+    """A − W₀ and B − W₀ of three unrelated models: relative norm √2, cosine ½."""
+    others = {n: planted.weights(np.random.default_rng(i), ROWS, COLS) for i, n in enumerate(("a", "b"), 1)}
+    weights = exact(planted.weights(np.random.default_rng(0), ROWS, COLS))
+    result = relate(tmp_path, {n: w - weights for n, w in others.items()})
+    assert seen(result, "a", "b")["update_cosine", ""]["value"] == pytest.approx(0.5, abs=0.06)
+    norms = result.measurements.filter(diagnostic="relative_norm")["value"]
+    assert norms.to_list() == pytest.approx([math.sqrt(2)] * 2, rel=0.1)
+
+
 # All matrices together ------------------------------------------------------------------------------------------
 
 
@@ -372,7 +382,7 @@ def test_another_result_stays_and_the_same_one_goes_on(folders: Path, tmp_path: 
     assert again.returncode == 0 and "taken over from an earlier run" in again.stdout, again.stderr
     assert (out / "measurements.parquet").read_bytes() == kept
     back = run_opdgeo("compare", folders / "base", folders / "seed0", "-o", out, "--no-report", "--nulls", 0)
-    assert back.returncode == 2 and "another relate" in back.stderr
+    assert back.returncode == 2 and "the result of relate" in back.stderr
     fewer = run(folders, out, "--no-report", updates=("seed0", "rlvr"))
     assert fewer.returncode == 2, "the third's numbers would be lost"
     other = run(folders, out, "--no-report", "--top-k", 4)

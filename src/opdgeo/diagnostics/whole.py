@@ -54,7 +54,7 @@ class Together:
             lift = np.nan_to_num(self._column(rows, LIFT, "", column))
             both = lift * seen[0] * seen[1] / np.where(entries > 0, entries, 1.0)
             nothing = np.zeros(len(entries))
-            self.found[column] = Matrices(nothing, nothing, norm, other, *seen, both, entries)
+            self.found[column] = Matrices(nothing, nothing, norm, other, seen[0], seen[1], both, entries)
 
     def _column(self, rows: pl.DataFrame, name: str, variant: str, column: str) -> np.ndarray:
         import numpy as np

@@ -219,14 +219,14 @@ def _print_one(pairs: Pairs, console: Console) -> None:
     for pair in ((first, other), (other, first)):
         for found in findings(pairs.by_names.get(pair, {"diagnostics": []})):
             cell = Cell(found)
-            name = Text(found.title)
+            said = Text(found.title)
             detail = ", ".join(
                 filter(None, (found.detail, pairs.short(pair[0], 24) if of_pairs()[found.diagnostic].directed else ""))
             )
             if detail:
-                name.append(f" {detail}", style="dim")
+                said.append(f" {detail}", style="dim")
             table.add_row(
-                name,
+                said,
                 number(cell.value if found.row.get("together") else None, found.unit),
                 number(found.row["mean"], found.unit),
                 Text(cell.chance_text(), style="dim"),

@@ -150,7 +150,7 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
         place = Trajectory(before.shape, settings, steps, index, update)
         reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
-        curves: dict[str, list[float] | None] = {}
+        curves: dict[str, Sequence[float | None] | None] = {}
         null: Null = {}
         if reason:
             step.finite = False

@@ -77,7 +77,7 @@ def check_earlier(
             same = all(any(_is(one, c) for c in checkpoints) for one in after)
         same = same and _is(before, base) and pairs == ("pairs" in run)
         more = f" and {len(after) - 1} more" if len(after) > 1 else ""
-        what = f"the result of another {'relate' if 'pairs' in run else 'update'}, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
+        what = f"the result of {'relate' if 'pairs' in run else 'another update'}, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         same, what = False, "a run.json that is not of compare, track or relate, or damaged"
     if not same:
