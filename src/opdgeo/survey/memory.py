@@ -25,7 +25,7 @@ def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Set
     and the leading vectors of both, and the most that one step adds: W₊ in float64 with its Gram matrix and eigenvectors, ΔW
     in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared.
 
-    Of `pairs`: W₀ and two W₊, the masks of visible entries of both or ΔW in float64, and the leading vectors of every update."""
+    Of `pairs`: W₀ and two W₊, the masks of visible entries of both, or of one with ΔW in float64, and the leading vectors of every update."""
     rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
     base, *tuned = (c.itemsize(matrix.tensor) for c in checkpoints)
     entries, k = rows * cols, min(max(settings.rank, settings.mask_rank), largest_rank(rows, cols))
@@ -34,7 +34,7 @@ def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Set
     delta = 16 * entries + 8 * small * small if small < KRYLOV else 8 * entries
     if pairs:
         vectors = 8 * min(max(settings.top_k, 64), small) * (rows + cols)
-        return entries * (base + 2 * max(tuned)) + max(delta, 6 * entries) + len(tuned) * vectors
+        return entries * (base + 2 * max(tuned)) + max(delta + 3 * entries, 6 * entries) + len(tuned) * vectors
     masks = entries * (2 * len(settings.mask_share) + 3) + 2 * factors
     steps = [spectrum, delta + factors, masks + 2 * 8 * min(entries, KEPT)]
     if settings.nulls:
