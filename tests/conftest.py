@@ -1,6 +1,6 @@
 """Fixtures of all tests, and the run as a whole: one thread a process, no cache shared, the fork server, what a machine lacks.
 
-More threads gain nothing on small matrices, and BLAS threads that wait for a busy core cost minutes.
+More threads gain nothing on small matrices and tables, and BLAS threads that wait for a busy core cost minutes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ import pytest
 
 import program
 from needs import missing
+from processor_time import ProcessorTime
 
 if TYPE_CHECKING:
     from opdgeo.training.config import TrainConfig
 
-for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+for _variable in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "RAYON_NUM_THREADS",
+):
     os.environ.setdefault(_variable, "1")
 
 # Nothing that a test computes is kept in the user's cache, and every test process has one of its own.
@@ -46,10 +53,19 @@ LONG = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--processor-time", type=int, default=0, metavar="N", help="show the N tests that take most of it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if shown := config.getoption("--processor-time"):
+        config.pluginmanager.register(ProcessorTime(shown))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
     """One fork server for all test processes: it belongs to the one that starts the others."""
-    if not hasattr(session.config, "workerinput"):
+    if program.ADDRESS not in os.environ:
         server = program.server()
         server.__enter__()
         session.config.add_cleanup(lambda: server.__exit__(None, None, None))

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opdgeo.checkpoints import open_checkpoint, pair
+from examples import examples
+from opdgeo.checkpoints import open_checkpoint, pair, pickled
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw
@@ -260,11 +261,13 @@ PICKLES = {
 
 @pytest.mark.parametrize("case", PICKLES)
 @pytest.mark.parametrize("where", ["bin", "metadata"])
-def test_a_hostile_pickle_ends(case: str, where: str, tmp_path: Path) -> None:
+def test_a_hostile_pickle_ends(case: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many instructions as are allowed in one place; the other, read by the same machine, has fewer to wait for."""
     if where == "bin":
         packed(tmp_path / "pytorch_model.bin", PICKLES[case])
     else:
         (tmp_path / ".metadata").write_bytes(PICKLES[case])
+        monkeypatch.setattr(pickled, "MOST", pickled.MOST // 10)
     assert "OpdgeoError" in within_limits(lambda: open_checkpoint(tmp_path))
 
 
@@ -410,7 +413,7 @@ def test_meshes_of_ranks_that_are_not_there_end(ranks: int, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(st.text("ab.|()*+?[]{}1,\\d^$", max_size=8), st.text("ab.1", max_size=6))
 def test_patterns_match_as_python_matches_them(pattern: str, name: str) -> None:
     try:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import planted
+from examples import examples
 from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Update
 from opdgeo.diagnostics.effective_rank import between, of_gaussian
 from opdgeo.diagnostics.gaussian_null import gaussian_null
@@ -46,7 +46,7 @@ def spectra(draw: st.DrawFn) -> np.ndarray:
 
 
 @given(spectra(), st.data())
-@examples(max_examples=200, deadline=None)
+@examples(50)
 def test_the_bounds_hold_whatever_is_not_listed(sigma: np.ndarray, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(sigma) - 1))
     below = data.draw(st.sampled_from([sigma[k], sigma[k - 1]]))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hypothesis import assume, given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import planted
+from examples import examples
 from opdgeo.diagnostics import Base, Settings, Update, Value, diagnostics
 from reference import Matrix, bf16_bits
 
 Found = dict[tuple[str, str], Value]
 
-few = examples(max_examples=25, deadline=None)
+few = examples(8)
 
 
 def computed(base: Matrix, tuned: Matrix, settings: Settings | None = None) -> Found:

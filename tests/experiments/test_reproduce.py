@@ -122,11 +122,9 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_killed_study_leaves_no_worker_behind() -> None:
     script = (
-        "import multiprocessing, os, signal, time; from concurrent.futures import ProcessPoolExecutor\n"
-        "from opdgeo.experiments.reproduce import _start_worker\n"
+        "import os, signal, time; from opdgeo.experiments.reproduce import _pool\n"
         "if __name__ == '__main__':\n"
-        "    context = multiprocessing.get_context('spawn')\n"
-        "    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker, initargs=(1,))\n"
+        "    pool = _pool(1, 1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 300)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -9,16 +9,16 @@ large ones through `SMALL`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import examples
 from opdgeo.numerics import spectra
 from opdgeo.numerics.lapack import gram_matrix
 from opdgeo.numerics.spectra import (
@@ -32,8 +32,7 @@ from opdgeo.numerics.spectra import (
     truncation_error,
 )
 
-EXAMPLES = int(os.environ.get("OPDGEO_EXAMPLES", "400"))  # 2500: more than ten thousand cases in all
-CASES = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+CASES = examples(80, suppress_health_check=list(HealthCheck))
 SLACK = 1e-15  # rounding of the comparison itself
 
 
@@ -183,7 +182,7 @@ def test_angles_between_two_spectra_are_within_their_error(road: str, data: st.D
         assert float(found[:-1].abs().sum()) <= (error + SLACK * k) * k
 
 
-@settings(max_examples=max(1, EXAMPLES // 4), deadline=None, suppress_health_check=list(HealthCheck))
+@examples(20, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_the_leading_triplets_are_within_their_error(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:

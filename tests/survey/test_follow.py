@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import opdgeo
 import planted
@@ -81,7 +82,7 @@ def test_what_is_still_being_written_is_not_read(
 ) -> None:
     base, written = growing
     run = tmp_path / "run"
-    seen = follow.Growing(run, open_checkpoint(base), tmp_path / "out")
+    seen = follow.Growing(run, open_checkpoint(base), tmp_path / "out", "all")
     assert seen.look() == []  # no folder yet
     partial = run / "checkpoint-10"
     partial.mkdir(parents=True)
@@ -114,6 +115,31 @@ def test_a_checkpoint_that_does_not_open_is_told_once(growing: tuple[Path, list[
     with pytest.raises(CheckpointError, match=r"no complete checkpoint .*not a readable safetensors file"):
         follow.follow(base, tmp_path / "run", Execution(out=tmp_path / "out"), idle=0.06, tell=heard.append)
     assert [line for line in heard if line.startswith("checkpoint-10 cannot be read yet")] == heard[:1]
+
+
+def test_a_checkpoint_of_another_shape_is_left_out_and_told(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, written = growing
+    for place in written[:3]:
+        publish(place, tmp_path / "run")
+    odd = tmp_path / "run" / written[1].name / "model.safetensors"
+    save_file({name: torch.ones(3, 2) for name in NAMES}, odd)
+    heard: list[str] = []
+    result = follow.follow(base, tmp_path / "run", Execution(out=tmp_path / "out"), idle=0.002, tell=heard.append)
+    named = [c["checkpoint"] for c in result.summary["checkpoints"]]
+    assert named == [written[0].name, written[2].name]
+    assert any(line.startswith(f"{written[1].name} cannot be read yet") and "3×2" in line for line in heard)
+
+
+@pytest.mark.parametrize("state", [{"max_steps": "x", "global_step": 3}, {"max_steps": 9, "global_step": None}])
+def test_a_state_of_other_types_ends_no_run(
+    state: dict[str, object], growing: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, written = growing
+    publish(written[0], tmp_path / "run")
+    seen = follow.Growing(tmp_path / "run", open_checkpoint(base), tmp_path / "out", "all")
+    seen.look()
+    (tmp_path / "run" / written[0].name / "trainer_state.json").write_text(json.dumps(state))
+    assert not seen.over()
 
 
 def test_kept_steps_come_back_on_the_device_that_measures(tmp_path: Path) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
-import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,71 +25,83 @@ from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.errors import CheckpointError
 from opdgeo.survey import engines
 from opdgeo.survey.parts import Parts
+from program import run_python
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and two checkpoints of six layers, large enough that a run lasts some seconds."""
+    """A base and a checkpoint of twelve matrices."""
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     names = [planted.tensor_name(layer, module) for layer in range(6) for module in ("self_attn.q_proj", "mlp.up_proj")]
-    weights = {name: planted.weights(rng, 192, 160) for name in names}
+    weights = {name: planted.weights(rng, 48, 40) for name in names}
     planted.write_checkpoint(folder / "base", weights, "bfloat16")
-    for step in (10, 20):
-        weights = {name: w + 3e-4 * rng.standard_normal(w.shape) for name, w in weights.items()}
-        planted.write_checkpoint(folder / "run" / f"step-{step:06d}", weights, "bfloat16")
+    weights = {name: w + 3e-4 * rng.standard_normal(w.shape) for name, w in weights.items()}
+    planted.write_checkpoint(folder / "tuned", weights, "bfloat16")
     return folder
 
 
-def test_twenty_kills_leave_no_trace(run_folder: Path, tmp_path: Path) -> None:
-    # A server that has torch loaded forks the runs, so that a kill meets the matrices and not the imports.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["opdgeo.survey", "opdgeo.report.terminal"])
-    arguments = [str(run_folder / "base"), str(run_folder / "run"), "--no-report", "--no-cache", "--nulls", "1"]
+# The program, killed just before it changes OUT for the N-th time; it writes down how often it did.
+KILLED = """
+import os, signal, sys
+from opdgeo.commands import main
+out, last, note = sys.argv[1], int(sys.argv[2]), os.open(sys.argv[3], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+changes = 0
+def watch(event, args):
+    global changes
+    if event == "open":
+        changing = args[2] & (os.O_WRONLY | os.O_RDWR) and str(args[0]).startswith(out)
+    else:  # what rmtree removes is named relative to its folder
+        changing = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and (str(args[0]).startswith(out) or args[-1] != -1)
+    if changing:
+        changes += 1
+        os.pwrite(note, b"%d" % changes, 0)
+        if changes == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+main(["track", *sys.argv[4:], "-o", out])
+"""
 
-    def start(out: Path) -> multiprocessing.process.BaseProcess:
-        process = server.Process(target=main, args=(["track", *arguments, "-o", str(out)],))
-        process.start()
-        return process
 
-    start(tmp_path / "first").join()
-    started = time.perf_counter()
-    whole = start(tmp_path / "whole")
-    whole.join()
-    assert whole.exitcode == 0
-    lasted = time.perf_counter() - started
-    pick = random.Random(0)
-    kills, rounds, partly = 0, 0, 0
-    while kills < 20:
-        out, kept, rounds = tmp_path / f"killed-{rounds}", 0, rounds + 1
-        while not (out / "run.json").exists():
-            process = start(out)
-            process.join(timeout=lasted * pick.uniform(0.05, 0.6))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += process.exitcode == -signal.SIGKILL
-            else:
-                assert process.exitcode == 0
-            now = len(list((out / ".parts").glob("*.json")))
-            if not (out / "run.json").exists():
-                assert now >= kept, "a finished matrix was lost"
-                kept = now
-                partly += 0 < now < 12
-        if (out / ".parts").exists():  # killed on its way out: the next run clears up
-            start(out).join()
+def test_a_kill_before_any_change_of_the_folder_leaves_no_trace(
+    small_run: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """A kill between two changes finds the same files as one just before the second, so these are all kills that there are."""
+    base, run = small_run
+    arguments = [*map(str, (base, *run[:2])), "--no-report", "--no-cache", "--nulls", "1"]
+
+    def killed(out: Path, change: int) -> int:
+        done = run_python("-c", KILLED, out, change, tmp_path / "changes", *arguments)
+        assert done.returncode == (-signal.SIGKILL if change else 0), done.stderr
+        return int((tmp_path / "changes").read_text())
+
+    whole = tmp_path / "whole"
+    changes = killed(whole, 0)
+    assert changes >= 25
+    partly = set()
+    for change in range(1, changes + 1):
+        out = tmp_path / f"killed-{change}"
+        assert killed(out, change) == change
+        finished = len(list((out / ".parts").glob("*.json")))
+        partly.add(finished)
+        kept = 3 if (out / "run.json").exists() else finished
+        with pytest.raises(SystemExit, match="0"):
+            main(["track", *arguments, "-o", str(out)])
+        reused = json.loads((out / "run.json").read_text())["reused"]
+        assert set(reused.values()) == ({kept} if kept else set()), "a finished matrix was lost"
         for file in FILES:
-            assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-        assert not (out / ".parts").exists()
-    assert partly >= 5, "hardly a kill came in the middle of the matrices"
+            assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+        assert {f.name for f in out.iterdir()} == {*FILES, "run.json"}
+        shutil.rmtree(out)
+    assert partly == {0, 1, 2, 3}
 
 
 def test_finished_matrices_are_not_measured_again(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = run_folder / "run" / "step-000010"
+    checkpoint = run_folder / "tuned"
     measured: list[str] = []
     original = engines.measure
 

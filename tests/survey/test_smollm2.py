@@ -1,7 +1,7 @@
 """Real weights: layers of SmolLM2-135M, a planted update, and the float64 reference on every diagnostic.
 
 The values come from a 4-bit release, so the magnitudes of a matrix take few values and tie heavily: a hard case for
-the masks. One layer per dtype keeps the file under a minute and a half on one core.
+the masks. Every dtype has a layer of its own, of which three matrices of three shapes are measured: together all seven.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from agreement import check_rows, compared, rows_of
 from opdgeo.diagnostics import Settings
 from reference import Matrix, measure
 
-# dtype -> the layer measured, and the size of the planted update relative to each matrix
-PLAN = {"bfloat16": (0, 3e-2), "float16": (15, 1e-2), "float32": (29, 1e-3)}
+# dtype -> the layer, its matrices that are measured, and the size of the planted update relative to each of them
+PLAN = {
+    "bfloat16": (0, ("q_proj", "k_proj", "gate_proj"), 3e-2),
+    "float16": (15, ("o_proj", "v_proj", "down_proj"), 1e-2),
+    "float32": (29, ("q_proj", "k_proj", "up_proj"), 1e-3),
+}
 
 
 pytestmark = pytest.mark.needs("smollm2")
@@ -34,13 +38,15 @@ def smollm2() -> Path:
     return smollm2()
 
 
-def layer_pair(folder: Path, layer: int, relative: float) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
-    """The linear weights of one real layer and those weights plus a planted low-rank update with noise."""
-    prefix = f"model.layers.{layer}."
+def layer_pair(
+    folder: Path, layer: int, roles: tuple[str, ...], relative: float
+) -> tuple[dict[str, Matrix], dict[str, Matrix]]:
+    """Weights of one real layer and those weights plus a planted low-rank update with noise."""
+    prefix, wanted = f"model.layers.{layer}.", tuple(f"{role}.weight" for role in roles)
     base = planted.read_safetensors(
-        folder / "model.safetensors", lambda name: name.startswith(prefix) and "norm" not in name
+        folder / "model.safetensors", lambda name: name.startswith(prefix) and name.endswith(wanted)
     )
-    assert len(base) == 7
+    assert len(base) == len(roles)
     rng = np.random.default_rng(layer)
     tuned = {}
     for name, w in base.items():
@@ -52,8 +58,8 @@ def layer_pair(folder: Path, layer: int, relative: float) -> tuple[dict[str, Mat
 
 @pytest.mark.parametrize("dtype", planted.DTYPES)
 def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_path: Path) -> None:
-    layer, relative = PLAN[dtype]
-    base, tuned = layer_pair(smollm2, layer, relative)
+    layer, roles, relative = PLAN[dtype]
+    base, tuned = layer_pair(smollm2, layer, roles, relative)
     config = json.loads((smollm2 / "config.json").read_text())
     folders = {}
     for shards in (1, 3):
@@ -75,9 +81,10 @@ def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_
                 floor = 1e-6 if key[0] == "principal_angles" else 1e-8  # degrees, or a share of 1
                 assert error <= max(1e-6 * value, floor), (name, key, error)
 
-    # In shards the same numbers come back; the small matrices stand for the rest.
-    single = pl.read_parquet(out / "measurements.parquet").filter(pl.col("role").is_in(["k_proj", "v_proj"]))
-    sharded = opdgeo.compare(folders[3, "base"], folders[3, "tuned"], roles="k_proj,v_proj", settings=Settings(nulls=0))
+    # In shards the same numbers come back; the small matrix stands for the rest.
+    single = pl.read_parquet(out / "measurements.parquet").filter(pl.col("role") == roles[1])
+    sharded = opdgeo.compare(folders[3, "base"], folders[3, "tuned"], roles=roles[1], settings=Settings(nulls=0))
+    assert len(single)
     numbers = ("value", "error")
     assert sharded.measurements.drop(numbers).equals(single.drop(numbers))
     for column in numbers:

@@ -6,9 +6,10 @@ import random
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from opdgeo import tasks
 from opdgeo.errors import ConfigError
 from opdgeo.tasks import arithmetic, docstrings
@@ -46,7 +47,7 @@ def test_the_verifier_reads_the_last_claim_to_the_letter(completion: str, reward
     assert arithmetic.verify(completion, 3) == reward == arithmetic.verify(completion, "3")
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(seeds=st.tuples(st.integers(0, 1000), st.integers(0, 1000)), operands=st.integers(2, 4))
 def test_splits_are_disjoint_whatever_the_seeds(seeds: tuple[int, int], operands: int) -> None:
     task = tasks.load("arithmetic", {"operands": operands})

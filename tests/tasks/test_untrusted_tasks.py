@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -276,3 +277,15 @@ def test_of_our_own_presets_only_tasks_that_read_a_source_are_asked_about(preset
 def test_options_of_another_type_or_size_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         tasks.load(name, options)
+
+
+def test_an_answer_that_takes_too_much_is_wrong_and_the_next_one_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same process, one product of integers in C would run for hours: no signal ends it."""
+    monkeypatch.setattr("opdgeo.tasks.answers.PATIENCE", 1.5)
+    from opdgeo.tasks.problems import verify
+
+    assert verify("so \\boxed{1/2}", "0.5") == 1.0
+    started = time.monotonic()
+    assert verify("so \\boxed{9^{9^{9^9}}}", "387420489") == 0.0
+    assert verify("so \\boxed{7}", "7") == 1.0
+    assert time.monotonic() - started < 200  # of hours

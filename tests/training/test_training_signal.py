@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from opdgeo.training.advantages import (
     correct_advantages,
     distillation_advantages,
@@ -196,7 +197,7 @@ def test_an_empty_completion_keeps_nothing_and_stays_finite() -> None:
     assert keep_BT.sum() == 0 and adv_BT.tolist() == [[0, 0, 0]]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(25)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
     share=st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.75, 1.0]),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp, fsdp, ggufs, huggingface, megatron, zero
 from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.low_precision import dequantised
 from opdgeo.checkpoints.names import Matrix, matrices, other_kind, plain, unwrapped
 from opdgeo.checkpoints.stored import SIZES, Stored
 from opdgeo.errors import CheckpointError, printable
@@ -187,7 +188,7 @@ def open_weights(path: Path) -> Checkpoint:
     homes = (folder, folder.parent, path) if folder.name in PLACES else (folder, path)
     configs = (at / name for at in dict.fromkeys(homes) if at.is_dir() for name in _CONFIGS)
     config = next((read_json(c) for c in configs if c.is_file()), {}) if path.is_dir() else {}
-    tensors = chosen.read(place, config)
+    tensors = dequantised(chosen.read(place, config), config)
     if not tensors:
         raise CheckpointError(f"{place} holds no tensors; expected a model's weights.")
     if not any(stored.dtype in SIZES for stored in tensors.values()):

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from opdgeo.checkpoints.checkpoint import Checkpoint, open_weights
-from opdgeo.checkpoints.huggingface import INDEX, is_plain, read_json
+from opdgeo.checkpoints.huggingface import INDEX, is_plain, read_header, read_json
 from opdgeo.checkpoints.names import plain
-from opdgeo.checkpoints.stored import SIZES, Stored
+from opdgeo.checkpoints.stored import SIZES, Raw, Stored, opened
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ _held = threading.local()  # the tensor that a thread rebuilt last: the next ver
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """One version's changes: for every changed tensor its shard and the checksum of its new bytes."""
+    """One version's changes: for every changed tensor where its frame lies and the checksum of its new bytes."""
 
     folder: Path
     base_version: int
     encoding: str
     checksum: str
-    shards: dict[str, str]
+    frames: dict[str, Raw]
     sums: dict[str, str]
 
     def apply(self, name: str, state: np.ndarray) -> None:
@@ -56,7 +56,7 @@ class Delta:
         """
         import numpy as np
 
-        if name not in self.shards:
+        if name not in self.frames:
             return
         found = np.frombuffer(self._frame(name, 4 + 5 * state.size), np.uint8)
         if self.encoding == "xor":
@@ -66,7 +66,7 @@ class Delta:
         else:
             count = int(found[:4].view("<u4")[0]) if found.size >= 4 else -1
             if found.size != 4 + 5 * count:
-                raise CheckpointError(f"{self.folder / self.shards[name]} has a damaged {name}. Copy it again.")
+                raise CheckpointError(f"{self.frames[name].file} has a damaged {name}. Copy it again.")
             where = found[4 : 4 + 4 * count].view("<u4")
             if count and int(where.max()) >= state.size:
                 self._other_base(name, f"it changes byte {int(where.max())}, and the tensor before it has {state.size}")
@@ -76,17 +76,20 @@ class Delta:
 
     def _frame(self, name: str, limit: int) -> bytes:
         import pyarrow
-        import torch
-        from safetensors import SafetensorError, safe_open
 
-        file = self.folder / self.shards[name]
+        stored = self.frames[name]
+        if len(stored.shape) != 1 or stored.dtype != "U8":
+            raise CheckpointError(
+                f"cannot read the delta of {name} from {stored.file}: it is {stored.dtype} {list(stored.shape)}; "
+                "expected a frame of bytes."
+            )
         try:
-            with safe_open(file, framework="pt") as opened:  # numpy lacks some of the types that a file may claim
-                frame = pyarrow.py_buffer(opened.get_tensor(name).flatten().view(torch.uint8).numpy())
+            with opened(stored.file) as file:
+                frame = pyarrow.py_buffer(file.read(stored.offset, stored.shape[0]))
             with pyarrow.CompressedInputStream(pyarrow.BufferReader(frame), "zstd") as stream:
                 found = stream.read(limit + 1)  # never more than the tensor can need
-        except (SafetensorError, OSError, pyarrow.ArrowException) as error:
-            raise CheckpointError(f"cannot read the delta of {name} from {file}: {error}") from error
+        except (OSError, pyarrow.ArrowException) as error:
+            raise CheckpointError(f"cannot read the delta of {name} from {stored.file}: {error}") from error
         if len(found) > limit:
             self._other_base(name, f"it is longer than a change of {limit} bytes")
         return found
@@ -120,7 +123,7 @@ class Patched:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(d.folder / d.shards[self.name] for d in self.chain if self.name in d.shards)
+        return tuple(d.frames[self.name].file for d in self.chain if self.name in d.frames)
 
     def __getitem__(self, index: Index) -> Tensor:
         import torch
@@ -150,9 +153,7 @@ class Version(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        return sorted(
-            {f for d in self.chain for f in (d.folder / INDEX, *(d.folder / s for s in set(d.shards.values())))}
-        )
+        return sorted({f for d in self.chain for f in (d.folder / INDEX, *{frame.file for frame in d.frames.values()})})
 
     def manifest(self) -> dict[str, Any]:
         """The files of this version; their checksums hold for all that the earlier ones changed in the same tensors."""
@@ -191,7 +192,7 @@ def open_version(path: Path, base: Checkpoint) -> Version:
         folder = earlier
     deltas = tuple(reversed(chain))
     tensors, lacking = dict(source.tensors), []
-    for name in dict.fromkeys(n for d in deltas for n in d.shards):
+    for name in dict.fromkeys(n for d in deltas for n in d.frames):
         own = next((n for n in (name, plain(name)) if n in tensors), None)
         if own is None:
             lacking.append(name)
@@ -206,8 +207,6 @@ def open_version(path: Path, base: Checkpoint) -> Version:
 @lru_cache(maxsize=4096)
 def _read(folder: Path, when: int) -> Delta:
     """The index of a delta; the time of change is part of the key."""
-    from safetensors import SafetensorError, safe_open
-
     place = folder / INDEX
     facts, listed = _metadata(place, when), read_json(place).get("weight_map")
     compression = facts.get("compression_format")
@@ -222,20 +221,20 @@ def _read(folder: Path, when: int) -> Delta:
         isinstance(s, str) and is_plain(s) and s.endswith(".safetensors") for s in listed.values()
     ):
         raise CheckpointError(f"{place} has no weight_map of tensors to .safetensors files in its folder.")
+    frames: dict[str, Raw] = {}
     sums: dict[str, str] = {}
     for shard in sorted(set(listed.values())):
-        try:
-            with safe_open(folder / shard, framework="np") as opened:
-                sums |= opened.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{folder / shard} is not a readable safetensors file ({error}). Copy it again."
-            ) from error
+        held, metadata = read_header(folder / shard)
+        sums |= metadata
+        for name in (n for n, of in listed.items() if of == shard):
+            if name not in held:
+                raise CheckpointError(f"{place} places {name} in {shard}, which does not hold it.")
+            frames[name] = held[name]
     try:
         base_version = int(facts["base_version"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{place} does not say which base_version it builds on: {error}.") from error
-    return Delta(folder, base_version, str(facts["delta_encoding"]), str(facts["checksum_format"]), listed, sums)
+    return Delta(folder, base_version, str(facts["delta_encoding"]), str(facts["checksum_format"]), frames, sums)
 
 
 @lru_cache(maxsize=4096)

@@ -6,11 +6,13 @@ Other files in the folder (adapters, consolidated copies, optimizer states) are 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import struct
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
-from opdgeo.checkpoints.stored import Safetensor, Stored, opened
+from opdgeo.checkpoints.stored import Raw, Stored, contiguous, opened
 from opdgeo.checkpoints.torchfile import is_stored, tensors_of, unpickle
 from opdgeo.errors import CheckpointError
 
@@ -18,6 +20,16 @@ INDEX = "model.safetensors.index.json"
 SAFETENSORS = (INDEX, "model.safetensors")
 BIN = ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model_fsdp.bin")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+# Bits an entry, of all that safetensors knows.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+LONGEST_HEADER = 1 << 25  # bytes: room for 200,000 tensors
 
 
 def find_safetensors(folder: Path) -> Path | None:
@@ -77,21 +89,68 @@ def _read(place: Path, suffix: str, each: Callable[[Path], dict[str, Stored]]) -
 
 def headers(file: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file."""
-    from safetensors import SafetensorError, safe_open
+    return dict(read_header(file)[0])
 
-    def stored() -> Iterator[tuple[str, Stored]]:
-        with safe_open(file, framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                dtype = part.get_dtype()
-                yield name, Safetensor(file, name, tuple(part.get_shape()), DTYPES.get(dtype, dtype))
 
+def read_header(file: Path) -> tuple[dict[str, Raw], dict[str, str]]:
+    """The tensors of one safetensors file and its metadata: read once and checked as the library `safetensors` checks it.
+
+    The library maps the file into memory. A file cut short later would then end the process, and every tensor would read the whole
+    header again.
+
+    Raises:
+        CheckpointError: the header is damaged, or does not say where each byte of the file belongs.
+    """
     try:
-        return dict(stored())
-    except (SafetensorError, OSError) as error:
+        with opened(file) as source:
+            (length,) = struct.unpack("<Q", source.read(0, min(8, source.size)))
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes; expected at most {LONGEST_HEADER}")
+            if 8 + length > source.size:
+                raise ValueError("it ends early")
+            text, begin, size = source.read(8, length), 8 + length, source.size
+        if not text.startswith(b"{"):
+            raise ValueError("its header is no JSON object")
+        listed = json.loads(text, object_pairs_hook=_once)
+        metadata = listed.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is no text")
+        found = {name: _header(file, name, entry, begin) for name, entry in listed.items()}
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise CheckpointError(
             f"{file} is not a readable safetensors file ({error}). Copy or download it again."
         ) from error
+    end = begin
+    for raw, after in sorted(found.values(), key=lambda item: (item[0].offset, item[1])):
+        if raw.offset != end:
+            raise CheckpointError(
+                f"{file} is damaged: its tensors overlap or leave bytes between. Copy or download it again."
+            )
+        end = after
+    if end != size:
+        raise CheckpointError(f"{file} has {size} bytes; its header promises {end}. Copy or download it again.")
+    return {name: raw for name, (raw, _) in found.items()}, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("two entries of one name")
+    return found
+
+
+def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[Raw, int]:
+    """One entry of a header: where it lies, and the end of its bytes."""
+    shape, (first, after) = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in BITS:
+        raise ValueError(f"{name} has an unknown dtype")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, after)):
+        raise ValueError(f"{name} has no shape or no place")
+    bits = math.prod(shape) * BITS[entry["dtype"]]
+    if bits % 8 or after - first != bits // 8:
+        raise ValueError(f"{name} takes {after - first} bytes; its shape and dtype take {bits / 8:g}")
+    dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+    return Raw(file, begin + first, tuple(shape), contiguous(shape), dtype), begin + after
 
 
 def bin_headers(file: Path) -> dict[str, Stored]:

@@ -7,7 +7,7 @@ experts of more than nine digits, which no table holds, and for stacks of more e
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ _MIXTRAL = re.compile(
 )
 _MIXTRAL_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # All experts in one 3-D tensor: (experts, 2·intermediate, hidden), gate above up, and (experts, hidden, intermediate).
-# Other families stack them in other ways (GPT-OSS transposes and interleaves), so the model type decides.
+# Families stack them in different ways, so the model type decides.
 _STACKED = re.compile(r"(?:model\.)?layers\.(?P<layer>[0-9]{1,9})\.mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
 _STACKED_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "olmoe")
+# GPT-OSS: (experts, hidden, 2·intermediate), a column of gate and a column of up in turn, and (experts, intermediate, hidden).
+_INTERLEAVED = "gpt_oss"
 # GPT-2: Conv1D, stored (in, out), with q, k and v side by side in c_attn.
 _GPT2 = re.compile(
     r"(?:transformer\.)?h\.(?P<layer>[0-9]{1,9})\.(?P<part>attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight"
@@ -54,11 +56,16 @@ _OTHER = {
     ),
     "bias": re.compile(
         r"(?:model\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.bias"
+        r"|(?:model\.)?layers\.\d+\.(?:self_attn\.sinks|mlp\.experts\.(?:gate_up|down)_proj_bias)"
         r"|(?:transformer\.)?h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias"
     ),
     "router": re.compile(
         r"(?:model\.)?layers\.\d+\.(?:mlp\.gate|mlp\.shared_expert_gate|block_sparse_moe\.gate)\.weight"
-        r"|(?:model\.)?layers\.\d+\.mlp\.gate\.e_score_correction_bias"
+        r"|(?:model\.)?layers\.\d+\.mlp\.(?:gate\.e_score_correction_bias|router\.(?:weight|bias))"
+    ),
+    # What is multiplied with activations of eight bits; the weights' own scales are part of the weights.
+    "scale": re.compile(
+        r"(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:[a-z_0-9]+\.)*(?:input|activation|output|k|v|q)_scale(?:_inv)?"
     ),
     # Towers beside the language model: their layers have numbers of their own.
     "vision": re.compile(
@@ -87,10 +94,13 @@ class Matrix:
     start: int = 0  # first output row inside a fused tensor
     expert: int | None = None
     stacked: bool = False  # one expert of a 3-D tensor
+    step: int = 1  # from one of its output rows to the next inside a fused tensor
 
     def cut(self, stored: Any) -> Tensor:
         """This matrix, (rows, cols), out of its stored tensor: anything that slices like one, such as a part of a file."""
-        end = self.start + self.rows
+        end = self.start + (self.rows - 1) * self.step + 1
+        if self.stacked and self.transposed:
+            return cast("Tensor", stored[self.expert, :, self.start : end][:, :: self.step].T.contiguous())
         if self.stacked:
             return cast("Tensor", stored[self.expert, self.start : end, :].reshape(self.rows, self.cols).contiguous())
         part = stored[:, self.start : end].T if self.transposed else stored[self.start : end, :]
@@ -212,23 +222,27 @@ def _parts(part: str, rows: int, config: dict[str, Any]) -> list[tuple[str, int]
 
 def _stacked(tensor: str, shape: tuple[int, ...], model_type: str) -> list[Matrix] | None:
     found = _STACKED.fullmatch(tensor)
-    if not found or _family(model_type) not in _STACKED_TYPES or shape[0] > MOST_EXPERTS:
+    if not found or _family(model_type) not in (*_STACKED_TYPES, _INTERLEAVED) or shape[0] > MOST_EXPERTS:
         return None
     if 0 in shape:
         return []
     experts, rows, cols = shape
+    interleaved = _family(model_type) == _INTERLEAVED
+    if interleaved:
+        rows, cols = cols, rows
     roles = ("gate_proj", "up_proj") if found["part"] == "gate_up_proj" else ("down_proj",)
     if rows % len(roles):
         return None
-    each = rows // len(roles)
-    return [
-        Matrix(
-            f"{tensor.rpartition('.')[0]}.{expert}.{role}.weight", tensor, int(found["layer"]), role, each, cols,
-            start=i * each, expert=expert, stacked=True,
-        )
-        for expert in range(experts)
-        for i, role in enumerate(roles)
-    ]  # fmt: skip
+    each, layer, where = rows // len(roles), int(found["layer"]), tensor.rpartition(".")[0]
+    found_here = []
+    for expert in range(experts):
+        for i, role in enumerate(roles):
+            matrix = Matrix(
+                f"{where}.{expert}.{role}.weight", tensor, layer, role, each, cols, expert=expert, stacked=True
+            )
+            start, step = (i, len(roles)) if interleaved else (i * each, 1)
+            found_here.append(replace(matrix, start=start, step=step, transposed=interleaved))
+    return found_here
 
 
 def stacks_experts(config: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from opdgeo.errors import CheckpointError
 
@@ -99,30 +99,6 @@ def opened(file: Path) -> Iterator[Opened]:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     finally:
         os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class Safetensor:
-    """A tensor of a safetensors file, by its name there."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    quantised: str | None = None
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.file,)
-
-    def __getitem__(self, index: Index) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                return cast("Tensor", file.get_slice(self.name)[index])
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {self.name} from {self.file}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from opdgeo.commands import (
     train,
 )
 from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
+from opdgeo.commands.streams import forgiving_output
 from opdgeo.errors import OpdgeoError
 
 COMMANDS = (demo, compare, track, relate, train, evaluate, reproduce, signals, channel, cache, report, explain)
@@ -58,24 +59,35 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its status."""
+    output = forgiving_output()
+    status = _run(argv)
+    if output is not None:
+        output.flush()
+        if output.failed:
+            print(f"opdgeo: standard output could not be written: {output.failed}", file=sys.stderr)
+            status = status or REFUSED
+    sys.exit(status)
+
+
+def _run(argv: list[str] | None) -> int:
     command_line = parser()
     args = command_line.parse_args(argv)
     if args.version:
         from opdgeo import __version__
 
         print(f"opdgeo {__version__}")
-        sys.exit(DONE)
+        return DONE
     if args.command is None:
         command_line.print_help()
-        sys.exit(DONE)
+        return DONE
     try:
-        sys.exit(args.run(args))
+        return int(args.run(args))
     except OpdgeoError as error:
         print(f"opdgeo: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        return REFUSED
     except KeyboardInterrupt:
         print("opdgeo: interrupted; nothing half-written was left", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def measure(measurements: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _mean(table: pl.DataFrame, column: str) -> float | None:
-    known = compared(table)[column].drop_nulls()
+    kept = compared(*(table[name].is_not_null().to_numpy() for name in ("value", "null_mean")))
+    known = table[column].filter(kept).drop_nulls()
     return float(known.to_numpy().mean()) if len(known) else None
 
 

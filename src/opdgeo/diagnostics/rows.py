@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import polars as pl
+    import numpy as np
 
 
-def compared(rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of one diagnostic that a mean, its null and its excess are over.
+def compared(valued: np.ndarray, nulled: np.ndarray, moved: np.ndarray | None = None) -> np.ndarray:
+    """The rows of one diagnostic that a mean, its null and its excess are over, as a mask.
 
-    They are the rows with a value and a null. Where no row has a null, they are the rows with a value; if the column `moved`
+    They are the rows with a value and a null. Where no row has a null, they are the rows with a value; if `moved`
     tells which matrices moved and any did, only those of matrices that moved.
+
+    Args:
+        valued, nulled, moved: for every row whether it has a value, whether it has a null, whether its matrix moved.
     """
-    known = rows.filter(rows["value"].is_not_null())
-    beside = known.filter(known["null_mean"].is_not_null())
-    if len(beside) or "moved" not in known.columns or not known["moved"].any():
-        return beside if len(beside) else known
-    return known.filter(known["moved"])
+    beside = valued & nulled
+    if beside.any():
+        return beside
+    if moved is not None and (valued & moved).any():
+        return valued & moved
+    return valued

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import resource
 import sys
 import threading
 import time
@@ -79,7 +78,7 @@ def reproduce(
     for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
         make_teacher(teacher, progress=sys.stderr.isatty())
     with _alone(out):
-        _run_all(out, jobs, workers, preset, rehearse)
+        peak = _run_all(out, jobs, workers, preset, rehearse)
         names = [arms_of.folder(arm.name, seed) for arm in arms for seed in range(min(seeds, arm.seeds))]
         tracked = [n for n in names if BY_NAME[n.partition("-seed")[0]].tracked]
         results = {name: load_result(out / "arms" / name / GEOMETRY) for name in tracked}
@@ -87,7 +86,7 @@ def reproduce(
         curves = pl.concat([_named(r.curves, name) for name, r in results.items()])
         first = next(iter(results.values())).run["settings"]
         run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
-            "peak_memory_bytes": peak_memory() + _children_peak() * workers,
+            "peak_memory_bytes": peak_memory() + peak * workers,
             "settings": {"preset": preset, "study": study, "seeds": seeds, "rehearsal": rehearse} | first,
             "arms": {
                 n: {k: r.run[k] for k in ("base", "checkpoints", "pairing", "timings")} for n, r in results.items()
@@ -137,13 +136,11 @@ def _named(table: pl.DataFrame, arm: str) -> pl.DataFrame:
     return table.with_columns(pl.lit(arm).add("/").add(pl.col("checkpoint")).alias("checkpoint"))
 
 
-def _children_peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bool) -> int:
+    """Do every job as soon as what it needs is there, those with the longest way to the end first.
 
-
-def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bool) -> None:
-    """Do every job as soon as what it needs is there, those with the longest way to the end first."""
+    Returns the peak memory of the largest worker in bytes, 0 where nothing was left to do.
+    """
     after: dict[str, list[Job]] = {job.name: [] for job in jobs}
     for job in jobs:
         for name in job.needs:
@@ -156,12 +153,11 @@ def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bo
     costs = {job.name: job.cost for job in jobs}
     finished = {job.name for job in jobs if _done(job, out)}
     waiting = sorted((job for job in jobs if job.name not in finished), key=lambda job: -way(job.name))
+    peak = 0
     if not waiting:
-        return
-    threads = max(1, cpu_cores() // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
-        running: dict[Future[None], Job] = {}
+        return peak
+    with _pool(workers, max(1, cpu_cores() // workers)) as pool:
+        running: dict[Future[int], Job] = {}
         with _progress(out, jobs) as show:
             while waiting or running:
                 for job in [j for j in waiting if finished.issuperset(j.needs)][: workers - len(running)]:
@@ -171,12 +167,13 @@ def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bo
                 for future in done:
                     job = running.pop(future)
                     try:
-                        future.result()
+                        peak = max(peak, future.result())
                     except BaseException:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
                     finished.add(job.name)
                 show(list(running.values()), finished)
+    return peak
 
 
 @contextmanager
@@ -191,6 +188,21 @@ def _alone(out: Path) -> Iterator[None]:
         raise ConfigError(
             f"another opdgeo reproduce works in {out}; expected one at a time. Wait, or use another -o."
         ) from None
+
+
+# What every run imports, in seconds of processor time: where a process can be forked, once for all workers.
+PRELOADED = ["opdgeo.survey", "opdgeo.training.train", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer"]
+
+
+def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
+    """Processes of `threads` BLAS threads each, that end when this one does."""
+    context: Any
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    else:  # elsewhere a process that has loaded torch may not be forked
+        context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
 
 
 def _start_worker(threads: int) -> None:
@@ -217,8 +229,11 @@ def _done(job: Job, out: Path) -> bool:
     return finished(job.config, folder) and (not job.arm.tracked or (folder / GEOMETRY / "run.json").is_file())
 
 
-def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
-    """Make a model, or train an arm and measure its trajectory; whatever is there already is kept."""
+def _do(job: Job, preset: str, out: Path, rehearse: bool) -> int:
+    """Make a model, or train an arm and measure its trajectory; whatever is there already is kept.
+
+    Returns the peak memory of this process in bytes.
+    """
     from opdgeo.diagnostics import Settings
     from opdgeo.experiments import derived
     from opdgeo.survey import track
@@ -228,7 +243,7 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
     if job.arm is None or job.config is None:
         with quiet():
             derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)
-        return
+        return peak_memory()
     folder = out / "arms" / job.name
     if job.arm.where is not None:
         arms_of.make_channel(job.arm, job.seed, preset, out, rehearse=rehearse)
@@ -238,6 +253,7 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool) -> None:
         start = models.resolve(job.config.origin)
         few = {"roles": "k_proj", "settings": Settings(nulls=1)} if rehearse else {}
         track(start, folder, workers=1, out=geometry, **few).save(geometry)  # type: ignore[arg-type]
+    return peak_memory()
 
 
 @contextmanager

@@ -30,9 +30,12 @@ _GOOD, _BAD = ("holds", "still holds"), ("fails", "does not")
 _VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") | {"inconclusive": "yellow"}
 
 
-def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console | None = None) -> None:
+def print_summary(
+    out_or_summary: Path | str | dict[str, Any], console: Console | None = None, *, everything: bool = True
+) -> None:
     """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one table. Several arms stand side by side.
 
+    Without `everything`, one line a diagnostic, which fits a terminal of 80 columns and 25 lines with what `compare` says after it.
     Raises ConfigError when the folder has no readable summary.json.
     """
     console = console or Console()
@@ -46,7 +49,10 @@ def print_summary(out_or_summary: Path | str | dict[str, Any], console: Console 
                 parts = (clean(part) if isinstance(part, str) else number(*part) for part in said)
                 console.print(Text("".join(parts), style="bold"))
             _print_trajectory(checkpoints, console)
-        _print_full(checkpoints[-1], console, earlier=checkpoints[:-1])
+        if everything:
+            _print_full(checkpoints[-1], console, earlier=checkpoints[:-1])
+        else:
+            _print_brief(checkpoints[-1], console, earlier=checkpoints[:-1])
 
 
 def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
@@ -180,6 +186,40 @@ def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[
     console.print(table)
     for line in sentences(checkpoint, earlier):
         console.print(Text(line))
+
+
+def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]]) -> None:
+    """One line a diagnostic, then the size of the update and how many of its numbers that size explains."""
+    every = findings(checkpoint)
+    if still := unmoved(checkpoint):
+        console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
+    if not earlier:
+        table = _new_table(checkpoint["checkpoint"])
+        table.add_column("diagnostic", no_wrap=True)
+        table.add_column("measured", justify="right", no_wrap=True)
+        table.add_column("by chance", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for found in every:
+            if is_primary(found.diagnostic, found.variant):
+                itself = found.reading == "by construction"
+                null = Text("" if itself else number((found.null or {}).get("mean"), found.unit), style="dim")
+                table.add_row(
+                    _name(found), number(found.row["mean"], found.unit), null, Text() if itself else _reading(found)
+                )
+        console.print(table)
+    size = sentences(checkpoint, earlier)[0]
+    console.print(Text(size))
+    if not size.startswith("Size:"):
+        return
+    counts = {key: len(group) for key, group in by_reading(checkpoint).items()}
+    if judged := {key: counts[key] for key in ("geometry", "size", "unclear") if key in counts}:
+        words = {"geometry": "beyond it", "size": "explained by it", "unclear": "unclear"}
+        said = ", ".join(f"{n} {words[key]}" for key, n in judged.items())
+        console.print(Text(f"Of {sum(judged.values())} numbers beside their chance at that size: {said}."))
+    elif "no null" in counts:
+        console.print(Text("Without null models nothing separates geometry from size."))
+    if few := [f for f in incomplete(checkpoint) if is_primary(f.diagnostic, f.variant)]:
+        console.print(Text(f"Not over all matrices: {', '.join(names(few))}; --all says why.", style="yellow"))
 
 
 def _new_table(title: str) -> Table:

@@ -24,10 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opdgeo.checkpoints import Checkpoint, open_checkpoint
+from opdgeo.checkpoints import Checkpoint, open_checkpoint, pair
 from opdgeo.checkpoints.checkpoint import step_folders
 from opdgeo.diagnostics import Settings
-from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.errors import CheckpointError, ConfigError, PairingError
 from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Parts, Stamp, inputs, stamp
 from opdgeo.survey.request import Execution, Request
@@ -43,14 +43,14 @@ class Growing:
 
     deletes = True
 
-    def __init__(self, run: Path, base: Checkpoint, out: Path):
-        self.run, self.base, self.out = run, base, out
+    def __init__(self, run: Path, base: Checkpoint, out: Path, roles: str):
+        self.run, self.base, self.out, self.roles = run, base, out, roles
         self.checkpoints: dict[int, Checkpoint] = {}
         self._stamps: dict[Path, Stamp] = {base.path: stamp(base)}
         self._manifests: dict[Path, dict[str, Any]] = {}
         self.measured: set[Path] = set()
         self._states: dict[Path, tuple[Any, float]] = {}  # files of a folder, and since when they are these
-        self.unreadable: dict[Path, str] = {}  # complete, and why they do not open
+        self.unreadable: dict[Path, str] = {}  # complete, and why they do not open or do not fit the base
 
     def look(self) -> list[str]:
         """Take in the checkpoints that are complete and new; returns their names."""
@@ -59,8 +59,9 @@ class Growing:
             if step not in self.checkpoints and self._complete(folder):
                 try:
                     opened = open_checkpoint(folder, self.base)
+                    pair(self.base, opened, self.roles)
                     self._stamps[opened.path] = stamp(opened)
-                except (CheckpointError, FileNotFoundError) as error:  # not readable yet, or gone already
+                except (CheckpointError, PairingError, FileNotFoundError) as error:  # not readable yet, or gone already
                     self.unreadable[folder] = str(error)
                     continue
                 self.unreadable.pop(folder, None)
@@ -83,7 +84,8 @@ class Growing:
         config, state = _json(self.run / "config.json"), _json(self.checkpoints[last].path / "trainer_state.json")
         if "arm" in config and isinstance(config.get("steps"), int):
             return last >= config["steps"]
-        return bool(state.get("max_steps")) and state.get("global_step", 0) >= state["max_steps"]
+        at, end = state.get("global_step"), state.get("max_steps")
+        return isinstance(at, int) and isinstance(end, int) and 0 < end <= at
 
     def check_earlier(self, request: Request, execution: Execution) -> None:
         """`follow` has asked before it began to wait: what lies there now is its own provisional result."""
@@ -157,7 +159,7 @@ def follow(
     before, run = open_checkpoint(base), Path(run)
     check_folder(out, [], 0)
     check_earlier(out, before, [], overwrite=execution.overwrite, growing=run)
-    seen, result, since, due = Growing(run, before, out), None, time.monotonic(), False
+    seen, result, since, due = Growing(run, before, out, roles), None, time.monotonic(), False
     told: set[str] = set()
     try:
         while True:

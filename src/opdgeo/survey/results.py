@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -167,66 +168,107 @@ def _pairs(pairs: pl.DataFrame, alone: pl.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _entries(rows: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
+def _entries(table: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
     """`unmoved`, the matrices with the reason `still`, and `diagnostics`: an entry for each and variant."""
-    unmoved = rows.filter(pl.col("reason") == still)["matrix"].unique()
-    rows = rows.with_columns(moved=~pl.col("matrix").is_in(unmoved.to_list()))
+    rows = _Rows.of(table, still)
     entries = []
-    for (name, variant), group in rows.group_by("diagnostic", "variant", maintain_order=True):
+    for (name, variant), group in rows.by("diagnostic", "variant"):
         diagnostic = DIAGNOSTICS[str(name)]
         entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
         kind = {"trajectory": "walk", "pair": "independent"}.get(diagnostic.scope, null)
         entry["null"] = _against_null(group, diagnostic, kind)
         entry["reason"] = _why(group)
         entry["roles"] = {
-            str(role): _statistics(part, diagnostic) | {"null_mean": _mean(compared(part), "null_mean", diagnostic)}
-            for (role,), part in group.group_by("role", maintain_order=True)
+            str(role): _statistics(part, diagnostic) | {"null_mean": _mean(part.compared, "null_mean", diagnostic)}
+            for (role,), part in group.by("role")
         }
         entries.append(entry)
-    return {"unmoved": len(unmoved), "diagnostics": entries}
+    return {"unmoved": len(set(rows["matrix"][~rows["moved"]])), "diagnostics": entries}
 
 
-def _weights(group: pl.DataFrame, diagnostic: Diagnostic) -> np.ndarray:
+class _Rows:
+    """Columns as arrays. A table has many small groups: to cut them out of a data frame takes longer than to measure the matrices."""
+
+    NUMBERS = ("value", "null_mean", "null_std")  # NaN where there is none
+    WORDS = ("matrix", "role", "diagnostic", "variant", "reason")
+
+    def __init__(self, columns: dict[str, np.ndarray]):
+        self.columns = columns
+
+    @classmethod
+    def of(cls, table: pl.DataFrame, still: str) -> _Rows:
+        """The rows of a table; a matrix with the reason `still` in one of them did not move."""
+        columns = {name: table[name].to_numpy() for name in (*cls.NUMBERS, "rows", "cols")}
+        columns |= {f"has {name}": table[name].is_not_null().to_numpy() for name in cls.NUMBERS}
+        columns |= {name: np.array(table[name].to_list(), dtype=object) for name in cls.WORDS}
+        unmoved = set(columns["matrix"][columns["reason"] == still])
+        columns["moved"] = np.array([name not in unmoved for name in columns["matrix"]], dtype=bool)
+        return cls(columns)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        return len(self.columns["value"])
+
+    def take(self, which: np.ndarray | list[int]) -> _Rows:
+        """The rows of a mask or of these places."""
+        return _Rows({name: column[which] for name, column in self.columns.items()})
+
+    def by(self, *names: str) -> Iterator[tuple[tuple[Any, ...], _Rows]]:
+        """The groups of equal words, in the order in which they first appear."""
+        places: dict[tuple[Any, ...], list[int]] = {}
+        for place, key in enumerate(zip(*(self[name] for name in names), strict=True)):
+            places.setdefault(key, []).append(place)
+        return ((key, self.take(here)) for key, here in places.items())
+
+    @cached_property
+    def compared(self) -> _Rows:
+        return self.take(compared(self["has value"], self["has null_mean"], self["moved"]))
+
+
+def _weights(group: _Rows, diagnostic: Diagnostic) -> np.ndarray:
     if diagnostic.weighting == "entries":
-        return (group["rows"] * group["cols"]).to_numpy().astype(float)
+        return (group["rows"] * group["cols"]).astype(float)
     return np.ones(len(group))
 
 
-def _why(group: pl.DataFrame) -> str | None:
+def _why(group: _Rows) -> str | None:
     """The most frequent reason of matrices without a value, of those that moved if any did."""
-    lacking = group.filter(pl.col("value").is_null() & pl.col("reason").is_not_null())
-    moved = lacking.filter("moved") if group["moved"].any() else lacking
-    reasons: list[str] = moved["reason"].to_list()
+    lacking = ~group["has value"] & np.array([reason is not None for reason in group["reason"]], dtype=bool)
+    if group["moved"].any():
+        lacking &= group["moved"]
+    reasons: list[str] = group["reason"][lacking].tolist()
     return max(dict.fromkeys(reasons), key=reasons.count, default=None)
 
 
-def _mean(group: pl.DataFrame, column: str, diagnostic: Diagnostic) -> float | None:
-    known = group.filter(pl.col(column).is_not_null())
-    return float(np.average(known[column].to_numpy(), weights=_weights(known, diagnostic))) if len(known) else None
+def _mean(group: _Rows, column: str, diagnostic: Diagnostic) -> float | None:
+    known = group.take(group[f"has {column}"])
+    return float(np.average(known[column], weights=_weights(known, diagnostic))) if len(known) else None
 
 
-def _statistics(group: pl.DataFrame, diagnostic: Diagnostic) -> dict[str, Any]:
-    shown = compared(group)
-    quantiles = np.quantile(shown["value"].to_numpy(), [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
+def _statistics(group: _Rows, diagnostic: Diagnostic) -> dict[str, Any]:
+    shown = group.compared
+    quantiles = np.quantile(shown["value"], [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
     return {
         "mean": _mean(shown, "value", diagnostic),
         **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
         "weighting": diagnostic.weighting,
         "matrices": len(shown),
         "mean_computed": _mean(group, "value", diagnostic),
-        "computed": group["value"].count(),
+        "computed": int(group["has value"].sum()),
         "total": len(group),
     }
 
 
-def _against_null(group: pl.DataFrame, diagnostic: Diagnostic, kind: str) -> dict[str, Any] | None:
-    known = compared(group)
-    if not len(known) or known["null_mean"].null_count():
+def _against_null(group: _Rows, diagnostic: Diagnostic, kind: str) -> dict[str, Any] | None:
+    known = group.compared
+    if not len(known) or not known["has null_mean"].all():
         return None
     weights = _weights(known, diagnostic)
-    mean = float(np.average(known["null_mean"].to_numpy(), weights=weights))
-    spread = known["null_std"].mean()
-    differences = (known["value"] - known["null_mean"]).to_numpy()
+    mean = float(np.average(known["null_mean"], weights=weights))
+    spread = pl.Series(known["null_std"][known["has null_std"]]).mean()
+    differences = known["value"] - known["null_mean"]
     excess = float(np.average(differences, weights=weights))
     rng = np.random.default_rng(0)
     picks = rng.integers(len(known), size=(BOOTSTRAP, len(known)))

@@ -9,15 +9,13 @@ column as the whole demonstration (its first user turn and the reply to it). A p
 `held_out` names another source (an AIME file, for instance); what stands there is never trained on.
 
 Answers are compared by math-verify (extra `opdgeo[tasks]`): equal numbers and expressions are equal however they are
-written, and of a long completion the last answer counts.
+written, and of a long completion the last answer counts. It runs in a process of its own (`answers.py`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.tasks import Example, in_held_out
+from opdgeo.tasks import Example, answers, in_held_out
 
 HELD_OUT_ONE_IN = 64
 PROMPTS = ("prompt", "problem", "question")
 ANSWERS = ("answer", "reward_model.ground_truth", "ground_truth")
 COMPLETIONS = ("completion", "solution", "response")
-SECONDS = 5  # that one answer may take to parse, and one pair to compare
 
 
 @dataclass(frozen=True)
@@ -117,23 +114,8 @@ class Problems:
 
 
 def verify(completion: str, answer: str) -> float:
-    """1.0 when the last answer in `completion` equals `answer` as mathematics, else 0.0.
-
-    Raises:
-        ConfigError: math-verify is not installed.
-    """
-    if importlib.util.find_spec("math_verify") is None:
-        raise ConfigError(
-            "the task `problems` needs the package math-verify, which is not installed; try: pip install 'opdgeo[tasks]'"
-        )
-    import math_verify
-
-    # math-verify stops what takes too long by a signal, which only the main thread may set.
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
-    gold = math_verify.parse(f"${answer}$", parsing_timeout=seconds)
-    return float(
-        math_verify.verify(gold, math_verify.parse(completion, parsing_timeout=seconds), timeout_seconds=seconds)
-    )
+    """1.0 when the last answer in `completion` equals `answer` as mathematics, else 0.0; errors as of `answers.same`."""
+    return float(answers.same(completion, answer))
 
 
 def rows(source: str, split: str = "train", subset: str = "") -> Sequence[dict[str, Any]]:

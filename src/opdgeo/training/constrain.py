@@ -560,7 +560,12 @@ def _source(name: str) -> str:
 
 def _fits(matrix: Matrix, shape: tuple[int, ...]) -> bool:
     if matrix.stacked:
-        return len(shape) == 3 and matrix.start + matrix.rows <= shape[1] and matrix.cols == shape[2]
+        return (
+            not matrix.transposed
+            and len(shape) == 3
+            and matrix.start + matrix.rows <= shape[1]
+            and matrix.cols == shape[2]
+        )
     stored = shape[::-1] if matrix.transposed else shape
     return len(shape) == 2 and matrix.start + matrix.rows <= stored[0] and matrix.cols == stored[1]
 
