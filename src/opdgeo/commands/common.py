@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,10 @@ def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) ->
         help="only say what would be measured, in how much time and memory; reads headers",
     )
     command.add_argument("--no-cache", action="store_true", help="neither read nor keep the base's factors on disk")
+    command.add_argument("--all", action="store_true", help="print every number, not one line a diagnostic")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else (docs/result.schema.json)"
+    )
     command.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
 
 
@@ -112,32 +117,20 @@ def measure(args: argparse.Namespace, request: Request) -> int:
 def finish(args: argparse.Namespace, result: Result) -> int:
     """Save `result` into OUT, print its table, write the page; returns the exit status."""
     from opdgeo.report.glossary import clean
-    from opdgeo.report.terminal import print_summary
 
     result.save(args.out)
-    for remark in result.run["remarks"]:
-        print(f"note: {clean(remark)}")
-    if "pairs" in result.summary:
-        from opdgeo.report.pairs import print_pairs
-
-        print_pairs(result.summary)
+    if args.json:
+        page = None if args.no_report else str(_page(args.out))
+        facts = {
+            "format": 1,
+            "out": str(args.out),
+            "report": page,
+            "notes": _notes(result),
+            "skipped": len(result.skipped),
+        }
+        print(json.dumps(facts | {"summary": result.summary}, allow_nan=False))
     else:
-        print_summary(result.summary)
-    if reused := result.run["reused"]:
-        print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
-    pairing = result.run["pairing"]
-    for label in ("base_only", "tuned_only", "unrecognised"):
-        if names := pairing[label]:
-            print(
-                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {', '.join(map(clean, names[:3]))} (all in run.json)"
-            )
-    for note in dict.fromkeys(n for c in (result.run["base"], *result.run["checkpoints"]) for n in c.get("notes", [])):
-        print(f"note: {clean(note)}")
-    if not args.no_report:
-        from opdgeo.report import write_report
-
-        print(f"report: {write_report(args.out)}")
-    print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
+        _tell(args, result)
     if result.skipped:
         print(
             f"opdgeo: {len(result.skipped)} matrices were not computed, first {clean(result.skipped[0])}; see `reason`",
@@ -145,3 +138,47 @@ def finish(args: argparse.Namespace, result: Result) -> int:
         )
         return INCOMPLETE
     return DONE
+
+
+def _tell(args: argparse.Namespace, result: Result) -> None:
+    from opdgeo.report.terminal import print_summary
+
+    remarks = len(result.run["remarks"])
+    notes = _notes(result)
+    for note in notes[:remarks]:
+        print(f"note: {note}")
+    if "pairs" in result.summary:
+        from opdgeo.report.pairs import print_pairs
+
+        print_pairs(result.summary)
+    else:
+        print_summary(result.summary, everything=args.all)
+    for note in notes[remarks:]:
+        print(f"note: {note}")
+    if not args.no_report:
+        print(f"report: {_page(args.out)}")
+    print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
+
+
+def _page(out: Path) -> Path:
+    from opdgeo.report import write_report
+
+    return write_report(out)
+
+
+def _notes(result: Result) -> list[str]:
+    """What to know of the checkpoints and of this run, what changes the reading first."""
+    from opdgeo.report.glossary import clean
+
+    run = result.run
+    notes = [clean(remark) for remark in run["remarks"]]
+    if reused := run["reused"]:
+        notes.append(f"taken over from an earlier run: {', '.join(reused)}")
+    for label in ("base_only", "tuned_only", "unrecognised"):
+        if names := run["pairing"][label]:
+            some = ", ".join(map(clean, names[:3]))
+            notes.append(
+                f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {some} (all in run.json)"
+            )
+    of_checkpoints = (note for c in (run["base"], *run["checkpoints"]) for note in c.get("notes", []))
+    return notes + [clean(note) for note in dict.fromkeys(of_checkpoints)]

@@ -1,0 +1,73 @@
+"""What a terminal of 80 by 25 shows, and what a script reads: the brief table, --all and --json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+import planted
+from program import run_opdgeo
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "result.schema.json").read_text())
+HOSTILE = "<b>‮x" + "n" * 120
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and a run of two steps, the second with a name that no terminal should obey."""
+    at, rng = tmp_path_factory.mktemp("models"), np.random.default_rng(3)
+    names = [planted.tensor_name(layer, m) for layer in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")]
+    weights = {name: planted.weights(rng, 40, 24) for name in names}
+    found = {"base": planted.write_checkpoint(at / "base", weights, "float32")}
+    for name in ("step-10", "step-20", HOSTILE):
+        weights = {n: w + planted.low_rank_update(rng, w, 4, 0.02) for n, w in weights.items()}
+        found[name] = planted.write_checkpoint(at / name, weights, "float32")
+    return found
+
+
+def test_the_first_table_fits_a_small_terminal(tmp_path: Path) -> None:
+    done = run_opdgeo("demo", "-o", tmp_path / "out", cwd=tmp_path, env={"COLUMNS": "80"})
+    lines = done.stdout.rstrip("\n").split("\n")
+    assert done.returncode == 0, done.stderr
+    assert len(lines) <= 25 and all(len(line) <= 80 or str(tmp_path) in line for line in lines), done.stdout
+    assert "geometry ↓" in done.stdout and "report: " in done.stdout
+    said = next(line for line in lines if line.startswith("Of "))
+    assert int(said.split()[1]) >= 20  # judged numbers, all of which the long table shows
+
+
+def test_everything_is_shown_when_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    command = ("compare", models["base"], models["step-10"], "--no-report", "--no-cache", "-o", tmp_path / "out")
+    brief, full = run_opdgeo(*command), run_opdgeo(*command, "--all")
+    assert "bit-equal" not in brief.stdout and "bit-equal" in full.stdout
+    assert "excess" in full.stdout and full.stdout.count("\n") > brief.stdout.count("\n")
+
+
+@pytest.mark.parametrize("command", ["compare", "track", "relate"])
+@pytest.mark.parametrize("nulls", ["0", "2"])
+def test_json_is_one_object_of_the_published_schema(
+    command: str, nulls: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    given = [models[n] for n in (["step-10"] if command == "compare" else ["step-10", "step-20", HOSTILE])]
+    out = tmp_path / "out"
+    done = run_opdgeo(
+        command, models["base"], *given, "--json", "--nulls", nulls, "--no-report", "--no-cache", "-o", out
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    jsonschema.validate(found, SCHEMA)
+    assert found["summary"] == json.loads((out / "summary.json").read_text())
+    assert (found["out"], found["report"], found["skipped"]) == (str(out), None, 0)
+    assert "pairs" in found["summary"] if command == "relate" else found["summary"]["checkpoints"]
+
+
+def test_the_schema_refuses_what_is_none_of_it() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    sound = {"format": 1, "out": "o", "report": None, "notes": [], "skipped": 0, "summary": {"checkpoints": []}}
+    jsonschema.validate(sound, SCHEMA)
+    for wrong in ({"format": 2}, {"skipped": -1}, {"more": 1}, {"summary": {"checkpoints": [{"checkpoint": "x"}]}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(sound | wrong, SCHEMA)
