@@ -1,0 +1,70 @@
+"""Singular values of the updates against those of a Gaussian one, and how one matrix changed."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from opdgeo.diagnostics import DIAGNOSTICS
+from opdgeo.report import charts
+from opdgeo.report.charts import style_of
+from opdgeo.report.glossary import arm_label, clean
+from opdgeo.report.sections.section import Figure, Section, View
+from opdgeo.report.view import slug
+
+DRAWN = 40
+"""Spectra of an arm that are drawn: enough to see the spread, and the page stays small."""
+
+
+def find(view: View) -> list[Figure] | None:
+    curves = view.results.curves.filter(pl.col("checkpoint").is_in(list(view.last.values())))
+    shapes = {
+        (r["checkpoint"], r["matrix"]): (r["rows"], r["cols"])
+        for r in view.results.measurements.select("checkpoint", "matrix", "rows", "cols").unique().to_dicts()
+    }
+    groups = []
+    for arm, checkpoint in view.last.items():
+        part = curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("curve") == "sigma_update")).to_dicts()
+        part = [r for r in part if r["values"] and max(r["values"]) > 0 and (checkpoint, r["matrix"]) in shapes]
+        if len(part) > DRAWN:
+            part = part[:: -(-len(part) // DRAWN)]
+        if part:
+            groups.append(
+                (
+                    arm_label(arm) if arm else "median matrix",
+                    style_of(arm, view.arms) if arm else 0,
+                    [r["values"] for r in part],
+                    [shapes[checkpoint, r["matrix"]] for r in part],
+                )
+            )
+    if not groups:
+        return None
+    out = [view.draw(charts.update_spectra("spectra-updates", "Singular values of ΔW, σᵢ / ‖ΔW‖F", groups))]
+    for arm, checkpoint in view.last.items():
+        out += _typical_matrix(arm, curves.filter(pl.col("checkpoint") == checkpoint), view)
+    return out
+
+
+def _typical_matrix(arm: str, curves: pl.DataFrame, view: View) -> list[Figure]:
+    """Of the matrix whose singular values moved by the median amount."""
+    moved = next(name for name, d in DIAGNOSTICS.items() if "sigma_tuned" in d.curves)
+    rows = view.final.filter(
+        (pl.col("checkpoint") == view.last[arm]) & (pl.col("diagnostic") == moved) & pl.col("value").is_finite()
+    ).sort("value", "matrix")
+    if rows.is_empty():
+        return []
+    matrix = rows["matrix"][len(rows) // 2]
+    found = dict(curves.filter(pl.col("matrix") == matrix).select("curve", "values").rows())
+    if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
+        return []
+    three = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
+    who = f"{arm_label(arm)}. " if arm else ""
+    tag = f"-{slug(arm)}" if arm else ""
+    out = []
+    if not arm:
+        out.append(view.draw(charts.spectra("spectra-matrix", f"Singular values of {clean(matrix, 40)}", *three)))
+    title = f"{who}Shift of {clean(matrix, 40)}"
+    out.append(view.draw(charts.spectrum_shift(f"spectra-shift{tag}", title, *three)))
+    return out
+
+
+SECTION = Section("spectra", "Spectra", "Spectra", find)
