@@ -17,6 +17,7 @@ from opdgeo.report.sections import (
     maps,
     outcomes,
     provenance,
+    sizes,
     spectra,
     trajectories,
     values,
@@ -27,6 +28,8 @@ from opdgeo.report.view import environment, resource
 
 SECTIONS: tuple[Section[Any], ...] = (
     verdict.SECTION,
+    sizes.FIRST,
+    sizes.OTHERS,
     judged.SECTION,
     outcomes.SECTION,
     values.SECTION,
@@ -48,7 +51,8 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     """The page as HTML text and the charts in it, in the order of the page."""
     view, templates = View(results), environment()
     shown = []
-    for section in SECTIONS:
+    opening = (sizes.FIRST,) if view.kind == "reproduce" else ()  # the picture of a study comes before its words
+    for section in dict.fromkeys((*opening, *SECTIONS)):
         data = section.find(view)
         if data is not None:
             template = templates.get_template(f"sections/{section.id}.html.j2")

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from opdgeo.report.glossary import READINGS, about, arm_label, clean, interval_decimals, number
+from opdgeo.report.glossary import READINGS, about, arm_label, clean, interval_decimals, number, short_role
 
 
 def resource(name: str) -> str:
@@ -37,6 +37,7 @@ def environment() -> jinja2.Environment:
         "title_of": lambda name: about(name).title,
         "formula": formula,
         "said": lambda part: clean(part) if isinstance(part, str) else shown(*part),
+        "short_role": short_role,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     made.globals["readings"] = READINGS

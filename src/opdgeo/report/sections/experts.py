@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
-from opdgeo.diagnostics import Diagnostic
 from opdgeo.report.glossary import about, expert_of, is_primary, label
-from opdgeo.report.sections.section import MAX_LISTED, Section, View
+from opdgeo.report.sections.section import Section, View
+
+FURTHEST = 20
+"""Experts of an arm that are listed; the charts and maps show how all are distributed."""
 
 Key = tuple[str, str]
 """Diagnostic and variant."""
@@ -35,23 +36,23 @@ class Block:
 
 def find(view: View) -> list[Block] | None:
     blocks = []
+    experts = view.final.filter(pl.col("matrix").str.contains(r"\.experts\.\d+\."))
+    pairs = [p for p in experts.select("diagnostic", "variant").unique(maintain_order=True).rows() if is_primary(*p)]
+    size = next((p for p in pairs if about(p[0]).size), None)
     for arm, checkpoint in view.last.items():
-        table = view.final.filter(
-            (pl.col("checkpoint") == checkpoint) & pl.col("matrix").str.contains(r"\.experts\.\d+\.")
-        )
-        columns: dict[Key, Diagnostic] = {}
+        table = experts.filter(pl.col("checkpoint") == checkpoint)
+        names = table["matrix"].unique(maintain_order=True)
+        if size is not None:
+            sizes = table.filter((pl.col("diagnostic") == size[0]) & (pl.col("variant") == size[1]))
+            names = sizes.sort("value", descending=True, nulls_last=True, maintain_order=True)["matrix"]
+        first = names.head(FURTHEST).to_list()
         found: dict[str, Expert] = {}
-        for row in table.to_dicts():
-            key = (row["diagnostic"], row["variant"])
-            if is_primary(*key):
-                columns[key] = about(key[0])
-                expert = Expert(row["layer"], expert_of(row["matrix"]), row["role"], {})
-                found.setdefault(row["matrix"], expert).values[key] = row["value"]
+        for row in table.filter(pl.col("matrix").is_in(first)).iter_rows(named=True):
+            expert = Expert(row["layer"], expert_of(row["matrix"]), row["role"], {})
+            found.setdefault(row["matrix"], expert).values[row["diagnostic"], row["variant"]] = row["value"]
         if found:
-            size: Any = next((key for key, known in columns.items() if known.size), None)
-            rows = sorted(found.values(), key=lambda e: -(e.values.get(size) or 0.0))
-            names = [(key, label(*key), known.unit) for key, known in columns.items()]
-            blocks.append(Block(arm, names, rows[:MAX_LISTED], len(rows)))
+            columns = [(pair, label(*pair), about(pair[0]).unit) for pair in pairs]
+            blocks.append(Block(arm, columns, [found[name] for name in first], len(names)))
     return blocks or None
 
 

@@ -1,4 +1,4 @@
-"""Maps of value and excess over layers and roles."""
+"""Maps of value and excess over layers and roles: tables whose cells are coloured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,35 @@ import polars as pl
 
 from opdgeo.diagnostics import Diagnostic
 from opdgeo.report import charts
-from opdgeo.report.glossary import about, arm_label, clean, expert_of, is_primary, label, number, position, role_order
-from opdgeo.report.sections.section import AXIS, Figure, Section, View, compares_itself, scale_of
-from opdgeo.report.view import slug
+from opdgeo.report.glossary import about, arm_label, clean, expert_of, is_primary, label, number, role_order
+from opdgeo.report.sections.section import AXIS, Section, View, compares_itself, scale_of, with_values
+from opdgeo.report.view import points, slug
 
-Cells = dict[tuple[int | None, str], tuple[float, str]]
-"""(layer, role) → value and tooltip."""
+Place = tuple[int | None, str]
+"""Layer and role."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` is what the colour shows, `exact` the matrix's own value; None where several matrices share the place."""
+
+    value: float
+    exact: float | None
+    tip: str
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Map:
+    """Rows from the first layer to the last; a place without a value holds None. `ends` are the ends of the colour scale, in words."""
+
+    caption: str
+    roles: list[str]
+    rows: list[tuple[int | None, list[Cell | None]]]
+    ramp: list[str]
+    ends: tuple[str, str]
+    unit: str
+    excess: bool
 
 
 @dataclass(frozen=True)
@@ -22,7 +45,7 @@ class Block:
     """The maps of one diagnostic and variant."""
 
     title: str
-    charts: list[Figure]
+    maps: list[Map]
 
 
 @dataclass(frozen=True)
@@ -33,62 +56,88 @@ class Maps:
 
 def find(view: View) -> Maps | None:
     """Value and excess over the null by layer and role; with several arms one map each on one scale."""
-    table = view.final.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
-    if table["matrix"].n_unique() < 2:
-        return None
     blocks = []
-    pairs = table.select("diagnostic", "variant").unique(maintain_order=True).rows()
-    for diagnostic, variant in sorted(pairs, key=lambda p: position(p[0])):
-        rows = table.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
-        if is_primary(diagnostic, variant) and not compares_itself(diagnostic, rows):
+    for diagnostic, variant, rows in view.parts:
+        rows = with_values(rows) if is_primary(diagnostic, variant) else rows.clear()
+        if rows["matrix"].n_unique() > 1 and not compares_itself(diagnostic, rows):
             blocks.append(Block(label(diagnostic, variant), _maps(rows, diagnostic, variant, view)))
     return Maps(blocks, len(view.last) > 1) if blocks else None
 
 
-def _maps(rows: pl.DataFrame, diagnostic: str, variant: str, view: View) -> list[Figure]:
+def _maps(rows: pl.DataFrame, diagnostic: str, variant: str, view: View) -> list[Map]:
     known, many = about(diagnostic), len(view.last) > 1
-    places: dict[str, Any] = {
-        "roles": role_order(set(rows["role"].to_list())),
-        "layers": sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x),
-    }
-    shown = rows["value"].to_list()
+    roles = role_order(set(rows["role"].to_list()))
+    layers = sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x)
+    shown = (rows["value"].min(), rows["value"].max())
     made = []
     for arm, checkpoint in view.last.items():
         part = rows.filter(pl.col("checkpoint") == checkpoint)
         tag = f"-{slug(arm)}" if many else ""
         name = f"heatmap-{slug(diagnostic)}-{slug(variant)}".rstrip("-") + tag
-        caption = (arm_label(arm) if many else "Value") + AXIS.get(known.unit, "")
-        scale, cells, limits = scale_of(diagnostic), _cells(part, known, False), (min(shown), max(shown))
-        made.append(view.draw(charts.heatmap(name, caption, scale, cells, **places, limits=limits)))
-        with_null = part.filter(pl.col("null_mean").is_finite())
-        if not many and not with_null.is_empty() and not known.size:
-            caption = "Value − null" + {"share": ", percentage points", "degrees": ", degrees"}.get(known.unit, "")
-            cells = _cells(with_null, known, True)
-            spread = [v for v, _ in cells.values()]
-            limits = (min(spread), max(spread))
-            chart = charts.heatmap(name + "-excess", caption, scale, cells, **places, limits=limits, excess=True)
-            made.append(view.draw(chart))
+        wanted: list[tuple[str, str, bool]] = [
+            (name, (arm_label(arm) if many else "Value") + AXIS.get(known.unit, ""), False)
+        ]
+        if not many and not known.size and part["null_mean"].is_finite().any():
+            unit = {"share": ", percentage points", "degrees": ", degrees"}.get(known.unit, "")
+            wanted.append((f"{name}-excess", f"Value − null{unit}", True))
+        for name, caption, excess in wanted:
+            cells = _cells(part, known, excess)
+            spread = [cell.value for cell in cells.values()]
+            limits: Any = (min(spread), max(spread)) if excess else shown
+            where: dict[str, Any] = {"roles": roles, "layers": layers, "limits": limits, "excess": excess}
+            values = {place: cell.value for place, cell in cells.items()}
+            view.keep(charts.heatmap(name, caption, scale_of(diagnostic), values, **where))
+            made.append(_map(caption, cells, known, **where))
     return made
 
 
-def _cells(rows: pl.DataFrame, known: Diagnostic, excess: bool) -> Cells:
+def _map(
+    caption: str,
+    cells: dict[Place, Cell],
+    known: Diagnostic,
+    *,
+    roles: list[str],
+    layers: list[int | None],
+    limits: tuple[float, float],
+    excess: bool,
+) -> Map:
+    colours = dict(zip(cells, charts.colours([c.value for c in cells.values()], limits, excess), strict=True))
+    rows: list[tuple[int | None, list[Cell | None]]] = []
+    for layer in layers:
+        places = [(layer, role) for role in roles]
+        found = [cells.get(place) for place in places]
+        rows.append(
+            (layer, [c and Cell(c.value, c.exact, c.tip, colours[p]) for p, c in zip(places, found, strict=True)])
+        )
+    far = max(map(abs, limits))
+    unit = points(known.unit) if excess else known.unit
+    low, high = (-far, far) if excess else limits
+    ramp = charts.colours([low + (high - low) * i / 8 for i in range(9)], limits, excess)
+    ends = (number(low, unit, signed=excess), number(high, unit, signed=excess))
+    return Map(caption, roles, rows, ramp, ends, known.unit, excess)
+
+
+def _cells(rows: pl.DataFrame, known: Diagnostic, excess: bool) -> dict[Place, Cell]:
     """Several matrices may share a place: their mean gives the colour, and the tooltip says so."""
-    gathered: dict[tuple[int | None, str], list[dict[str, Any]]] = {}
-    for row in rows.select("layer", "role", "matrix", "value", "null_mean").to_dicts():
-        gathered.setdefault((row["layer"], row["role"]), []).append(row)
+    if excess:
+        rows = rows.filter(pl.col("null_mean").is_finite())
+    value = pl.col("value") - pl.col("null_mean") if excess else pl.col("value")
+    gathered = rows.group_by("layer", "role", maintain_order=True).agg(
+        value.mean().alias("colour"),
+        pl.len().alias("count"),
+        pl.col("matrix", "value", "null_mean").first(),
+        last=pl.col("matrix").last(),
+    )
     cells = {}
-    for place, found in gathered.items():
-        colour = sum(r["value"] - (r["null_mean"] if excess else 0) for r in found) / len(found)
-        tip = f"{clean(found[0]['matrix'])}: {number(found[0]['value'], known.unit)}"
-        if found[0]["null_mean"] is not None:
-            tip += f", null {number(found[0]['null_mean'], known.unit)}"
-        several = f"{clean(place[1])}: {_several(found)}, colour is their mean"
-        cells[place] = (colour, tip if len(found) == 1 else several)
+    for row in gathered.iter_rows(named=True):
+        tip = f"{clean(row['matrix'])}: {number(row['value'], known.unit)}"
+        if row["null_mean"] is not None:
+            tip += f", null {number(row['null_mean'], known.unit)}"
+        if row["count"] > 1:
+            experts = all(expert_of(row[key]) is not None for key in ("matrix", "last"))
+            tip = f"{clean(row['role'])}: {'all experts' if experts else 'several matrices'}, colour is their mean"
+        cells[row["layer"], row["role"]] = Cell(row["colour"], row["value"] if row["count"] == 1 else None, tip)
     return cells
-
-
-def _several(rows: list[dict[str, Any]]) -> str:
-    return "all experts" if all(expert_of(r["matrix"]) is not None for r in rows) else "several matrices"
 
 
 SECTION = Section("heatmaps", "Layers and roles", "Layers and roles", find)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Scale
 from opdgeo.report.data import Results
-from opdgeo.report.glossary import ARMS, about, arm_of, split_seed
+from opdgeo.report.glossary import ARMS, about, arm_of, position, split_seed
 from opdgeo.report.sections.subject import Subject, subject_of
 
 Data = TypeVar("Data")
@@ -22,7 +22,7 @@ AXIS = {"share": ", %", "degrees": ", degrees"}
 """The unit behind the name of an axis."""
 
 MAX_LISTED = 60
-"""Skipped matrices, unmatched tensors and experts listed by name; the data files hold all."""
+"""Skipped matrices and unmatched tensors listed by name; the data files hold all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class View:
     Attributes:
         everything: all that the data files hold.
         results: the same, a study with controls cut to its four main arms. The other arms are judged in the claims.
-        charts: every chart of the page, in its order; `draw` adds one.
+        charts: every chart, in the order of the page; `draw` adds one to the page, `keep` to figures/ alone.
     """
 
     everything: Results
@@ -90,9 +90,19 @@ class View:
         """The measurements of these last checkpoints."""
         return self.results.measurements.filter(pl.col("checkpoint").is_in(list(self.last.values())))
 
+    @cached_property
+    def parts(self) -> list[tuple[str, str, pl.DataFrame]]:
+        """`final` by diagnostic and variant, in the order of tables and charts."""
+        found = self.final.partition_by("diagnostic", "variant", as_dict=True, maintain_order=True)
+        return [(*pair, rows) for pair, rows in sorted(found.items(), key=lambda item: position(item[0][0]))]
+
     def draw(self, chart: Chart) -> Figure:
         self.charts.append(chart)
         return Figure(Markup(charts.inline_svg(chart)), chart.caption)
+
+    def keep(self, chart: Chart) -> None:
+        """Add a chart for figures/ only: the page shows the same as a table."""
+        self.charts.append(chart)
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,10 @@ def _main_arms(results: Results) -> Results:
         summary=[c for c in results.summary if arm_of(c["checkpoint"])[0] in kept],
         logs={folder: rows for folder, rows in results.logs.items() if split_seed(folder)[0] in kept},
     )
+
+
+def with_values(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
 
 
 def compares_itself(diagnostic: str, rows: pl.DataFrame) -> bool:

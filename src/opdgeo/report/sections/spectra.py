@@ -16,35 +16,33 @@ DRAWN = 40
 
 
 def find(view: View) -> list[Figure] | None:
-    curves = view.results.curves.filter(pl.col("checkpoint").is_in(list(view.last.values())))
-    shapes = {
-        (r["checkpoint"], r["matrix"]): (r["rows"], r["cols"])
-        for r in view.results.measurements.select("checkpoint", "matrix", "rows", "cols").unique().to_dicts()
-    }
     groups = []
     for arm, checkpoint in view.last.items():
-        part = curves.filter((pl.col("checkpoint") == checkpoint) & (pl.col("curve") == "sigma_update")).to_dicts()
-        part = [r for r in part if r["values"] and max(r["values"]) > 0 and (checkpoint, r["matrix"]) in shapes]
-        if len(part) > DRAWN:
-            part = part[:: -(-len(part) // DRAWN)]
-        if part:
+        curves = view.results.curves.filter(pl.col("checkpoint") == checkpoint)
+        moved = curves.filter((pl.col("curve") == "sigma_update") & (pl.col("values").list.max() > 0))
+        measured = view.final.filter(pl.col("checkpoint") == checkpoint)
+        shapes = {m: (rows, cols) for m, rows, cols in measured.select("matrix", "rows", "cols").unique().iter_rows()}
+        names = [m for m in moved.select("matrix").collect()["matrix"] if m in shapes]
+        names = names[:: -(-len(names) // DRAWN) or 1]
+        part = moved.filter(pl.col("matrix").is_in(names)).select("matrix", "values").collect()
+        if len(part):
             groups.append(
                 (
                     arm_label(arm) if arm else "median matrix",
                     style_of(arm, view.arms) if arm else 0,
-                    [r["values"] for r in part],
-                    [shapes[checkpoint, r["matrix"]] for r in part],
+                    part["values"].to_list(),
+                    [shapes[m] for m in part["matrix"]],
                 )
             )
     if not groups:
         return None
     out = [view.draw(charts.update_spectra("spectra-updates", "Singular values of ΔW, σᵢ / ‖ΔW‖F", groups))]
-    for arm, checkpoint in view.last.items():
-        out += _typical_matrix(arm, curves.filter(pl.col("checkpoint") == checkpoint), view)
+    for arm in view.last:
+        out += _typical_matrix(arm, view)
     return out
 
 
-def _typical_matrix(arm: str, curves: pl.DataFrame, view: View) -> list[Figure]:
+def _typical_matrix(arm: str, view: View) -> list[Figure]:
     """Of the matrix whose singular values moved by the median amount."""
     moved = next(name for name, d in DIAGNOSTICS.items() if "sigma_tuned" in d.curves)
     rows = view.final.filter(
@@ -53,7 +51,8 @@ def _typical_matrix(arm: str, curves: pl.DataFrame, view: View) -> list[Figure]:
     if rows.is_empty():
         return []
     matrix = rows["matrix"][len(rows) // 2]
-    found = dict(curves.filter(pl.col("matrix") == matrix).select("curve", "values").rows())
+    its_own = (pl.col("checkpoint") == view.last[arm]) & (pl.col("matrix") == matrix)
+    found = dict(view.results.curves.filter(its_own).select("curve", "values").collect().rows())
     if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
         return []
     three = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])

@@ -9,8 +9,8 @@ import polars as pl
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
 from opdgeo.report import charts
 from opdgeo.report.charts import Group, style_of
-from opdgeo.report.glossary import about, arm_label, is_listed, label, position, role_order, variant_label
-from opdgeo.report.sections.section import Figure, Section, View, compares_itself, scale_of
+from opdgeo.report.glossary import about, arm_label, is_listed, label, role_order, variant_label
+from opdgeo.report.sections.section import Figure, Section, View, compares_itself, scale_of, with_values
 from opdgeo.report.sections.subject import Subject
 from opdgeo.report.view import slug
 
@@ -26,33 +26,40 @@ class Block:
 
 @dataclass(frozen=True)
 class Values:
-    """`by_entries` names the diagnostics whose mean is over entries; `other_arms` counts the arms that are not shown."""
+    """Attributes:
+    by_entries: titles of the diagnostics whose mean is over entries.
+    other_arms: how many arms are not shown.
+    above: whether the charts over size stand for the distributions. Those are in figures/ then.
+    dots: how many matrices of a row are drawn one by one.
+    """
 
     subjects: list[Subject]
     blocks: list[Block]
     by_entries: list[str]
     other_arms: int
+    above: bool
+    dots: int = charts.DOTS
 
 
 def find(view: View) -> Values:
+    above = view.kind == "compare" and not view.subjects[0].still
     return Values(
         subjects=view.subjects,
-        blocks=_blocks(view),
+        blocks=_blocks(view, above),
         by_entries=[d.title.lower() for d in DIAGNOSTICS.values() if d.weighting == "entries"],
         other_arms=len({arm for arm, _ in view.everything.runs()} - set(view.arms)),
+        above=above,
     )
 
 
-def _blocks(view: View) -> list[Block]:
+def _blocks(view: View, above: bool) -> list[Block]:
     """The distribution of each variant over matrices, beside the null: by arm, or by role where there is one update."""
     blocks: dict[str, Block] = {}
-    pairs = view.final.select("diagnostic", "variant").unique(maintain_order=True).rows()
-    for diagnostic, variant in sorted(pairs, key=lambda p: position(p[0])):
+    for diagnostic, variant, rows in view.parts:
         known = about(diagnostic)
         block = blocks.setdefault(diagnostic, Block(known))
-        rows = view.final.filter((pl.col("diagnostic") == diagnostic) & (pl.col("variant") == variant))
         block.reasons.extend(r for r in _reasons(rows) if r not in block.reasons)
-        rows = rows.filter((pl.col("status") == "computed") & pl.col("value").is_finite())
+        rows = with_values(rows)
         if not is_listed(diagnostic, variant) or rows.is_empty() or compares_itself(diagnostic, rows):
             continue
         if len(view.last) > 1:
@@ -61,13 +68,17 @@ def _blocks(view: View) -> list[Block]:
                 for arm, checkpoint in view.last.items()
             ]
         else:
-            roles = role_order(set(rows["role"].to_list()))
-            groups = [_group(role, rows.filter(pl.col("role") == role), 0) for role in roles]
+            by_role = rows.partition_by("role", as_dict=True)
+            groups = [_group(role, by_role[(role,)], 0) for role in role_order({role for (role,) in by_role})]
         title = label(diagnostic, variant)
         name = f"distribution-{slug(diagnostic)}-{slug(variant)}".rstrip("-")
         caption = variant_label(diagnostic, variant) or known.title
         unit = {"share": "%", "degrees": "degrees"}.get(known.unit, "")
-        block.charts.append(view.draw(charts.distribution(name, title, scale_of(diagnostic), groups, unit, caption)))
+        chart = charts.distribution(name, title, scale_of(diagnostic), groups, unit, caption)
+        if above:
+            view.keep(chart)
+        else:
+            block.charts.append(view.draw(chart))
     return list(blocks.values())
 
 
