@@ -51,7 +51,9 @@ def find(view: View) -> list[Block] | None:
             expert = Expert(row["layer"], expert_of(row["matrix"]), row["role"], {})
             found.setdefault(row["matrix"], expert).values[row["diagnostic"], row["variant"]] = row["value"]
         if found:
-            columns = [(pair, label(*pair), about(pair[0]).unit) for pair in pairs]
+            columns: list[tuple[Key, str, str]] = [
+                ((pair[0], pair[1]), label(*pair), about(pair[0]).unit) for pair in pairs
+            ]
             blocks.append(Block(arm, columns, [found[name] for name in first], len(names)))
     return blocks or None
 

@@ -201,7 +201,7 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
                 ]
                 name = arm_label(arm) + (f", seed {seed}" if seed else "")
                 x, y = [w[0] for _, w in at], [w[1] for _, w in at]
-                style = {"style": styles[arm], "marker": markers[arm]}
+                style: dict[str, Any] = {"style": styles[arm], "marker": markers[arm]}
                 points.append(Points(name, f"g{arms.index(arm)}", x, y, tips, **style, path=True))
             for checkpoint, (size, _, null) in at:
                 if null is not None:
@@ -212,7 +212,7 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
         band = None
         if nulls:
             nx, mean, wide = map(np.asarray, zip(*nulls, strict=True))
-            band = Band(nx, mean, mean - wide, mean + wide)
+            band = Band(nx.tolist(), mean.tolist(), (mean - wide).tolist(), (mean + wide).tolist())
         if points:
             hollow = _published(about(diagnostic), variant) if study else []
             charts_of[diagnostic, variant] = Drawn(points, band, hollow=hollow)
@@ -220,8 +220,8 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
     what = (
         "a mark is a checkpoint of an arm and a seed" if study else "a mark is a checkpoint, the steps joined in order"
     )
-    null = "the nulls at the sizes of these points, joined, with two standard deviations of one matrix"
-    return _made(view, charts_of, keys, (), what, null)
+    grey = "the nulls at the sizes of these points, joined, with two standard deviations of one matrix"
+    return _made(view, charts_of, keys, (), what, grey)
 
 
 def _paradigm(arm: str) -> str:
