@@ -1,7 +1,11 @@
-"""The data files of a made-up mixture of experts, written without measuring anything: for benchmarks/report.py and the tests."""
+"""The data files of a made-up mixture of experts, written without measuring anything: for benchmarks/report.py and the tests.
+
+python benchmarks/mixture.py OUT MATRICES
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +62,7 @@ def write_mixture(out: Path, matrices: int) -> None:
         pl.col("matrix").is_in(start["matrix"][:1000])
     )  # its bootstrap is not what is measured here
     Result(measurements, curves, summarise(some, "gaussian"), run).save(out)
+
+
+if __name__ == "__main__":
+    write_mixture(Path(sys.argv[1]), int(sys.argv[2]))

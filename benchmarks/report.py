@@ -52,16 +52,10 @@ def main() -> None:
     own = Path(opdgeo.__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        if args.matrices:
-            from mixture import write_mixture
-
-            write_mixture(out, args.matrices)
-        else:
-            subprocess.run(
-                [sys.executable, "-m", "opdgeo", "demo", "--no-report", "-o", out],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+        make = [sys.executable, "-m", "opdgeo", "demo", "--no-report", "-o", out]
+        if args.matrices:  # in a process of its own: its memory is not the page's
+            make = [sys.executable, Path(__file__).with_name("mixture.py"), out, str(args.matrices)]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         versions = {"this": own} | ({"other": args.against} if args.against else {})
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in versions}
         for _ in range(args.repeats):

@@ -110,9 +110,9 @@ class Group:
     """One row of a distribution: the value of each matrix beside its null (mean and standard deviation; empty without nulls)."""
 
     label: str
-    values: Sequence[float]
-    null_means: Sequence[float] = ()
-    null_stds: Sequence[float] = ()
+    values: Sequence[float] | np.ndarray
+    null_means: Sequence[float] | np.ndarray = ()
+    null_stds: Sequence[float] | np.ndarray = ()
     style: int = 0
 
 

@@ -85,9 +85,8 @@ def _blocks(view: View, above: bool) -> list[Block]:
 def _group(name: str, rows: pl.DataFrame, style: int) -> Group:
     nulls = rows.filter(pl.col("null_mean").is_finite())
     rows = rows if nulls.is_empty() else nulls  # as in the tables: matrices that did not move have no null
-    return Group(
-        name, rows["value"].to_list(), nulls["null_mean"].to_list(), nulls["null_std"].fill_null(0.0).to_list(), style
-    )
+    stds = nulls["null_std"].fill_null(0.0)
+    return Group(name, rows["value"].to_numpy(), nulls["null_mean"].to_numpy(), stds.to_numpy(), style)
 
 
 def _reasons(rows: pl.DataFrame) -> list[str]:
