@@ -16,7 +16,7 @@ import pytest
 import opdgeo
 import planted
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, Settings, Value, diagnostics, of_pairs, of_runs, of_trajectories
-from opdgeo.report.page import _formula
+from opdgeo.report.view import formula
 
 PACKAGE = Path(opdgeo.__file__).parent
 OUTSIDE = ("survey", "report", "training")
@@ -65,8 +65,8 @@ def test_reading_what_a_diagnostic_is_needs_no_torch() -> None:
 
 
 def test_a_formula_becomes_markup_and_nothing_else_does() -> None:
-    assert _formula("‖ΔW‖_F² / σ_{i<k}^{−1}") == "‖ΔW‖<sub>F</sub>² / σ<sub>i&lt;k</sub><sup>−1</sup>"
-    assert "<script" not in _formula("<script>_{x}</script>")
+    assert formula("‖ΔW‖_F² / σ_{i<k}^{−1}") == "‖ΔW‖<sub>F</sub>² / σ<sub>i&lt;k</sub><sup>−1</sup>"
+    assert "<script" not in formula("<script>_{x}</script>")
 
 
 def test_a_new_diagnostic_is_measured_compared_and_shown_without_another_line(

@@ -36,6 +36,7 @@ class Page(HTMLParser):
         self.numbers: list[tuple[str, str]] = []
         self.cells: list[str] = []
         self.tips: list[str] = []
+        self.marks = 0
         self.styles = ""
         self.verdict = ""
         self.stack: list[tuple[str, dict[str, str]]] = []
@@ -50,6 +51,8 @@ class Page(HTMLParser):
             self.numbers.append((got["value"], ""))
         elif tag == "td":
             self.cells.append("")
+            if "title" in got:
+                self.tips.append(got["title"])
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {k: v or "" for k, v in attrs}))
@@ -68,6 +71,7 @@ class Page(HTMLParser):
         elif "svg" in inside:
             if "title" in inside:
                 self.tips.append(data)
+                self.marks += "use" in inside
         else:
             if "td" in inside:
                 self.cells[-1] += data
@@ -169,10 +173,14 @@ def test_every_number_is_in_the_data_files(reports: dict[str, tuple[Path, Page]]
     rows: dict[str, set[float]] = {}
     for matrix, value, null in values.select("matrix", "value", "null_mean").rows():
         rows.setdefault(clean(matrix), set()).update(v for v in (value, null) if v is not None)
+    for one in json.loads((out / "summary.json").read_text())["checkpoints"]:
+        means = [v for d in one["diagnostics"] for v in (d["mean"], (d["null"] or {}).get("mean")) if v is not None]
+        rows.setdefault(clean(one["checkpoint"]), set()).update(means)
+    assert kind in ("still", "single") or page.tips
     for tip in page.tips:
-        matrix, _, shown = tip.rpartition(": ")
+        name, _, shown = tip.rpartition(": ")
         for text in re.split(r", null ", shown):
-            assert any(is_rounding(text, v) for v in rows[matrix]), tip
+            assert any(is_rounding(text, v) for v in rows[name]), tip
     written = " ".join(clean(p.read_text()) for p in out.glob("*.json"))
     pairs = values.select("diagnostic", "variant").unique().rows()
     written += " ".join(variant_label(d, v) for d, v in pairs) + " ".join(
@@ -207,10 +215,13 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
         '<!-- --> ]]> &amp; d="M 1.23456 2" #0072b2',
         "$\\frac{1}{0}$",
     ):
-        cells = {(0, name): (1.0, name)}
+        cells = {(0, name): 1.0}
         for chart in (
             charts.heatmap("h", name, scale, cells, roles=[name], layers=[0]),
             charts.distribution("d", name, scale, [charts.Group(name, [1.0, 2.0], [1.5, 1.5], [0.1, 0.1])]),
+            charts.over_size(
+                "o", name, scale, [charts.Points(name, "g0", [0.1, 0.2], [1.0, 2.0], [name, name])], size=name, alt=name
+            ),
             charts.trajectory(
                 "t", name, scale, [charts.Series(name, [0, 1], [1.0, 2.0]), charts.Series("b", [0, 1], [1.0, 2.0])]
             ),
@@ -230,6 +241,68 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
                 "tspan",
             }
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
+
+
+def points_of(svg: str, series: str) -> list[tuple[float, float, str]]:
+    """Place and tooltip of every point of a series, in the order of the markup; SVG's y grows downwards."""
+    group = svg[svg.index(f'<g class="{series}"') :]
+    found = re.findall(r"<use ([^>]*)><title>([^<]*)</title></use>", group[: group.index("</g>")])
+    return [
+        (float(re.search(r' x="([^"]*)"', at)[1]), float(re.search(r' y="([^"]*)"', at)[1]), tip)  # type: ignore[index]
+        for at, tip in (("  " + at, tip) for at, tip in found)
+    ]
+
+
+def test_points_over_size_stand_where_their_values_are_and_say_what_they_are() -> None:
+    sizes, values, names = [0.1, 0.001, 0.01], [4.0, 1.0, 2.0], ["c", "a", "b"]
+    points = charts.Points("role", "g0", sizes, values, names, classes=["late", "early", "middle"])
+    band = charts.Band(sizes, [1.0] * 3, [0.9] * 3, [1.1] * 3)
+    for log in (False, True):
+        svg = charts.inline_svg(charts.over_size("o", "title", charts.Scale(log=log), [points], band, size="size"))
+        found = points_of(svg, "g0")
+        assert [tip for _, _, tip in found] == names
+        (c, a, b) = found
+        assert b[0] - a[0] == pytest.approx(c[0] - b[0], rel=1e-3), "sizes are on a logarithmic axis"
+        steps = (a[1] - b[1], b[1] - c[1])
+        assert steps[1] == pytest.approx(steps[0] if log else 2 * steps[0], rel=1e-2)
+        assert re.findall(r'class="(\w+)"><title>', svg) == ["late", "early", "middle"]
+
+
+def test_a_study_shows_every_checkpoint_over_its_size(reports: dict[str, tuple[Path, Page]]) -> None:
+    out, _ = reports["reproduce"]
+    text = (out / "report.html").read_text(encoding="utf-8")
+    section = text[text.index('<section id="sizes">') : text.index('<section id="verdict">')]
+    titles = re.findall(r"<figcaption>([^<]*)</figcaption>", section)
+    assert [t.split(" (")[0].split(",")[0] for t in titles[:3]] == [
+        "Update sparsity",
+        "Stable rank",
+        "Principal angles",
+    ]
+    checkpoints = {c["checkpoint"] for c in json.loads((out / "summary.json").read_text())["checkpoints"]}
+    first = section[section.index("<svg") : section.index("</svg>")]
+    tips = re.findall(r"<title>([^<:]*): ", first)
+    assert sorted(tips) == sorted(checkpoints)
+    assert len(re.findall(r'type="checkbox"[^>]* checked', section)) == 4, "every arm can be hidden"
+    assert (
+        "Hollow: the paper" in section
+        and "Hollow: the paper" not in (reports["compare"][0] / "report.html").read_text()
+    )
+
+
+def test_thousands_of_experts_are_shown_as_distributions(tmp_path: Path) -> None:
+    from mixture import write_mixture
+
+    write_mixture(tmp_path / "out", 3000)
+    path = write_report(tmp_path / "out")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert path.stat().st_size < 2_000_000
+    gathered = [re.fullmatch(r"(\w+): (\d+) matri(?:x|ces)", tip) for tip in page.tips]
+    counts = [int(m[2]) for m in gathered if m]
+    charted = sum(t == "svg" and "against the relative norm" in a["aria-label"] for t, a in page.tags)
+    assert charted > 8 and sum(counts) == 3000 * charted, "every matrix is in a dot"
+    assert len(counts) < 1000 * charted and max(counts) > 10
+    listed = [c for c in page.cells if c in ("gate_proj", "up_proj", "down_proj")]
+    assert 0 < len(listed) <= 20
 
 
 def test_the_page_of_a_trajectory_says_when_the_channel_locks(reports: dict[str, tuple[Path, Page]]) -> None:
@@ -401,14 +474,18 @@ CHROMIUMS_OWN = {"accounts.google.com", "clients2.google.com", "update.googleapi
 
 
 def requested(page: Path, folder: Path) -> tuple[set[str], str]:
-    """The addresses, without query, that headless Chromium asked for with a page open, and the page as rendered."""
+    """The addresses, without query, that headless Chromium asked for with a page open, and the page as rendered.
+
+    Nothing may be said on the console meanwhile.
+    """
     log = folder / f"{page.stem}.net.json"
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / page.stem}", f"--log-net-log={log}", "--dump-dom",
+        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / page.stem}", f"--log-net-log={log}", "--dump-dom",
         page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "CONSOLE" not in done.stderr
     asked = set(re.findall(r'"url":"https?://([^?"]+)', log.read_text()))
     return {url for url in asked if url.partition("/")[0] not in CHROMIUMS_OWN}, done.stdout
 
@@ -429,6 +506,37 @@ def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]]
         '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><img src="https://www.google.com/x.png">'
     )
     assert requested(leak, tmp_path)[0] - own == {"fonts.googleapis.com/css", "www.google.com/x.png"}
+
+
+@pytest.mark.needs("chromium")
+@pytest.mark.parametrize("kind", ["compare", "reproduce"])
+def test_every_series_can_be_hidden_and_the_axis_made_linear(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path, kind: str
+) -> None:
+    """The page holds no script. A copy of it gets one here that uses every box and says what is seen then."""
+    text = (reports[kind][0] / "report.html").read_text(encoding="utf-8")
+    script = """
+      const seen = c => [...document.querySelectorAll("." + c)].filter(e => getComputedStyle(e).display != "none").length;
+      const boxes = [...document.querySelectorAll("fieldset.keys input")], names = boxes.map(b => b.id.replace("show-", "")).concat("log");
+      const all = () => Object.fromEntries(names.map(n => [n, seen(n)]));
+      const found = {before: all()};
+      for (const b of boxes) { b.click(); found[b.id] = all(); b.click(); }
+      document.title = JSON.stringify(found);"""
+    page = tmp_path / f"{kind}.html"
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"<script>{script}</script></body>"))
+    _, rendered = requested(page, tmp_path)
+    title = re.search(r"<title>(\{.*?\})</title>", rendered)
+    assert title
+    found = json.loads(title[1])
+    before = found.pop("before")
+    assert before.pop("linear") == 0 < before["log"]
+    assert all(count > 0 for count in before.values()) and len(found) > 4
+    linear = found.pop("show-linear")
+    assert linear["log"] == 0 and linear["linear"] == before["log"]
+    for box, after in found.items():
+        name = box.removeprefix("show-")
+        after.pop("linear")
+        assert after == before | {name: 0}, box
 
 
 def test_a_study_opens_with_what_it_can_and_cannot_decide(

@@ -170,6 +170,36 @@ class Live:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What the paper reports of Qwen3-8B after training.
+
+    Attributes:
+        variant, paradigm, value: of which variant, under which objective, and what.
+        norm: ‖ΔW‖_F of a matrix.
+        null: what an isotropic update of that norm has in Gaussian weights of standard deviation 0.02 and 0.03 (docs/paper.md, §5).
+    """
+
+    variant: str
+    paradigm: str
+    value: float
+    norm: float
+    null: tuple[float, float] | None = None
+
+    @property
+    def relative_norm(self) -> tuple[float, float]:
+        """‖ΔW‖_F / ‖W₀‖_F of a 4096 × 4096 matrix of standard deviation 0.03, and of one of 0.02."""
+        return self.norm / (0.03 * 4096), self.norm / (0.02 * 4096)
+
+
+def published(
+    variant: str, values: tuple[float, ...], nulls: tuple[tuple[float, float], ...] | None = None
+) -> tuple[Published, ...]:
+    """Of SFT, OPD and RLVR, with the norms that the paper reports."""
+    of = zip(("sft", "opd", "rlvr"), values, (4.701, 0.452, 0.168), nulls or (None,) * 3, strict=True)
+    return tuple(Published(variant, paradigm, value, norm, null) for paradigm, value, norm, null in of)
+
+
+@dataclass(frozen=True)
 class Panel:
     """A chart of one run with one line for every rank K. `rank` gives the K of a variant, None for one that is not in it."""
 
@@ -240,6 +270,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         label: a variant in words.
         listed: whether tables show a variant. The data files hold all.
         charted: the variants, by their beginnings, that have a map over layers and a chart over steps.
+        leads: its chart over the size of the update stands first.
+        published: the paper's own values.
         itself: the beginning of the variants that compare the last checkpoint with itself there.
         headline, live, panels: see these classes.
 
@@ -279,6 +311,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
     label: Callable[[str], str] = _as_it_is
     listed: Callable[[str], bool] = _every
     charted: tuple[str, ...] = ()
+    leads: bool = False
+    published: tuple[Published, ...] = ()
     itself: str | None = None
     headline: Headline | None = None
     live: tuple[Live, ...] = ()

@@ -15,6 +15,7 @@ from opdgeo.diagnostics.diagnostic import (
     Null,
     Settings,
     Value,
+    published,
     undefined,
     undetermined,
 )
@@ -75,4 +76,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     source=f"{PAPER}, §2, update–mask overlap",
     label=label,
     charted=("principal.0.5", "low_magnitude.0.5"),
+    published=published(
+        "low_magnitude.0.3", (0.3188, 0.5359, 0.7348), ((0.308, 0.311), (0.387, 0.425), (0.511, 0.560))
+    ),
 )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Settings, Value, mean_std, undefined, undetermined
+from opdgeo.diagnostics.diagnostic import (
+    PAPER,
+    Diagnostic,
+    Null,
+    Settings,
+    Value,
+    mean_std,
+    published,
+    undefined,
+    undetermined,
+)
 
 if TYPE_CHECKING:
     from opdgeo.diagnostics.gaussian_null import Isotropic
@@ -78,5 +88,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     log=True,
     label=label,
     charted=("right.max",),
+    leads=True,
+    published=published("right.max", (10.0, 1.0, 0.5)),  # of one layer: over 10°, about 1°, under 0.5°
     curves={"angle_left": lambda update: curve("left", update), "angle_right": lambda update: curve("right", update)},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Value, mean_std, undefined
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Value, mean_std, published, undefined
 
 if TYPE_CHECKING:
     from opdgeo.diagnostics.gaussian_null import Isotropic
@@ -43,6 +43,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     source=f"{PAPER}, §2, normalised spectral shift",
     log=True,
     charted=("",),
+    published=published("", (1e-3, 1e-4, 1e-5)),  # about
     curves={
         "sigma_base": lambda update: update.base.spectrum.sigma.tolist(),
         "sigma_tuned": lambda update: update.tuned_spectrum.sigma.tolist(),

@@ -40,6 +40,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     "with each other, and not with the null alone.",
     source=f"{PAPER}, §2, stable rank",
     charted=("",),
+    leads=True,
     headline=Headline("", "stable rank"),
     live=(Live("stable_rank"),),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Settings, Value
+from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Headline, Live, Null, Settings, Value, published
 
 if TYPE_CHECKING:
     from opdgeo.diagnostics.gaussian_null import Isotropic
@@ -53,6 +53,8 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     source=f"{PAPER}, §2, bf16-aware update sparsity",
     label=lambda variant: LABELS.get(variant, variant),
     charted=("bf16_eta",),
+    leads=True,
+    published=published("bf16_eta", (0.081, 0.516, 0.772), ((0.031, 0.047), (0.281, 0.376), (0.523, 0.619))),
     headline=Headline(
         "bf16_eta",
         "unchanged in bf16",

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from opdgeo.report.glossary import clean
+from opdgeo.report.glossary import clean, short_role
 
 INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+GLYPHS = ("●", "■", "◆", "▲", "▼", "✚", "✖", "◀", "▶", "★")
 ARM_STYLE = {"opd": 0, "sft": 1, "rlvr": 2, "sft-matched": 4}
 """Fixed colour and marker of the arms of the experiment; see `style_of`."""
 
 _SEQUENTIAL: Colormap = matplotlib.colormaps["cividis"]
 _DIVERGING = LinearSegmentedColormap.from_list("excess", ("#08519c", "#6baed6", "#f3f3f1", "#f4a261", "#b5450b"))
+DOTS = 300
+"""Matrices of a row that are drawn one by one."""
 _WIDTH = 4.0  # inches; about 350 px in the page's grid, where 9 pt reads as 11 px
 _RC: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -70,14 +73,28 @@ _RC: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Marks:
+    """The points of one series in the page: a tooltip for each, the class of the series, and a class for each point ("": none)."""
+
+    series: str
+    tips: Sequence[str]
+    classes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A figure with its file name, a caption and a text for readers who cannot see it. `tips` are tooltips by element id."""
+    """A figure with its file name, a caption and a text for readers who cannot see it.
+
+    Attributes:
+        draw: makes the figure, under the settings of this module. Only what is shown or saved is drawn.
+        marks: by the id that the figure gives a series of points.
+    """
 
     name: str
     caption: str
     alt: str
-    figure: Figure
-    tips: dict[str, str] = field(default_factory=dict)
+    draw: Callable[[], Figure]
+    marks: Mapping[str, Marks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,9 +110,9 @@ class Group:
     """One row of a distribution: the value of each matrix beside its null (mean and standard deviation; empty without nulls)."""
 
     label: str
-    values: Sequence[float]
-    null_means: Sequence[float] = ()
-    null_stds: Sequence[float] = ()
+    values: Sequence[float] | np.ndarray
+    null_means: Sequence[float] | np.ndarray = ()
+    null_stds: Sequence[float] | np.ndarray = ()
     style: int = 0
 
 
@@ -133,38 +150,36 @@ def distribution(
     name: str, title: str, scale: Scale, groups: Sequence[Group], axis: str = "", caption: str = ""
 ) -> Chart:
     """One dot a matrix, and their mean as a black tick. Beneath in grey: the null of each matrix, and the span of the nulls with two
-    standard deviations."""
-    with matplotlib.rc_context(_RC):
+    standard deviations. Of more than `DOTS` matrices in a row their quantiles stand for the dots."""
+
+    def draw() -> Figure:
         figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
         everything = [v for g in groups for v in (*g.values, *g.null_means)]
         log = scale.log and bool(everything) and min(everything) > 0
+        spans, ticks, means = [], [], []
         for row, group in enumerate(groups):
-            if len(group.null_means):
-                means, stds = np.asarray(group.null_means, float), np.asarray(group.null_stds, float)
-                low = np.maximum(means - 2 * stds, means * 0.1) if log else means - 2 * stds
-                axes.hlines(row + 0.2, low.min(), (means + 2 * stds).max(), color=NULL, linewidth=4, alpha=0.4)
-                axes.plot(
-                    means,
-                    np.full(len(means), row + 0.2),
-                    linestyle="",
-                    marker="|",
-                    markersize=6,
-                    color=NULL,
-                    markeredgewidth=1,
-                )
-            values = np.asarray(group.values, float)
-            axes.plot(
-                values,
-                np.full(len(values), row - 0.14),
-                linestyle="",
-                marker="o",
-                markersize=4.2,
-                alpha=0.6,
-                markeredgewidth=0,
-                color=SERIES[group.style],
-            )
+            values, nulls = np.asarray(group.values, float), np.asarray(group.null_means, float)
+            if len(nulls):
+                wide = 2 * np.asarray(group.null_stds, float)
+                low = np.maximum(nulls - wide, nulls * 0.1) if log else nulls - wide
+                spans.append((row + 0.2, low.min(), (nulls + wide).max()))
+                few = nulls if len(nulls) <= DOTS else np.quantile(nulls, np.linspace(0, 1, 21))
+                ticks += [(v, row + 0.2) for v in few]
+            colour = SERIES[group.style]
+            if len(values) > DOTS:
+                ends = np.quantile(values, [0, 0.1, 0.9, 1])
+                axes.hlines(row - 0.14, ends[0], ends[3], color=colour, linewidth=1)
+                axes.hlines(row - 0.14, ends[1], ends[2], color=colour, linewidth=6, alpha=0.6)
+            else:
+                at = np.full(len(values), row - 0.14)
+                axes.plot(values, at, "o", markersize=4.2, alpha=0.6, markeredgewidth=0, color=colour)
             if len(values) > 1:
-                axes.vlines(values.mean(), row - 0.36, row + 0.04, color=INK, linewidth=1.4)
+                means.append((values.mean(), row - 0.36, row + 0.04))
+        if spans:
+            axes.hlines(*zip(*spans, strict=True), color=NULL, linewidth=4, alpha=0.4)
+            axes.plot(*zip(*ticks, strict=True), linestyle="", marker="|", markersize=6, color=NULL, markeredgewidth=1)
+        if means:
+            axes.vlines(*zip(*means, strict=True), color=INK, linewidth=1.4)
         axes.set_yticks(range(len(groups)), [clean(g.label, 22) for g in groups])
         axes.set_ylim(len(groups) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
@@ -172,14 +187,142 @@ def distribution(
             axes.set_xscale("log")
         _value_axis(axes, "x", scale, log)
         axes.set_xlabel(axis, loc="left")
-    return Chart(name, caption or title, f"{title} of every matrix, its null in grey", figure)
+        return figure
+
+    return Chart(name, caption or title, f"{title} of every matrix, its null in grey", draw)
+
+
+@dataclass(frozen=True)
+class Points:
+    """A series of a chart over size.
+
+    Attributes:
+        x, y, tips: size, value and tooltip of each point.
+        counts: how many matrices each point stands for; empty where each is one.
+        classes: a class for each point, by which the page hides some.
+        path: whether the points are joined in order.
+    """
+
+    label: str
+    series: str
+    x: Sequence[float]
+    y: Sequence[float]
+    tips: Sequence[str]
+    _: KW_ONLY
+    style: int = 0
+    marker: int = 0
+    counts: Sequence[int] = ()
+    classes: Sequence[str] = ()
+    path: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """The null as a curve over size: its middle, its ends, and the null of each point where there are few."""
+
+    x: Sequence[float]
+    middle: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    each: tuple[Sequence[float], Sequence[float]] = ((), ())
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """A published value: the size is known to lie within `x`, and its null within `null` where one is known."""
+
+    label: str
+    x: tuple[float, float]
+    y: float
+    null: tuple[float, float] | None = None
+    style: int = 0
+
+
+def over_size(
+    name: str,
+    title: str,
+    scale: Scale,
+    points: Sequence[Points],
+    band: Band | None = None,
+    hollow: Sequence[Hollow] = (),
+    *,
+    size: str,
+    whole: tuple[float, float, float | None] | None = None,
+    alt: str = "",
+) -> Chart:
+    """Values against the size of the update. What lies in the grey band is what an isotropic update of that size has.
+
+    Args:
+        points: no value may be infinite or NaN.
+        size: the name of the x axis.
+        whole: of the update as a whole: size, value and the null's value.
+    """
+
+    dot = 5.0 if sum(len(p.x) for p in points) <= 60 else 3.4
+
+    def draw() -> Figure:
+        figure, axes = _frame(2.6, [])
+        values = [*(v for p in points for v in p.y), *(h.y for h in hollow)]
+        log = scale.log and bool(values) and min(values) > 0
+        if band is not None and len(band.x):
+            middle = np.asarray(band.middle, float)
+            low = np.asarray(band.low, float)
+            low = np.maximum(low, 0.1 * middle) if log else np.maximum(low, 0) if scale.unit == "share" else low
+            axes.fill_between(band.x, low, band.high, color=NULL, alpha=0.28, linewidth=0, zorder=0.9)
+            axes.plot(band.x, middle, color=NULL, linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+            if len(band.each[0]):
+                axes.plot(*band.each, "_", color=NULL, markersize=5, markeredgewidth=1, zorder=1.1)
+        for one in hollow:
+            middle_x, colour = (one.x[0] * one.x[1]) ** 0.5, SERIES[one.style]
+            axes.hlines(one.y, *one.x, color=colour, linewidth=0.8)
+            axes.plot(middle_x, one.y, "D", color=colour, markerfacecolor=PAPER, markersize=5.5, zorder=3)
+            if one.null is not None:
+                axes.vlines(middle_x, *one.null, color=NULL, linewidth=0.8)
+                mean = sum(one.null) / 2
+                axes.plot(middle_x, mean, "D", color=NULL, markerfacecolor=PAPER, markersize=4.5, zorder=2.5)
+        for n, p in enumerate(points):
+            colour, marker = SERIES[p.style], MARKERS[p.marker % len(MARKERS)]
+            if p.path:
+                axes.plot(p.x, p.y, color=colour, linewidth=0.7, alpha=0.45, zorder=2, gid=f"path-{n}")
+            for part, keep in enumerate(_by_count(p)):
+                if keep.any():
+                    x, y = np.asarray(p.x)[keep], np.asarray(p.y)[keep]
+                    (line,) = axes.plot(x, y, marker, color=colour, markersize=dot + 1.6 * part, zorder=3)
+                    line.set(alpha=0.75, markeredgewidth=0, clip_on=False, gid=f"points-{n}-{part}")
+        if whole is not None:
+            if whole[2] is not None:
+                axes.plot(whole[0], whole[2], "D", color=MUTED, markerfacecolor=PAPER, markersize=6, zorder=4)
+            axes.plot(whole[0], whole[1], "D", color=INK, markersize=6, zorder=5)
+        axes.set_xscale("log")
+        if log:
+            axes.set_yscale("log")
+        axes.margins(x=0.06, y=0.08)
+        _value_axis(axes, "x", Scale(), True)
+        _value_axis(axes, "y", scale, log)
+        axes.set_xlabel(clean(size, 48), loc="right")
+        return figure
+
+    marks = {}
+    for n, p in enumerate(points):
+        for part, keep in enumerate(_by_count(p)):
+            classes = [c for c, k in zip(p.classes, keep, strict=True) if k] if p.classes else ()
+            marks[f"points-{n}-{part}"] = Marks(p.series, [t for t, k in zip(p.tips, keep, strict=True) if k], classes)
+        marks[f"path-{n}"] = Marks(p.series, ())
+    return Chart(name, title, alt or f"{title} against {size}, its null in grey", draw, marks)
+
+
+def _by_count(points: Points) -> list[np.ndarray]:
+    """Which points stand for one matrix, for a few and for many: each is drawn larger than the last."""
+    counts = np.asarray(points.counts or [1] * len(points.x))
+    return [counts == 1, (counts > 1) & (counts < 10), counts >= 10]
 
 
 def trajectory(
     name: str, title: str, scale: Scale, series: Sequence[Series], x_label: str = "step", walk: bool = False
 ) -> Chart:
     """A diagnostic against the step. Bands are the spread that the caption names. Grey lines are the null."""
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         many = len(series) > 1
         figure, axes = _frame(
             2.35 + (0.2 * ((len(series) + 2) // 3) if many else 0.2), [], top=0.2 * ((len(series) + 3) // 3) + 0.08
@@ -227,14 +370,17 @@ def trajectory(
         axes.set_xlabel(x_label, loc="right")
         axes.margins(y=0.12)
         _legend(figure, axes)
-    return Chart(name, title, f"{title} along training", figure)
+        return figure
+
+    return Chart(name, title, f"{title} along training", draw)
 
 
 def thresholds(
     name: str, title: str, limits: Sequence[float], lines: Sequence[tuple[str, Sequence[int | None], bool]]
 ) -> Chart:
     """A step of training over thresholds. `lines` holds label, steps (None: not before the last checkpoint) and whether it is a null."""
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         figure, axes = _frame(2.35, [], top=0.28)
         for i, (text, steps, null) in enumerate(lines):
             axes.step(
@@ -252,14 +398,16 @@ def thresholds(
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("threshold", loc="right")
         _legend(figure, axes)
-    return Chart(name, title, title, figure)
+        return figure
+
+    return Chart(name, title, title, draw)
 
 
 def heatmap(
     name: str,
     title: str,
     scale: Scale,
-    cells: dict[tuple[int | None, str], tuple[float, str]],
+    cells: Mapping[tuple[int | None, str], float],
     *,
     roles: Sequence[str],
     layers: Sequence[int | None],
@@ -269,13 +417,14 @@ def heatmap(
     """A map with the layers from top to bottom and the roles from left to right.
 
     Args:
-        cells: (layer, role) → a value and its tooltip. A missing cell stays open.
+        cells: (layer, role) → a value. A missing cell stays open.
         limits: the ends of the colour scale, so that several charts can share one.
         excess: centres a diverging scale on 0.
     """
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         row = 0.1 if len(layers) > 12 else 0.2
-        names = [_role_label(r) for r in roles]
+        names = [short_role(r) for r in roles]
         slanted = max(map(len, names), default=0) * len(names) > 44
         height = 0.78 + row * len(layers) + (0.05 * max(map(len, names)) if slanted else 0)
         figure = Figure(figsize=(_WIDTH, height))
@@ -284,16 +433,9 @@ def heatmap(
         axes = figure.add_axes(
             (left / _WIDTH, bottom / height, (_WIDTH - left - right) / _WIDTH, row * len(layers) / height)
         )
-        values = [v for v, _ in cells.values()]
-        low, high = limits or ((min(values), max(values)) if values else (0.0, 1.0))
-        if excess:
-            high = max(abs(low), abs(high)) or 1.0
-            low = -high
-        elif high <= low:
-            low, high = low - abs(low) * 0.01 - 1e-12, high + abs(high) * 0.01 + 1e-12
+        low, high = _ends(limits or (min(cells.values()), max(cells.values())), excess)
         colours, norm = (_DIVERGING if excess else _SEQUENTIAL), Normalize(low, high)
-        tips = {}
-        for index, ((layer, role), (value, tip)) in enumerate(cells.items()):
+        for (layer, role), value in cells.items():
             patch = Rectangle(
                 (roles.index(role) - 0.5, layers.index(layer) - 0.5),
                 1,
@@ -302,10 +444,8 @@ def heatmap(
                 edgecolor=PAPER,
             )
             patch.set_linewidth(0.8 if len(layers) <= 12 else 0.4)
-            patch.set_gid(f"cell{index}")
             patch.set_clip_on(False)
             axes.add_artist(patch)  # unlike `add_patch`, without new data limits: they are set below
-            tips[f"cell{index}"] = tip
         axes.set_xlim(-0.5, max(len(roles), 1) - 0.5)
         axes.set_ylim(max(len(layers), 1) - 0.5, -0.5)
         axes.grid(visible=False)
@@ -332,12 +472,32 @@ def heatmap(
         bar.xaxis.set_major_locator(MaxNLocator(4))
         unit = "points" if excess and scale.unit == "share" else scale.unit
         _numbers(bar, "x", unit)
-    return Chart(name, title, f"{title} by layer and role", figure, tips)
+        return figure
+
+    return Chart(name, title, f"{title} by layer and role", draw)
+
+
+def _ends(limits: tuple[float, float], excess: bool) -> tuple[float, float]:
+    """The ends of a map's colour scale: of an excess on both sides of 0 alike."""
+    low, high = limits
+    if excess:
+        high = max(abs(low), abs(high)) or 1.0
+        return -high, high
+    return (low, high) if high > low else (low - abs(low) * 0.01 - 1e-12, high + abs(high) * 0.01 + 1e-12)
+
+
+def colours(values: Sequence[float], limits: tuple[float, float], excess: bool = False) -> list[str]:
+    """The colours that a map gives these values, as #rrggbb."""
+    low, high = _ends(limits, excess)
+    scaled = (np.asarray(values, float) - low) / (high - low)
+    found = (_DIVERGING if excess else _SEQUENTIAL)(np.clip(scaled, 0, 1), bytes=True)
+    return ["#" + bytes(c[:3]).hex() for c in found]
 
 
 def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]) -> Chart:
     """Singular values of one matrix before and after training, and those of its update, on one logarithmic axis."""
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         figure, axes = _frame(2.55, [], top=0.28)
         for values, colour, style, text in (
             (base, MUTED, "-", "σ(W₀)"),
@@ -352,14 +512,17 @@ def spectra(name: str, title: str, base: Sequence[float], tuned: Sequence[float]
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("index i", loc="right")
         _legend(figure, axes)
-    return Chart(name, title, title, figure)
+        return figure
+
+    return Chart(name, title, title, draw)
 
 
 def spectrum_shift(
     name: str, title: str, base: Sequence[float], tuned: Sequence[float], update: Sequence[float]
 ) -> Chart:
     """|σᵢ(W₊) − σᵢ(W₀)| by index on a logarithmic axis, below the ‖ΔW‖₂ that Weyl's inequality allows."""
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         figure, axes = _frame(2.55, [], top=0.28)
         shift = np.abs(np.asarray(tuned, float) - np.asarray(base, float))
         bound = float(max(update, default=0.0))
@@ -376,7 +539,9 @@ def spectrum_shift(
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("index i", loc="right")
         _legend(figure, axes)
-    return Chart(name, title, title, figure)
+        return figure
+
+    return Chart(name, title, title, draw)
 
 
 def update_spectra(
@@ -386,7 +551,8 @@ def update_spectra(
 
     `groups` holds label, style, the spectra and the shapes (rows, cols). The grey line is the Marchenko–Pastur law, exact for large matrices.
     """
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         figure, axes = _frame(2.75, [], top=0.28 if len(groups) < 3 else 0.48)
         drawn = set()
         for text, style, spectra_, shapes in groups:
@@ -428,12 +594,15 @@ def update_spectra(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         axes.set_xlabel("index, % of the singular values", loc="right")
         _legend(figure, axes)
-    return Chart(name, title, title, figure)
+        return figure
+
+    return Chart(name, title, title, draw)
 
 
 def claim_panel(name: str, title: str, unit: str, axis: str, arms: Sequence[tuple[str, int, dict[str, Any]]]) -> Chart:
     """One row an arm: mean with its interval, the seeds as open dots, the null as a grey bar."""
-    with matplotlib.rc_context(_RC):
+
+    def draw() -> Figure:
         figure, axes = _frame(0.66 + 0.34 * len(arms), [a for a, _, _ in arms])
         for row, (_, style, got) in enumerate(arms):
             colour = SERIES[style]
@@ -468,7 +637,9 @@ def claim_panel(name: str, title: str, unit: str, axis: str, arms: Sequence[tupl
         axes.margins(x=0.08)
         _value_axis(axes, "x", Scale(unit), False)
         axes.set_xlabel(clean(axis, 48), loc="left")
-    return Chart(name, title, f"{title}: arms with intervals and nulls", figure)
+        return figure
+
+    return Chart(name, title, f"{title}: arms with intervals and nulls", draw)
 
 
 def inline_svg(chart: Chart) -> str:
@@ -481,8 +652,8 @@ def inline_svg(chart: Chart) -> str:
     view = re.search(r'viewBox="([^"]+)"', text)
     start = f'<svg viewBox="{view[1] if view else "0 0 288 180"}" role="img" aria-label="{_escaped(chart.alt)}">'
     text = start + text[text.index(">") + 1 :]
-    for gid, tip in chart.tips.items():
-        text = text.replace(f'<g id="{gid}">', f"<g><title>{_escaped(tip)}</title>", 1)
+    for gid, marks in chart.marks.items():
+        text = _marked(text, gid, marks)
     kept = {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)}
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in kept else "", text)
     text = re.sub(r'( (?:d|x|y|transform|points|width|height)=")([^"]*)"', lambda m: m[1] + _short(m[2]) + '"', text)
@@ -490,6 +661,26 @@ def inline_svg(chart: Chart) -> str:
     text = text.replace(' xlink:href="', ' href="')
     text = re.sub(r"<g>((?:\s*<use [^>]*/>)+)\s*</g>", _share_style, text)
     return re.sub(r">\s+<", "><", text)
+
+
+def _marked(text: str, gid: str, marks: Marks) -> str:
+    """The series of that id with its class, and every point of it with its tooltip."""
+    before, found, rest = text.partition(f'<g id="{gid}">')
+    if not found:
+        return text
+    end = rest.find('<g id="')
+    own, rest = (rest, "") if end < 0 else (rest[:end], rest[end:])
+    style = re.search(r'<use [^>]*style="([^"]*)"', own)
+    tips, classes = iter(marks.tips), iter(marks.classes or [""] * len(marks.tips))
+
+    def point(match: re.Match[str]) -> str:
+        attributes = re.sub(r' style="[^"]*"', "", match[1])
+        kind = next(classes, "")
+        return f"<use{attributes}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}><title>{_escaped(next(tips, ''))}</title></use>"
+
+    own = re.sub(r"<use( [^>]*?) ?/>", point, own)
+    shared = f' style="{style[1]}"' if style else ""
+    return f'{before}<g class="{marks.series}"{shared}>{own}{rest}'
 
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", NULL: "--null", PAPER: "--paper"} | {
@@ -517,7 +708,7 @@ def save(chart: Chart, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pdf = io.BytesIO()
     with matplotlib.rc_context(_RC):
-        chart.figure.savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
+        chart.draw().savefig(pdf, format="pdf", facecolor="white", metadata={"CreationDate": None})
     written = []
     for path, content in (
         (folder / f"{chart.name}.svg", _svg(chart, "path").encode()),
@@ -545,7 +736,7 @@ def _svg(chart: Chart, fonts: str) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({**_RC, "svg.fonttype": fonts, "svg.hashsalt": chart.name}):
-        chart.figure.savefig(buffer, format="svg", metadata=nothing, facecolor="none" if fonts == "none" else "white")
+        chart.draw().savefig(buffer, format="svg", metadata=nothing, facecolor="none" if fonts == "none" else "white")
     return buffer.getvalue()
 
 
@@ -620,10 +811,6 @@ def _value_axis(axes: Axes, which: str, scale: Scale, log: bool) -> None:
     else:
         axis.set_major_locator(MaxNLocator(5))
     _numbers(axes, which, scale.unit)
-
-
-def _role_label(role: str) -> str:
-    return clean(role.removesuffix("_proj"), 12)
 
 
 def _marchenko_pastur(rows: int, cols: int) -> np.ndarray:

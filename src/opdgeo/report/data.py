@@ -22,7 +22,7 @@ CURVES = ("checkpoint", "step", "matrix", "curve", "values")
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the page may show.
+    """Everything the page may show. The curves, which are large, are read when they are asked for.
 
     `summary` is the list under `checkpoints` of summary.json; `claims` is None except for `reproduce`;
     `logs` maps a folder under arms/ to its rows, in file order; `whole` maps a diagnostic of whole runs to its list in summary.json;
@@ -30,7 +30,7 @@ class Results:
     """
 
     measurements: pl.DataFrame
-    curves: pl.DataFrame
+    curves: pl.LazyFrame
     summary: list[dict[str, Any]]
     run: dict[str, Any]
     claims: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ def load(out: Path) -> Results:
             "Try `opdgeo compare BASE TUNED -o OUT` first, then `opdgeo report OUT`."
         )
     measurements = _table(out / "measurements.parquet", MEASUREMENTS)
-    curves = _table(out / "curves.parquet", CURVES)
+    curves = _scan(out / "curves.parquet", CURVES)
     stored = _json(out / "summary.json")
     summary, whole = summary_of(stored, out / "summary.json"), whole_runs(stored, out / "summary.json")
     run = _json(out / "run.json")
@@ -184,16 +184,30 @@ def _missing(path: Path) -> ConfigError:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
+    table = _scan(path, columns)
+    try:
+        return table.collect()
+    except Exception as problem:
+        raise _unreadable(path, problem) from problem
+
+
+def _scan(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
+    """A table whose columns are known and whose rows are not read yet."""
     if not path.is_file():
         raise _missing(path)
     try:
-        table = pl.read_parquet(path)
+        table = pl.scan_parquet(path)
+        there = table.collect_schema().names()
     except Exception as problem:  # polars raises several families for a broken file
-        raise _broken(path, f"unreadable ({str(problem).splitlines()[0]})", "a parquet table") from problem
-    lacking = [c for c in columns if c not in table.columns]
+        raise _unreadable(path, problem) from problem
+    lacking = [c for c in columns if c not in there]
     if lacking:
         raise _broken(path, f"no column {', '.join(lacking)}", "the columns " + ", ".join(columns))
     return table
+
+
+def _unreadable(path: Path, problem: Exception) -> ConfigError:
+    return _broken(path, f"unreadable ({str(problem).splitlines()[0]})", "a parquet table")
 
 
 def _json(path: Path) -> Any:

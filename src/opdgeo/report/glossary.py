@@ -92,6 +92,11 @@ def role_order(roles: set[str]) -> list[str]:
     return [r for r in ROLES if r in roles] + sorted(roles - set(ROLES))
 
 
+def short_role(role: str) -> str:
+    """`gate_proj` → `gate`, as columns are headed."""
+    return clean(role.removesuffix("_proj"), 12)
+
+
 def arm_of(checkpoint: str) -> tuple[str, int]:
     """`opd-seed2/step-000100` → (`opd`, 2), as `reproduce` names its checkpoints; any other name has the empty arm."""
     match = re.fullmatch(r"([^/]+)/step-\d+", checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,11 @@ from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Scale, Series
 from opdgeo.report.data import Results
 from opdgeo.report.glossary import clean, label, number, role_order
-from opdgeo.report.page import _AXIS, _cells, _Charts, _problems, _provenance, _resource, _slug, _stem, environment
 from opdgeo.report.pairs import Cell, Pairs
+from opdgeo.report.sections import maps, provenance
+from opdgeo.report.sections.section import AXIS, Figure, View
 from opdgeo.report.verdict import findings
+from opdgeo.report.view import environment, resource, slug
 
 _MAX_CURVES, _MAX_MAPS = 12, 6
 """Pairs that have charts of their own, the most alike first; the data files hold all."""
@@ -24,7 +27,7 @@ _MAX_CURVES, _MAX_MAPS = 12, 6
 
 def build(results: Results) -> tuple[str, list[Chart]]:
     """The page as HTML text and the charts in it, in the order of the page."""
-    made, pairs = _Charts(), Pairs(results.pairs)
+    view, pairs = View(results), Pairs(results.pairs)
     ranked = pairs.by_likeness()
     leading = pairs.leading()
     context = {
@@ -36,17 +39,20 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "sizes": _sizes(results),
         "leading": label(*leading) if leading else "",
         "matrices": [_matrix(pairs, d, variant) for d, variant in pairs.columns()],
-        "curves": _curves(results, pairs, ranked, made),
-        "maps": _maps(results, pairs, ranked, made),
+        "curves": _curves(view, pairs, ranked),
+        "maps": _maps(view, pairs, ranked),
         "pairs": [_table(pairs, *pair) for pair in ranked or pairs.unordered()],
         "left": max(0, len(ranked) - _MAX_CURVES),
         "diagnostics": [d for d in of_pairs().values() if any(c.name == d.name for c, _ in pairs.columns())],
         "run": results.run,
-        "provenance": _provenance(results),
-        "problems": _problems(results),
+        "provenance": provenance.find(view),
     }
-    page = environment().from_string(_resource("pairs.html.j2")).render(context, style=Markup(_resource("style.css")))
-    return page, made.all
+    page = environment().get_template("pairs.html.j2").render(context, style=Markup(resource("style.css")))
+    return page, view.charts
+
+
+def _stem(path: str) -> str:
+    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
 
 
 def _sizes(results: Results) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def _table(pairs: Pairs, first: str, other: str) -> dict[str, Any]:
     return {"first": first, "other": other, "rows": rows}
 
 
-def _curves(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made: _Charts) -> list[dict[str, Any]]:
+def _curves(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[Figure]:
     """One chart a pair: the mean over matrices of each curve over K, with its null."""
     named = [
         (d, curve)
@@ -129,7 +135,7 @@ def _curves(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made:
     ]
     found = []
     for place, (first, other) in enumerate(ranked[:_MAX_CURVES]):
-        rows = results.curves.filter((pl.col("checkpoint") == first) & (pl.col("other") == other))
+        rows = view.everything.curves.filter((pl.col("checkpoint") == first) & (pl.col("other") == other)).collect()
         lines = []
         for style, (_, curve) in enumerate(named):
             y, null = (_mean_curve(rows, name) for name in (curve, f"{curve}_null"))
@@ -141,10 +147,10 @@ def _curves(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made:
                 lines.append(Series(text, x, shown, null=chance, style=style))  # type: ignore[arg-type]
         if lines:
             title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}"
-            name = f"curve-{place + 1}-{_slug(first)}-{_slug(other)}"
+            name = f"curve-{place + 1}-{slug(first)}-{slug(other)}"
             chart = charts.trajectory(name, title, Scale(named[0][0].unit), lines, "K")
             found.append(
-                made.add(replace(chart, alt=f"{title}: similarity of the top K directions over K, chance in grey"))
+                view.draw(replace(chart, alt=f"{title}: similarity of the top K directions over K, chance in grey"))
             )
     return found
 
@@ -162,13 +168,13 @@ def _mean_curve(rows: pl.DataFrame, curve: str) -> list[float | None]:
     return found
 
 
-def _maps(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made: _Charts) -> list[dict[str, Any]]:
+def _maps(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[maps.Map]:
     """The leading diagnostic by layer and role, one map a pair on one scale."""
     leading = pairs.leading()
     if leading is None:
         return []
     known = of_pairs()[leading[0]]
-    table = results.measurements.filter(
+    table = view.everything.measurements.filter(
         (pl.col("diagnostic") == leading[0]) & (pl.col("variant") == leading[1]) & pl.col("value").is_finite()
     )
     if table["matrix"].n_unique() < 2:
@@ -179,11 +185,9 @@ def _maps(results: Results, pairs: Pairs, ranked: list[tuple[str, str]], made: _
         rows = table.filter((pl.col("checkpoint") == first) & (pl.col("other") == other))
         roles = role_order(set(rows["role"].to_list()))
         layers = sorted(set(rows["layer"].to_list()), key=lambda x: -1 if x is None else x)
-        caption = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}{_AXIS.get(known.unit, '')}"
-        name = f"map-{place + 1}-{_slug(first)}-{_slug(other)}"
+        caption = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}{AXIS.get(known.unit, '')}"
+        name = f"map-{place + 1}-{slug(first)}-{slug(other)}"
         where: dict[str, Any] = {"roles": roles, "layers": layers, "limits": limits}
-        chart = charts.heatmap(
-            name, caption, Scale(known.unit), _cells(rows, known, False), **where, excess=limits[0] < 0
-        )
-        found.append(made.add(chart))
+        cells = maps.cells(rows, known, False)
+        found.append(maps.draw(view, name, caption, cells, known, **where, excess=limits[0] < 0))
     return found

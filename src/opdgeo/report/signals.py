@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
 from markupsafe import Markup
@@ -15,8 +14,8 @@ from rich.text import Text
 from opdgeo.report.charts import Chart, Group, Scale, Series, distribution, inline_svg, trajectory
 from opdgeo.report.data import _broken, _json, _table
 from opdgeo.report.glossary import clean, number
-from opdgeo.report.page import _resource
 from opdgeo.report.terminal import _new_table
+from opdgeo.report.view import environment, resource
 
 TABLE = "signals.parquet"
 NAMES = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR", "random_credit": "random credit", "weights": "weights"}
@@ -270,13 +269,11 @@ def build(out: Path) -> tuple[str, list[Chart]]:
         made += charts
         shown = [{"caption": c.caption, "svg": Markup(inline_svg(c))} for c in charts]
         parts.append({"name": checkpoint, "sentences": sentences(found), "tables": tables(found), "charts": shown})
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["clean"] = clean
     matrices = table["matrix"].drop_nulls().n_unique()
-    page = environment.from_string(_resource("signals.html.j2")).render(
-        style=Markup(_resource("style.css")), parts=parts, run=run, matrices=matrices
+    page = (
+        environment()
+        .get_template("signals.html.j2")
+        .render(style=Markup(resource("style.css")), parts=parts, run=run, matrices=matrices)
     )
     return page, made
 

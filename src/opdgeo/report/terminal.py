@@ -220,9 +220,7 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
     elif "no null" in counts:
         console.print(Text("Without null models nothing separates geometry from size."))
     if few := [f for f in incomplete(checkpoint) if is_primary(f.diagnostic, f.variant)]:
-        console.print(
-            Text(f"Not over all matrices: {', '.join(names(few))}; give --all to see why.", style="yellow")
-        )
+        console.print(Text(f"Not over all matrices: {', '.join(names(few))}; give --all to see why.", style="yellow"))
 
 
 def _new_table(title: str) -> Table:
