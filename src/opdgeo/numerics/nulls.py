@@ -176,14 +176,14 @@ def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.
     outer = (rest * near + top * far) / apart
     grams = {"inner": inner.T @ inner, "outer": outer.T @ outer}
     if outside:
-        beyond = _factor(outside, k, rng).to(sigma.device) * (scale / top)
+        beyond = factor(outside, k, rng).to(sigma.device) * (scale / top)
         grams["outer"] = grams["outer"] + beyond.T @ beyond
     sides = ("right", "left") if rows >= cols else ("left", "right")
     tangents = [torch.linalg.eigvalsh(grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
     return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
 
 
-def _factor(count: int, k: int, rng: torch.Generator) -> Tensor:
+def factor(count: int, k: int, rng: torch.Generator) -> Tensor:
     """F with FᵀF distributed as that of a Gaussian (count, k) matrix: its triangular factor (Bartlett) where that is smaller."""
     if count <= k:
         return torch.randn(count, k, dtype=torch.float64, generator=rng)

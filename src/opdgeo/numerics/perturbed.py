@@ -1,0 +1,284 @@
+"""What an isotropic Gaussian G of any size does to the singular values of a known W₀ and to its leading subspaces.
+
+The law of W₀ + G depends on W₀'s singular values s alone. Take W₀ = diag(s), m × n with m ≥ n, and entries of G from N(0, τ²).
+
+**Where the singular values go.** Let S(P) = Σ 1/(P − sᵢ²), b = 1 + τ²S and c = τ²(m − n). The resolvent of W₀ + G at λ = σ² is, up to
+O(1/n), W₀'s at a complex P, with
+
+    λ = b²P + cb,       Σ 1/(λ − σᵢ²) = S/b,       πN(λ) = −Im [Σ log(P − sᵢ²) + ((b − 1)²P + c(b − log b))/τ²]
+
+(Dozier and Silverstein, 2007, solved for λ; the last is the integral of the second). N counts the singular values above √λ. Points
+P with Im λ = 0 and N between 0 and n trace the spectrum, and σᵢ lies at N = i − ½: `drift`. It holds for isolated values too, where it is
+the formula of Benaych-Georges and Nadakuditi (2012).
+
+**How they fluctuate about that.** σᵢ moves as τ times white noise, but where the noise exceeds the spacing δ the values keep each other
+in place: Dyson's motion, linearised about equal spacing, gives wave number q the share (1 − e^{−a})/a of its variance, with
+a = (τ/δ)²(πq − q²/2): `fluctuations`.
+
+**How far the leading subspaces turn.** The angles at the cut are drawn, as eigenvectors of a problem of the levels nearest to it. Where
+many levels mix, f neighbours count as one of variance fτ², which keeps the local density nτ² of the noise; the cosine of the largest
+angle is then 1/f of the drawn one. The rest of the mean comes from first-order couplings (Stewart, 1990), whose tangents are the singular
+values of a Gaussian matrix with a variance profile v. The trace of a function of its Gram matrix has a deterministic equivalent
+(Hachem, Loubaton and Najim, 2007):
+
+    aᵢ = 1/(1 + Σⱼ vⱼᵢ ãⱼ/x),     ãⱼ = 1/(1 + Σᵢ vⱼᵢ aᵢ/x),     E tr[RᵀR(RᵀR + x)⁻¹] ≈ Σᵢ (1 − aᵢ),
+
+and arctan √λ = (1/π) ∫ λ/(λ + x) artanh(e^{−|log x|/2}) d log x. Levels far from the cut enter in groups, with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import scipy.fft
+import torch
+from numpy.typing import NDArray
+
+from opdgeo.numerics.nulls import factor
+
+Vector = NDArray[np.float64]
+
+FIRST_ORDER = 0.05  # noise over the gaps at the cut, up to which eigenvectors need no eigenproblem
+CLOSE = 0.6  # how much closer pairs push each other more, where few levels mix: fitted to draws
+POINTS, GAPS = 80, 8  # of the spectrum's curve; gaps that it is looked at more closely
+WINDOW = 48  # levels on each side of the cut that are drawn
+NODES, SWEEPS = 96, 30
+
+
+class Noise:
+    """G against W₀. s: (n,) W₀'s singular values, descending; `large`: the larger side; `scale`: τ."""
+
+    def __init__(self, s: Vector, large: int, scale: float):
+        self.s, self.squares, self.large, self.scale = s, s * s, large, scale
+        self.beyond = large - len(s)
+
+    # Singular values ---------------------------------------------------------------------------------------------
+
+    def _image(self, p: Vector, q: Vector) -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
+        """b and λ at P = p + iq."""
+        apart = p[:, None] - self.squares
+        inverse = 1 / (apart * apart + (q * q)[:, None])
+        real, weight = np.einsum("ij,ij->i", apart, inverse), inverse.sum(axis=1)
+        b = 1 + self.scale**2 * (real - 1j * q * weight)
+        return b, b * b * (p + 1j * q) + self.scale**2 * self.beyond * b
+
+    def widths(self, p: Vector) -> Vector:
+        """q > 0 with Im λ(p + iq) = 0: half the width, in squared singular values, over which levels at p mix; 0 outside the spectrum."""
+        size = self.scale * math.sqrt(self.large + len(self.s))
+        most = 4 * size * (float(self.s[0]) + size)
+        least = 1e-3 * self.scale * max(float(self.s[-1]), self.scale)
+        steps = max(8, math.ceil(math.log(most / least) / math.log(4)))
+        high = np.full(len(p), most)
+        low, found = np.zeros(len(p)), np.zeros(len(p), dtype=bool)
+        for q in np.geomspace(most, least, steps)[1:]:
+            todo = np.flatnonzero(~found)
+            if not len(todo):
+                break
+            inside = self._image(p[todo], np.full(len(todo), q))[1].imag < 0
+            low[todo[inside]], found[todo[inside]] = q, True
+            high[todo[~inside]] = q
+        at = np.flatnonzero(found)
+        low, high, p = low[at], high[at], p[at]
+        for _ in range(10):
+            middle = np.sqrt(low * high)
+            inside = self._image(p, middle)[1].imag < 0
+            low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+        out = np.zeros(len(found))
+        out[at] = np.sqrt(low * high)
+        return out
+
+    def drift(self) -> Vector:
+        """(n,) the mean changes of the singular values."""
+        n, squares = len(self.s), self.squares
+        chosen = np.unique(np.linspace(0, n - 1, min(n, POINTS)).astype(int))
+        size = self.scale * math.sqrt(self.large + n)
+        out = size * np.geomspace(0.01, 2, 12)
+        points = [squares[chosen], squares[0] + out * (self.s[0] + out), squares[-1] - out * (self.s[-1] + out)]
+        if n > 1:  # beside the widest gaps, where isolated values and the edge of the others lie
+            gaps = squares[:-1] - squares[1:]
+            for i in np.argsort(gaps)[-GAPS:]:
+                points.append(squares[i + 1] + gaps[i] * np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0]))
+        p = np.unique(np.concatenate(points))
+        q = self.widths(p)
+        for _ in range(2):  # towards the ends of what lies inside
+            inside = q > 0
+            ends = np.flatnonzero(inside[1:] != inside[:-1])
+            ends = ends[np.argsort(p[ends + 1] - p[ends])][-2 - 2 * GAPS :]
+            more = (p[ends, None] + (p[ends + 1] - p[ends])[:, None] * np.array([0.2, 0.4, 0.6, 0.8])).ravel()
+            p, q = np.append(p, more), np.append(q, self.widths(more))
+            order = np.argsort(p)
+            p, q = p[order], q[order]
+        gaps = np.argsort(squares[:-1] - squares[1:])[-GAPS:]
+        wide = [i + 1 for i in gaps if bool(((q == 0) & (p < squares[i]) & (p > squares[i + 1])).any())]
+        p, q = p[q > 0], q[q > 0]
+        b, image = self._image(p, q)
+        angles = np.arctan2(q[:, None], p[:, None] - self.squares).sum(axis=1)
+        rest = (b - 1) ** 2 * (p + 1j * q) + self.scale**2 * self.beyond * (b - np.log(b))
+        above = (angles + rest.imag / self.scale**2) / math.pi
+        above = np.clip(above, 0, n)
+        values = np.sqrt(np.maximum(image.real, 0))
+        if not self.beyond:
+            above, values = np.append(above, n), np.append(values, 0.0)
+        order = np.argsort(above)
+        above, values = above[order], values[order]
+        places, found = np.arange(n) + 0.5, np.zeros(n)
+        for start, stop in pairwise([0, *sorted(wide), n]):  # what lies between two open gaps, on its own
+            own = (above > start + 1e-4) & (above < stop - (1e-4 if stop < n else -1))
+            if own.any():
+                here = slice(start, stop)
+                moved = values[own] - np.interp(above[own], places[here], self.s[here])
+                found[here] = np.interp(places[here], above[own], moved)
+        return found
+
+    def fluctuations(self, draws: int, rng: np.random.Generator) -> Vector:
+        """(draws, n) changes of the singular values about `drift`."""
+        n = len(self.s)
+        noise = rng.standard_normal((draws, n)) * self.scale
+        if n < 2:
+            return noise
+        at = self.s + self.drift()
+        spacing = sum((_local(values) for values in (self.s, at)), np.zeros(n)) / 2
+        ratio = np.clip(self.scale / np.maximum(spacing, 1e-300), 1e-3, 1e3)
+        levels = np.geomspace(max(ratio.min(), 1e-2), max(ratio.max(), 2e-2), 8)
+        # A real wave of period 2n mirrors the ends.
+        transformed = scipy.fft.dct(noise, norm="ortho", axis=1)
+        q = math.pi * np.arange(n) / n
+        share = []
+        for x in levels:
+            a = x * x * (1 + CLOSE / (1 + x * x / 4)) * (math.pi * q - q * q / 2)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share.append(np.sqrt(np.where(a > 1e-12, -np.expm1(-a) / a, 1.0)))
+        filtered = np.stack([scipy.fft.idct(transformed * part, norm="ortho", axis=1) for part in share])
+        place = np.clip(np.interp(np.log(ratio), np.log(levels), np.arange(len(levels))), 0, len(levels) - 1)
+        low = np.minimum(place.astype(int), len(levels) - 2)
+        part, columns = place - low, np.arange(n)
+        return np.asarray(filtered[low, :, columns].T * (1 - part) + filtered[low + 1, :, columns].T * part)
+
+
+def _local(values: Vector) -> Vector:
+    """Mean spacing of descending values around each of them."""
+    n = len(values)
+    reach = min(4, n - 1)
+    low, high = np.maximum(np.arange(n) - reach, 0), np.minimum(np.arange(n) + reach, n - 1)
+    return np.asarray((values[low] - values[high]) / (high - low))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Draws of the angles in radians between W₀'s top-k subspaces and those of W₀ + G.
+
+    Attributes:
+        largest, mean: by side, "inner" (of the smaller dimension) or "outer": (draws,).
+        value: (draws,) σₖ(W₀ + G).
+    """
+
+    largest: dict[str, Vector]
+    mean: dict[str, Vector]
+    value: Vector
+
+
+def turned(noise: Noise, k: int, draws: int, rng: torch.Generator, half: int = WINDOW) -> Turned:
+    """The turn of the top-k subspaces. `half`: levels drawn on each side of the cut."""
+    s, n, scale = noise.s, len(noise.s), noise.scale
+    cut = (noise.squares[k - 1] + noise.squares[k]) / 2
+    width = float(noise.widths(np.array([cut]))[0])
+    mixed = int((np.abs(noise.squares - cut) < width).sum())
+    f = max(1, min(math.ceil(2 * mixed / half), n // (2 * half), 2 * min(k, n - k) // half))
+    reach = min(2 * half, max(half, 4 * mixed // f))
+    above, below = min(reach, k // f), min(reach, (n - k) // f)
+    edges = np.concatenate([np.arange(k - above * f, k, f), np.arange(k, k + below * f + 1, f)])
+    level = np.array([math.sqrt(noise.squares[a:b].mean()) for a, b in pairwise(edges)])
+    tau, outside = scale * math.sqrt(f), noise.beyond // f
+    first = scale * math.sqrt(2) < FIRST_ORDER * (level[above - 1] - level[above])
+    far = _rest(noise, edges, level, above, f, width)
+    others = np.concatenate([noise.squares[: edges[0]], noise.squares[edges[-1] :]])
+    apart = level[:, None] ** 2 - others  # those that are not drawn hold the drawn ones together, to second order
+    held = level + scale**2 * level * (apart / (apart**2 + width**2)).sum(axis=1)
+    top, rest = torch.from_numpy(level[:above]), torch.from_numpy(level[above:, None])
+    found: dict[str, list[tuple[float, float]]] = {"inner": [], "outer": []}
+    values = []
+    for _ in range(draws):
+        entries = torch.randn(above + below, above + below, dtype=torch.float64, generator=rng) * tau
+        beyond = factor(outside, above + below, rng) * tau
+        if first:
+            near, back = entries[above:, :above], entries[:above, above:].T
+            apart = top**2 - rest**2
+            sides = {
+                "inner": (top * near + rest * back) / apart,
+                "outer": torch.cat([(rest * near + top * back) / apart, beyond[:, :above] / top]),
+            }
+            values.append(float(level[above - 1] + entries[above - 1, above - 1]))
+            for side, tangents in sides.items():
+                squares = torch.linalg.eigvalsh(tangents.T @ tangents).clamp(min=0)
+                angles = torch.atan(2 * squares.sqrt()) / 2
+                found[side].append((float(angles[-1]), float(angles.sum())))
+            continue
+        entries.diagonal().add_(torch.from_numpy(held))
+        squares, vectors = torch.linalg.eigh(entries.T @ entries + beyond.T @ beyond)
+        vectors = vectors[:, below:]
+        outer = (entries @ vectors) / squares[below:].clamp(min=0).sqrt()
+        values.append(math.sqrt(max(float(squares[below]), 0)))
+        for side, basis in (("inner", vectors), ("outer", outer)):
+            inside = basis[:above]
+            cosines = torch.linalg.eigvalsh(inside.T @ inside).clamp(0, 1).sqrt()
+            found[side].append((math.acos(float(cosines[0]) / f), float(torch.acos(cosines).sum())))
+    largest = {side: np.array([a for a, _ in pairs]) for side, pairs in found.items()}
+    mean = {}
+    for side, pairs in found.items():
+        sums = np.array([b for _, b in pairs])
+        centre = sums.mean()  # f times as many angles; but a sum over the spectrum varies by as much at any size
+        mean[side] = (f * centre + far[side] + sums - centre) / k
+    return Turned(largest, mean, np.array(values))
+
+
+def _rest(noise: Noise, edges: NDArray[np.int64], level: Vector, above: int, f: int, width: float) -> dict[str, float]:
+    """To first order, the sum of all angles less that of the levels that are drawn."""
+    upper, lower = _groups(noise.squares[: edges[0]][::-1], int(edges[above] - edges[0]))
+    one, other = _groups(noise.squares[edges[-1] :], int(edges[-1] - edges[above]))
+    ones = np.full(len(level), float(f))
+    parts = [(level, ones, above)]
+    if edges[0] > 0 or edges[-1] < len(noise.s):
+        every = np.concatenate([upper[::-1], level, one]), np.concatenate([lower[::-1], ones, other])
+        parts.append((*every, len(upper) + above))
+    else:
+        return {"inner": 0.0, "outer": 0.0}
+    found = {"inner": 0.0, "outer": 0.0}
+    for sign, (levels, counts, top) in zip((-1, 1), parts, strict=True):
+        high, low = levels[:top] ** 2, levels[top:, None] ** 2
+        inner = noise.scale**2 * (high + low) / ((high - low) ** 2 + width**2)
+        found["inner"] += sign * _sum(inner, counts[:top], counts[top:])
+        if noise.beyond:
+            outer = np.vstack([inner, noise.scale**2 / high])
+            found["outer"] += sign * _sum(outer, counts[:top], np.append(counts[top:], noise.beyond))
+        else:
+            found["outer"] = found["inner"]
+    return found
+
+
+def _groups(squares: Vector, apart: int) -> tuple[Vector, Vector]:
+    """Levels, from the cut outwards, in groups that grow with the distance from it, the first of which is `apart`: the groups' level and size."""
+    bounds = [0]
+    while bounds[-1] < len(squares):
+        bounds.append(min(len(squares), bounds[-1] + max(1, (apart + bounds[-1]) // 12)))
+    sizes = np.diff(bounds).astype(float)
+    if not len(sizes):
+        return sizes, sizes
+    return np.sqrt(np.add.reduceat(squares, bounds[:-1]) / sizes), sizes
+
+
+def _sum(variance: Vector, counts: Vector, others: Vector) -> float:
+    """Σ ½ arctan 2tᵢ over the singular values t of a Gaussian matrix; `counts` of its columns, `others` of its rows are alike."""
+    energy = variance * others[:, None]
+    low, high = math.log(float((variance.min()))) - 4, math.log(float(energy.sum(axis=0).max())) + 6
+    u = np.linspace(low, high, NODES)
+    u += 1e-3 * (u[1] - u[0])  # not at the logarithmic singularity
+    x = np.exp(u)
+    a, b = np.full((NODES, len(counts)), 0.5), np.full((NODES, len(others)), 0.5)
+    for _ in range(SWEEPS):
+        b = np.sqrt(b / (1 + (a * counts) @ variance.T / x[:, None]))
+        a = np.sqrt(a / (1 + (b * others) @ variance / x[:, None]))
+    weight = np.arctanh(np.exp(-np.abs(u + math.log(4)) / 2)) / math.pi
+    return float((((1 - a) @ counts) * weight).sum() * (u[1] - u[0]) / 2)
