@@ -23,7 +23,7 @@ def test_small_updates_need_no_draw_of_a_matrix(shape: tuple[int, int], dtype: s
     tuned = base + 1e-3 * np.linalg.norm(base) / math.sqrt(base.size) * rng.standard_normal(shape)
     weights = torch.from_numpy(base).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     settings = Settings(rank=12, mask_rank=8, top_k=4, nulls=40)
-    found = gaussian_null(Update(Base(weights, settings), torch.from_numpy(tuned)), diagnostics().values(), "seed")
+    found, _ = gaussian_null(Update(Base(weights, settings), torch.from_numpy(tuned)), diagnostics().values(), "seed")
     expected = sampled(base, tuned, 60, 5, rank=12, mask_rank=8, top_k=4)
     assert set(found) == set(expected)
     for key, (mean, deviation) in expected.items():
@@ -38,7 +38,7 @@ def test_large_updates_are_left_to_sampling() -> None:
     rng = np.random.default_rng(0)
     base = planted.weights(rng, 96, 96)
     weights = torch.from_numpy(base)
-    found = gaussian_null(
+    found, _ = gaussian_null(
         Update(Base(weights, Settings()), weights + 0.02 * torch.randn(96, 96)), diagnostics().values(), "seed"
     )
     assert ("spectral_shift", "") not in found

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.masks import rows_of_block
 from opdgeo.numerics.precision import to_bf16
 from opdgeo.numerics.spectra import spectrum
 
@@ -61,11 +62,34 @@ def visible_probability(weights: Tensor, scale: float) -> Tensor:
         weights: of any shape and float dtype.
         scale: the standard deviation of an entry of the update, above 0.
     """
-    if weights.dtype == torch.bfloat16:  # one value for each of 2¹⁵ magnitudes
-        every = torch.arange(1 << 15, dtype=torch.int32, device=weights.device).to(torch.int16).view(torch.bfloat16)
-        table = _leaves(every.double(), every, scale)
+    if weights.dtype == torch.bfloat16:
+        table = bf16_visible_probability(scale, weights.device)
         return table[(weights.contiguous().view(torch.int16) & 0x7FFF).long()]
     return _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
+
+
+def bf16_visible_probability(scale: float, device: torch.device) -> Tensor:
+    """(2¹⁵,) `visible_probability` of every magnitude that bf16 has, by its bits."""
+    every = torch.arange(1 << 15, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
+    found = _leaves(every.double(), every, scale)
+    return found.nan_to_num()  # of what is not a number
+
+
+def count_bf16(weights: Tensor, codes: Tensor | None = None) -> Tensor:
+    """(codes, 2¹⁵) how often every magnitude occurs among bf16 `weights`, by a code below 8 of each entry; without codes (1, 2¹⁵).
+
+    >>> int(count_bf16(torch.tensor([1.0, -1.0, 2.0], dtype=torch.bfloat16))[0, 0x3F80])
+    2
+    """
+    kinds = 1 if codes is None else 8
+    counts = torch.zeros(kinds << 15, dtype=torch.int64, device=weights.device)
+    size = rows_of_block(weights.shape[-1])
+    for i, part in enumerate(weights.split(size)):
+        place = part.contiguous().view(torch.int16).int() & 0x7FFF
+        if codes is not None:
+            place += codes[i * size : (i + 1) * size].int() << 15
+        counts += torch.bincount(place.flatten(), minlength=kinds << 15)
+    return counts.view(kinds, -1).double()
 
 
 def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> Tensor:
@@ -87,17 +111,32 @@ def top_singular_values(rows: int, cols: int, norm: float, k: int, draws: int, r
     from scipy.linalg import eigh_tridiagonal
 
     large, small = max(rows, cols), min(rows, cols)
+    # The vectors of the top k lie in the first rows, and fall off beyond as Airy functions do (Edelman and Persson, 2005).
+    airy = (3 * math.pi * (4 * k + 3) / 8) ** (2 / 3) + 12
+    first = min(small, math.ceil(airy * (large**-0.5 + small**-0.5) ** (-2 / 3)) + 8)
     values = np.empty((draws, k))
     for draw in range(draws):
         squares = rng.chisquare(np.arange(large, large - small, -1))
         beside = rng.chisquare(np.arange(small - 1, 0, -1)) if small > 1 else np.empty(0)
         diagonal = squares.copy()
         diagonal[:-1] += beside  # BᵀB of the lower bidiagonal B
-        top = eigh_tridiagonal(
-            diagonal, np.sqrt(squares[1:] * beside), eigvals_only=True, select="i", select_range=(small - k, small - 1)
-        )
-        values[draw] = np.sqrt(top[::-1] / (squares.sum() + beside.sum())) * norm
+        off = np.sqrt(squares[1:] * beside)
+        if 4 * k > first:
+            top = eigh_tridiagonal(diagonal, off, eigvals_only=True, lapack_driver="sterf")[small - k :]
+        else:
+            chosen = {"select": "i", "select_range": (first - k, first - 1)}
+            top = eigh_tridiagonal(diagonal[:first], off[: first - 1], eigvals_only=True, **chosen)
+        values[draw] = np.sqrt(np.maximum(top[::-1], 0) / (squares.sum() + beside.sum())) * norm
     return values
+
+
+SPECTRA = 64
+
+
+@lru_cache(maxsize=256)
+def own_singular_values(rows: int, cols: int, k: int) -> np.ndarray:
+    """(draws, k) largest singular values of Gaussian matrices of norm 1: one set serves all matrices of a shape."""
+    return top_singular_values(rows, cols, 1.0, k, SPECTRA, np.random.default_rng(seed("spectrum", rows, cols, k)))
 
 
 def energy_share(inside: float, total: float) -> tuple[float, float]:
@@ -151,36 +190,6 @@ def shifts(sigma: Tensor, rows: int, cols: int, scale: float, draws: int, rng: t
     mean = scale**2 * sigma * push + scale**2 * outside / (2 * torch.maximum(sigma, torch.full_like(sigma, floor)))
     first = torch.randn(draws, len(sigma), dtype=torch.float64, generator=rng).to(sigma.device)
     return first * scale + mean
-
-
-def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.Generator) -> dict[str, Tensor]:
-    """Principal angles in radians, ascending, that one Gaussian perturbation with entries N(0, scale²) turns the top-k by.
-
-    First order in W₀'s bases: the tangents are those of the couplings between the top and the rest over the difference of
-    their squared singular values; the dimensions beyond the smaller side couple to one side alone (Stewart,
-    1990). An angle so large that first order overstates it is that of two levels with the same coupling.
-
-    Args:
-        sigma: (n,) descending, n = min(rows, cols).
-        k: the rank, below n.
-        scale: the standard deviation of an entry.
-
-    Returns:
-        "left" and "right": (k,) angles.
-    """
-    n, outside = len(sigma), abs(rows - cols)
-    top, rest = sigma[:k], sigma[k:, None]
-    near, far = (torch.randn(n - k, k, dtype=torch.float64, generator=rng).to(sigma.device) * scale for _ in range(2))
-    apart = top**2 - rest**2
-    inner = (top * near + rest * far) / apart
-    outer = (rest * near + top * far) / apart
-    grams = {"inner": inner.T @ inner, "outer": outer.T @ outer}
-    if outside:
-        beyond = factor(outside, k, rng).to(sigma.device) * (scale / top)
-        grams["outer"] = grams["outer"] + beyond.T @ beyond
-    sides = ("right", "left") if rows >= cols else ("left", "right")
-    tangents = [torch.linalg.eigvalsh(grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
-    return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
 
 
 def factor(count: int, k: int, rng: torch.Generator) -> Tensor:

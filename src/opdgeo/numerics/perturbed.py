@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -44,8 +45,38 @@ Vector = NDArray[np.float64]
 FIRST_ORDER = 0.05  # noise over the gaps at the cut, up to which eigenvectors need no eigenproblem
 CLOSE = 0.6  # how much closer pairs push each other more, where few levels mix: fitted to draws
 POINTS, GAPS = 80, 8  # of the spectrum's curve; gaps that it is looked at more closely
+BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
 WINDOW = 48  # levels on each side of the cut that are drawn
 NODES, SWEEPS = 96, 30
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Draws of the angles in radians between W₀'s top-k subspace and that of W₀ + G.
+
+    Attributes:
+        largest, mean: (draws,) of the k angles.
+    """
+
+    largest: Vector
+    mean: Vector
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Levels at a cut.
+
+    Attributes:
+        value: descending, each of `merged` neighbours.
+        above: how many of them are above the cut.
+        start, stop: the singular values that they stand for.
+    """
+
+    value: Vector
+    above: int
+    merged: int
+    start: int
+    stop: int
 
 
 class Noise:
@@ -90,6 +121,7 @@ class Noise:
         out[at] = np.sqrt(low * high)
         return out
 
+    @cached_property
     def drift(self) -> Vector:
         """(n,) the mean changes of the singular values."""
         n, squares = len(self.s), self.squares
@@ -99,8 +131,8 @@ class Noise:
         points = [squares[chosen], squares[0] + out * (self.s[0] + out), squares[-1] - out * (self.s[-1] + out)]
         if n > 1:  # beside the widest gaps, where isolated values and the edge of the others lie
             gaps = squares[:-1] - squares[1:]
-            for i in np.argsort(gaps)[-GAPS:]:
-                points.append(squares[i + 1] + gaps[i] * np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0]))
+            at = np.argsort(gaps)[-GAPS:]
+            points.append((squares[at + 1, None] + gaps[at, None] * BESIDE).ravel())
         p = np.unique(np.concatenate(points))
         q = self.widths(p)
         for _ in range(2):  # towards the ends of what lies inside
@@ -139,7 +171,7 @@ class Noise:
         noise = rng.standard_normal((draws, n)) * self.scale
         if n < 2:
             return noise
-        at = self.s + self.drift()
+        at = self.s + self.drift
         spacing = sum((_local(values) for values in (self.s, at)), np.zeros(n)) / 2
         ratio = np.clip(self.scale / np.maximum(spacing, 1e-300), 1e-3, 1e3)
         levels = np.geomspace(max(ratio.min(), 1e-2), max(ratio.max(), 2e-2), 8)
@@ -157,6 +189,54 @@ class Noise:
         part, columns = place - low, np.arange(n)
         return np.asarray(filtered[low, :, columns].T * (1 - part) + filtered[low + 1, :, columns].T * part)
 
+    # Subspaces ---------------------------------------------------------------------------------------------------
+
+    def turns(self, k: int, draws: int, rng: torch.Generator, half: int = WINDOW) -> tuple[Turn, Turn]:
+        """The turn of the top-k subspaces, 0 < k < n: that of the smaller side, and that of the larger.
+
+        `half`: about so many levels are drawn on each side of the cut.
+        """
+        cut = (self.squares[k - 1] + self.squares[k]) / 2
+        width = float(self.widths(np.array([cut]))[0])
+        levels = _window(self.squares, k, int((np.abs(self.squares - cut) < width).sum()), half)
+        rest = _rest(self, levels, width)
+        drawn = [self._draw(levels, width, rng) for _ in range(draws)]
+        found = []
+        for far, side in zip(rest, zip(*drawn, strict=True), strict=True):
+            sums = np.array([total for _, total in side])
+            # f times as many angles; but a sum over a spectrum varies by as much at any size.
+            mean = (levels.merged * sums.mean() + far + sums - sums.mean()) / k
+            found.append(Turn(np.array([largest for largest, _ in side]), mean))
+        return found[0], found[1]
+
+    def _draw(self, levels: Levels, width: float, rng: torch.Generator) -> list[tuple[float, float]]:
+        """For both sides the largest angle and the sum of all, of the levels at the cut."""
+        level, above, f = levels.value, levels.above, levels.merged
+        size, scale = len(level), self.scale * math.sqrt(f)
+        entries = torch.randn(size, size, dtype=torch.float64, generator=rng) * scale
+        beyond = factor(self.beyond // f, size, rng) * scale
+        if self.scale * math.sqrt(2) < FIRST_ORDER * (level[above - 1] - level[above]):
+            top, rest = torch.from_numpy(level[:above]), torch.from_numpy(level[above:, None])
+            near, back = entries[above:, :above], entries[:above, above:].T
+            between = top**2 - rest**2
+            inner, outer = (top * near + rest * back) / between, (rest * near + top * back) / between
+            outer = torch.cat([outer, beyond[:, :above] / top])
+            tangents = [torch.linalg.eigvalsh(t.T @ t).clamp(min=0).sqrt() for t in (inner, outer)]
+            angles = [torch.atan(2 * t) / 2 for t in tangents]
+            return [(float(a[-1]), float(a.sum())) for a in angles]
+        others = np.concatenate([self.squares[: levels.start], self.squares[levels.stop :]])
+        apart = level[:, None] ** 2 - others  # those that are not drawn hold the drawn ones together, to second order
+        held = level + self.scale**2 * level * (apart / (apart**2 + width**2)).sum(axis=1)
+        entries.diagonal().add_(torch.from_numpy(held))
+        squares, right = torch.linalg.eigh(entries.T @ entries + beyond.T @ beyond)
+        right = right[:, size - above :]
+        left = (entries @ right) / squares[size - above :].clamp(min=0).sqrt()
+        found = []
+        for inside in (right[:above], left[:above]):
+            cosines = torch.linalg.eigvalsh(inside.T @ inside).clamp(0, 1).sqrt()
+            found.append((math.acos(float(cosines[0]) / f), float(torch.acos(cosines).sum())))
+        return found
+
 
 def _local(values: Vector) -> Vector:
     """Mean spacing of descending values around each of them."""
@@ -166,96 +246,39 @@ def _local(values: Vector) -> Vector:
     return np.asarray((values[low] - values[high]) / (high - low))
 
 
-@dataclass(frozen=True)
-class Turned:
-    """Draws of the angles in radians between W₀'s top-k subspaces and those of W₀ + G.
-
-    Attributes:
-        largest, mean: by side, "inner" (of the smaller dimension) or "outer": (draws,).
-        value: (draws,) σₖ(W₀ + G).
-    """
-
-    largest: dict[str, Vector]
-    mean: dict[str, Vector]
-    value: Vector
-
-
-def turned(noise: Noise, k: int, draws: int, rng: torch.Generator, half: int = WINDOW) -> Turned:
-    """The turn of the top-k subspaces. `half`: levels drawn on each side of the cut."""
-    s, n, scale = noise.s, len(noise.s), noise.scale
-    cut = (noise.squares[k - 1] + noise.squares[k]) / 2
-    width = float(noise.widths(np.array([cut]))[0])
-    mixed = int((np.abs(noise.squares - cut) < width).sum())
+def _window(squares: Vector, k: int, mixed: int, half: int) -> Levels:
+    """The levels at the cut below the k-th where `mixed` of them lie within the width of one."""
+    n = len(squares)
     f = max(1, min(math.ceil(2 * mixed / half), n // (2 * half), 2 * min(k, n - k) // half))
     reach = min(2 * half, max(half, 4 * mixed // f))
     above, below = min(reach, k // f), min(reach, (n - k) // f)
-    edges = np.concatenate([np.arange(k - above * f, k, f), np.arange(k, k + below * f + 1, f)])
-    level = np.array([math.sqrt(noise.squares[a:b].mean()) for a, b in pairwise(edges)])
-    tau, outside = scale * math.sqrt(f), noise.beyond // f
-    first = scale * math.sqrt(2) < FIRST_ORDER * (level[above - 1] - level[above])
-    far = _rest(noise, edges, level, above, f, width)
-    others = np.concatenate([noise.squares[: edges[0]], noise.squares[edges[-1] :]])
-    apart = level[:, None] ** 2 - others  # those that are not drawn hold the drawn ones together, to second order
-    held = level + scale**2 * level * (apart / (apart**2 + width**2)).sum(axis=1)
-    top, rest = torch.from_numpy(level[:above]), torch.from_numpy(level[above:, None])
-    found: dict[str, list[tuple[float, float]]] = {"inner": [], "outer": []}
-    values = []
-    for _ in range(draws):
-        entries = torch.randn(above + below, above + below, dtype=torch.float64, generator=rng) * tau
-        beyond = factor(outside, above + below, rng) * tau
-        if first:
-            near, back = entries[above:, :above], entries[:above, above:].T
-            apart = top**2 - rest**2
-            sides = {
-                "inner": (top * near + rest * back) / apart,
-                "outer": torch.cat([(rest * near + top * back) / apart, beyond[:, :above] / top]),
-            }
-            values.append(float(level[above - 1] + entries[above - 1, above - 1]))
-            for side, tangents in sides.items():
-                squares = torch.linalg.eigvalsh(tangents.T @ tangents).clamp(min=0)
-                angles = torch.atan(2 * squares.sqrt()) / 2
-                found[side].append((float(angles[-1]), float(angles.sum())))
-            continue
-        entries.diagonal().add_(torch.from_numpy(held))
-        squares, vectors = torch.linalg.eigh(entries.T @ entries + beyond.T @ beyond)
-        vectors = vectors[:, below:]
-        outer = (entries @ vectors) / squares[below:].clamp(min=0).sqrt()
-        values.append(math.sqrt(max(float(squares[below]), 0)))
-        for side, basis in (("inner", vectors), ("outer", outer)):
-            inside = basis[:above]
-            cosines = torch.linalg.eigvalsh(inside.T @ inside).clamp(0, 1).sqrt()
-            found[side].append((math.acos(float(cosines[0]) / f), float(torch.acos(cosines).sum())))
-    largest = {side: np.array([a for a, _ in pairs]) for side, pairs in found.items()}
-    mean = {}
-    for side, pairs in found.items():
-        sums = np.array([b for _, b in pairs])
-        centre = sums.mean()  # f times as many angles; but a sum over the spectrum varies by as much at any size
-        mean[side] = (f * centre + far[side] + sums - centre) / k
-    return Turned(largest, mean, np.array(values))
+    start, stop = k - above * f, k + below * f
+    return Levels(np.sqrt(squares[start:stop].reshape(-1, f).mean(axis=1)), above, f, start, stop)
 
 
-def _rest(noise: Noise, edges: NDArray[np.int64], level: Vector, above: int, f: int, width: float) -> dict[str, float]:
-    """To first order, the sum of all angles less that of the levels that are drawn."""
-    upper, lower = _groups(noise.squares[: edges[0]][::-1], int(edges[above] - edges[0]))
-    one, other = _groups(noise.squares[edges[-1] :], int(edges[-1] - edges[above]))
-    ones = np.full(len(level), float(f))
-    parts = [(level, ones, above)]
-    if edges[0] > 0 or edges[-1] < len(noise.s):
-        every = np.concatenate([upper[::-1], level, one]), np.concatenate([lower[::-1], ones, other])
-        parts.append((*every, len(upper) + above))
-    else:
-        return {"inner": 0.0, "outer": 0.0}
-    found = {"inner": 0.0, "outer": 0.0}
-    for sign, (levels, counts, top) in zip((-1, 1), parts, strict=True):
-        high, low = levels[:top] ** 2, levels[top:, None] ** 2
+def _rest(noise: Noise, levels: Levels, width: float) -> tuple[float, float]:
+    """To first order, the sum of all angles less that of the levels that are drawn, for both sides."""
+    if levels.stop - levels.start == len(noise.s):
+        return 0.0, 0.0
+    own = np.full(len(levels.value), float(levels.merged))
+    upper, lower = noise.squares[: levels.start][::-1], noise.squares[levels.stop :]
+    first, many = _groups(upper, levels.above * levels.merged)
+    last, more = _groups(lower, (len(own) - levels.above) * levels.merged)
+    every = np.concatenate([first[::-1], levels.value, last])
+    found = [0.0, 0.0]
+    for sign, value, count, top in (
+        (1, every, np.concatenate([many[::-1], own, more]), len(first) + levels.above),
+        (-1, levels.value, own, levels.above),
+    ):
+        high, low = value[:top] ** 2, value[top:, None] ** 2
+        # Levels that mix couple as broad ones do (Bun, Allez, Bouchaud and Potters, 2018).
         inner = noise.scale**2 * (high + low) / ((high - low) ** 2 + width**2)
-        found["inner"] += sign * _sum(inner, counts[:top], counts[top:])
+        sums = [_sum(inner, count[:top], count[top:])] * 2
         if noise.beyond:
             outer = np.vstack([inner, noise.scale**2 / high])
-            found["outer"] += sign * _sum(outer, counts[:top], np.append(counts[top:], noise.beyond))
-        else:
-            found["outer"] = found["inner"]
-    return found
+            sums[1] = _sum(outer, count[:top], np.append(count[top:], noise.beyond))
+        found = [f + sign * s for f, s in zip(found, sums, strict=True)]
+    return found[0], found[1]
 
 
 def _groups(squares: Vector, apart: int) -> tuple[Vector, Vector]:
@@ -272,7 +295,7 @@ def _groups(squares: Vector, apart: int) -> tuple[Vector, Vector]:
 def _sum(variance: Vector, counts: Vector, others: Vector) -> float:
     """Σ ½ arctan 2tᵢ over the singular values t of a Gaussian matrix; `counts` of its columns, `others` of its rows are alike."""
     energy = variance * others[:, None]
-    low, high = math.log(float((variance.min()))) - 4, math.log(float(energy.sum(axis=0).max())) + 6
+    low, high = math.log(float(variance.min())) - 4, math.log(float(energy.sum(axis=0).max())) + 6
     u = np.linspace(low, high, NODES)
     u += 1e-3 * (u[1] - u[0])  # not at the logarithmic singularity
     x = np.exp(u)
