@@ -120,18 +120,28 @@ class Isotropic:
         base, entries = self.base, self.base.weights.numel()
         if self.settings.eta >= FINEST:
             return None, {}
+        low: dict[str, Mask] = {}
         masks: dict[str, Mask] = {}
         if "mask_share" in self.reads:
-            masks |= {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
-            masks |= {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
+            low = {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
+            masks = {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
         everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
+        masks |= low
         sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
         if base.weights.dtype == torch.bfloat16:  # as many probabilities as magnitudes: entries are counted
-            moves = nulls.bf16_visible_probability(self.scale, base.weights.device)
-            weights = torch.stack([moves, moves * (1 - moves)])
-            everywhere += weights @ nulls.count_bf16(base.weights)[0]
-            for name, mask in masks.items():
-                sums[name] += weights @ nulls.count_bf16(base.weights, mask.codes).T
+            magnitudes = nulls.Magnitudes(base.weights)
+            moves = nulls.visible_probability(magnitudes.values, self.scale)
+            values = torch.stack([moves, moves * (1 - moves)])
+            counts = {name: magnitudes.count(m.codes) for name, m in masks.items() if name not in low}
+            every = next((c.sum(dim=0) for c in counts.values()), None)
+            every = magnitudes.count()[0] if every is None else every
+            everywhere += values @ every
+            for name, count in counts.items():
+                sums[name] += values @ count.T
+            for name, mask in low.items():
+                code = magnitudes.codes(mask.codes)
+                for row, weights in zip(sums[name], values * every, strict=True):
+                    row += torch.bincount(code, weights=weights, minlength=8)
         size = rows_of_block(base.weights.shape[1])
         for start in range(0, len(base.weights) if base.weights.dtype != torch.bfloat16 else 0, size):
             part = slice(start, start + size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from threading import Lock
 
@@ -62,34 +63,54 @@ def visible_probability(weights: Tensor, scale: float) -> Tensor:
         weights: of any shape and float dtype.
         scale: the standard deviation of an entry of the update, above 0.
     """
-    if weights.dtype == torch.bfloat16:
-        table = bf16_visible_probability(scale, weights.device)
-        return table[(weights.contiguous().view(torch.int16) & 0x7FFF).long()]
     return _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
 
 
-def bf16_visible_probability(scale: float, device: torch.device) -> Tensor:
-    """(2¹⁵,) `visible_probability` of every magnitude that bf16 has, by its bits."""
-    every = torch.arange(1 << 15, dtype=torch.int32, device=device).to(torch.int16).view(torch.bfloat16)
-    found = _leaves(every.double(), every, scale)
-    return found.nan_to_num()  # of what is not a number
+class Magnitudes:
+    """The magnitudes of bf16 weights, which are few: what depends on an entry's size alone is computed once for each.
 
-
-def count_bf16(weights: Tensor, codes: Tensor | None = None) -> Tensor:
-    """(codes, 2¹⁵) how often every magnitude occurs among bf16 `weights`, by a code below 8 of each entry; without codes (1, 2¹⁵).
-
-    >>> int(count_bf16(torch.tensor([1.0, -1.0, 2.0], dtype=torch.bfloat16))[0, 0x3F80])
-    2
+    Attributes:
+        values: (n,) bf16, zero and all between the smallest and the largest that occur.
     """
-    kinds = 1 if codes is None else 8
-    counts = torch.zeros(kinds << 15, dtype=torch.int64, device=weights.device)
-    size = rows_of_block(weights.shape[-1])
-    for i, part in enumerate(weights.split(size)):
-        place = part.contiguous().view(torch.int16).int() & 0x7FFF
-        if codes is not None:
-            place += codes[i * size : (i + 1) * size].int() << 15
-        counts += torch.bincount(place.flatten(), minlength=kinds << 15)
-    return counts.view(kinds, -1).double()
+
+    def __init__(self, weights: Tensor):
+        bits = weights.contiguous().view(torch.int16)
+        self._parts = bits.split(rows_of_block(weights.shape[-1]))
+        sizes = [part.bitwise_and(0x7FFF) for part in self._parts]
+        high = max(1, *(int(size.max()) for size in sizes))
+        self._low = min(high, *(int(size.masked_fill_(size == 0, 0x7FFF).min()) for size in sizes))
+        listed = torch.arange(self._low, high + 1, dtype=torch.int16, device=weights.device)
+        self.values = torch.cat([listed.new_zeros(1), listed]).view(torch.bfloat16)
+
+    def places(self) -> Iterator[Tensor]:
+        """Where in `values` every entry stands, a block of rows at a time."""
+        return (part.bitwise_and(0x7FFF).sub_(self._low - 1).clamp_(min=0).int() for part in self._parts)
+
+    def count(self, codes: Tensor | None = None) -> Tensor:
+        """(8, n) how often each occurs, by a code below 8 of every entry; without codes (1, n).
+
+        >>> magnitudes = Magnitudes(torch.tensor([[1.0, -1.0, 1.0078125]], dtype=torch.bfloat16))
+        >>> magnitudes.values.tolist(), magnitudes.count().tolist()
+        ([0.0, 1.0, 1.0078125], [[0.0, 2.0, 1.0]])
+        """
+        n, kinds = len(self.values), 1 if codes is None else 8
+        counts = torch.zeros(kinds * n, dtype=torch.int64, device=self.values.device)
+        start = 0
+        for place in self.places():
+            if codes is not None:
+                place += codes[start : start + len(place)].int() * n
+            start += len(place)
+            counts += torch.bincount(place.flatten(), minlength=kinds * n)
+        return counts.view(kinds, n).double()
+
+    def codes(self, codes: Tensor) -> Tensor:
+        """(n,) the code of each, where entries of one magnitude share it."""
+        found = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
+        start = 0
+        for place in self.places():
+            found[place.long()] = codes[start : start + len(place)]
+            start += len(place)
+        return found
 
 
 def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> Tensor:

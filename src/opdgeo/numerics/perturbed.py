@@ -44,10 +44,10 @@ Vector = NDArray[np.float64]
 
 FIRST_ORDER = 0.05  # noise over the gaps at the cut, up to which eigenvectors need no eigenproblem
 CLOSE = 0.6  # how much closer pairs push each other more, where few levels mix: fitted to draws
-POINTS, GAPS = 80, 8  # of the spectrum's curve; gaps that it is looked at more closely
-BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
-WINDOW = 48  # levels on each side of the cut that are drawn
-NODES, SWEEPS = 96, 30
+POINTS, GAPS, ROOTS = 48, 6, 6  # of the spectrum's curve; gaps looked at more closely; steps to a root
+BESIDE = np.array([0.05, 0.2, 0.8, 0.95])  # places in a gap
+WINDOW = 24, 64  # levels on each side of the cut that are drawn, of a small and of a large matrix
+NODES, SWEEPS = 56, 14
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Noise:
         size = self.scale * math.sqrt(self.large + len(self.s))
         most = 4 * size * (float(self.s[0]) + size)
         least = 1e-3 * self.scale * max(float(self.s[-1]), self.scale)
-        steps = max(8, math.ceil(math.log(most / least) / math.log(4)))
+        steps = max(8, math.ceil(math.log(most / least) / math.log(8)))
         high = np.full(len(p), most)
         low, found = np.zeros(len(p)), np.zeros(len(p), dtype=bool)
         for q in np.geomspace(most, least, steps)[1:]:
@@ -112,13 +112,17 @@ class Noise:
             low[todo[inside]], found[todo[inside]] = q, True
             high[todo[~inside]] = q
         at = np.flatnonzero(found)
-        low, high, p = low[at], high[at], p[at]
-        for _ in range(10):
-            middle = np.sqrt(low * high)
-            inside = self._image(p, middle)[1].imag < 0
+        p, low, high = p[at], np.log(low[at]), np.log(high[at])
+        below, over = (self._image(p, np.exp(q))[1].imag / np.exp(q) for q in (low, high))
+        middle = (low + high) / 2
+        for _ in range(ROOTS):  # the Illinois method
+            middle = low + (high - low) * below / (below - over)
+            value = self._image(p, np.exp(middle))[1].imag / np.exp(middle)
+            inside = value < 0
+            below, over = np.where(inside, value, below / 2), np.where(inside, over / 2, value)
             low, high = np.where(inside, middle, low), np.where(inside, high, middle)
         out = np.zeros(len(found))
-        out[at] = np.sqrt(low * high)
+        out[at] = np.exp(middle)
         return out
 
     @cached_property
@@ -127,7 +131,7 @@ class Noise:
         n, squares = len(self.s), self.squares
         chosen = np.unique(np.linspace(0, n - 1, min(n, POINTS)).astype(int))
         size = self.scale * math.sqrt(self.large + n)
-        out = size * np.geomspace(0.01, 2, 12)
+        out = size * np.geomspace(0.02, 2, 8)
         points = [squares[chosen], squares[0] + out * (self.s[0] + out), squares[-1] - out * (self.s[-1] + out)]
         if n > 1:  # beside the widest gaps, where isolated values and the edge of the others lie
             gaps = squares[:-1] - squares[1:]
@@ -138,7 +142,7 @@ class Noise:
         for _ in range(2):  # towards the ends of what lies inside
             inside = q > 0
             ends = np.flatnonzero(inside[1:] != inside[:-1])
-            ends = ends[np.argsort(p[ends + 1] - p[ends])][-2 - 2 * GAPS :]
+            ends = ends[np.argsort(p[ends + 1] - p[ends])][-6:]
             more = (p[ends, None] + (p[ends + 1] - p[ends])[:, None] * np.array([0.2, 0.4, 0.6, 0.8])).ravel()
             p, q = np.append(p, more), np.append(q, self.widths(more))
             order = np.argsort(p)
@@ -174,7 +178,7 @@ class Noise:
         at = self.s + self.drift
         spacing = sum((_local(values) for values in (self.s, at)), np.zeros(n)) / 2
         ratio = np.clip(self.scale / np.maximum(spacing, 1e-300), 1e-3, 1e3)
-        levels = np.geomspace(max(ratio.min(), 1e-2), max(ratio.max(), 2e-2), 8)
+        levels = np.geomspace(max(ratio.min(), 1e-2), max(ratio.max(), 2e-2), 5)
         # A real wave of period 2n mirrors the ends.
         transformed = scipy.fft.dct(noise, norm="ortho", axis=1)
         q = math.pi * np.arange(n) / n
@@ -191,11 +195,12 @@ class Noise:
 
     # Subspaces ---------------------------------------------------------------------------------------------------
 
-    def turns(self, k: int, draws: int, rng: torch.Generator, half: int = WINDOW) -> tuple[Turn, Turn]:
+    def turns(self, k: int, draws: int, rng: torch.Generator, half: int | None = None) -> tuple[Turn, Turn]:
         """The turn of the top-k subspaces, 0 < k < n: that of the smaller side, and that of the larger.
 
         `half`: about so many levels are drawn on each side of the cut.
         """
+        half = half or min(max(len(self.s) // 16, WINDOW[0]), WINDOW[1])
         cut = (self.squares[k - 1] + self.squares[k]) / 2
         width = float(self.widths(np.array([cut]))[0])
         levels = _window(self.squares, k, int((np.abs(self.squares - cut) < width).sum()), half)
@@ -285,7 +290,7 @@ def _groups(squares: Vector, apart: int) -> tuple[Vector, Vector]:
     """Levels, from the cut outwards, in groups that grow with the distance from it, the first of which is `apart`: the groups' level and size."""
     bounds = [0]
     while bounds[-1] < len(squares):
-        bounds.append(min(len(squares), bounds[-1] + max(1, (apart + bounds[-1]) // 12)))
+        bounds.append(min(len(squares), bounds[-1] + max(1, (apart + bounds[-1]) // 8)))
     sizes = np.diff(bounds).astype(float)
     if not len(sizes):
         return sizes, sizes
