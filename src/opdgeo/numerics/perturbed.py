@@ -45,9 +45,10 @@ Vector = NDArray[np.float64]
 FIRST_ORDER = 0.05  # noise over the gaps at the cut, up to which eigenvectors need no eigenproblem
 CLOSE = 0.6  # how much closer pairs push each other more, where few levels mix: fitted to draws
 POINTS, GAPS, ROOTS = 48, 6, 6  # of the spectrum's curve; gaps looked at more closely; steps to a root
-BESIDE = np.array([0.05, 0.2, 0.8, 0.95])  # places in a gap
-WINDOW = 24, 64  # levels on each side of the cut that are drawn, of a small and of a large matrix
-NODES, SWEEPS = 56, 14
+BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
+SMOOTH = 12  # levels on either side, at most, over which uneven spacing is evened out
+WINDOW = 32, 64  # levels on each side of the cut that are drawn, of a small and of a large matrix
+NODES, SWEEPS = 56, 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Noise:
         size = self.scale * math.sqrt(self.large + len(self.s))
         most = 4 * size * (float(self.s[0]) + size)
         least = 1e-3 * self.scale * max(float(self.s[-1]), self.scale)
-        steps = max(8, math.ceil(math.log(most / least) / math.log(8)))
+        steps = max(8, math.ceil(math.log(most / least) / math.log(3)))
         high = np.full(len(p), most)
         low, found = np.zeros(len(p)), np.zeros(len(p), dtype=bool)
         for q in np.geomspace(most, least, steps)[1:]:
@@ -131,7 +132,7 @@ class Noise:
         n, squares = len(self.s), self.squares
         chosen = np.unique(np.linspace(0, n - 1, min(n, POINTS)).astype(int))
         size = self.scale * math.sqrt(self.large + n)
-        out = size * np.geomspace(0.02, 2, 8)
+        out = size * np.geomspace(0.01, 2, 16)
         points = [squares[chosen], squares[0] + out * (self.s[0] + out), squares[-1] - out * (self.s[-1] + out)]
         if n > 1:  # beside the widest gaps, where isolated values and the edge of the others lie
             gaps = squares[:-1] - squares[1:]
@@ -139,11 +140,12 @@ class Noise:
             points.append((squares[at + 1, None] + gaps[at, None] * BESIDE).ravel())
         p = np.unique(np.concatenate(points))
         q = self.widths(p)
-        for _ in range(2):  # towards the ends of what lies inside
+        for _ in range(3):  # towards the ends of what lies inside
             inside = q > 0
             ends = np.flatnonzero(inside[1:] != inside[:-1])
-            ends = ends[np.argsort(p[ends + 1] - p[ends])][-6:]
-            more = (p[ends, None] + (p[ends + 1] - p[ends])[:, None] * np.array([0.2, 0.4, 0.6, 0.8])).ravel()
+            widest = ends[np.argsort(p[ends + 1] - p[ends])][-4:]
+            ends = np.unique(np.concatenate([ends[:2], widest, ends[-2:]]))
+            more = (p[ends, None] + (p[ends + 1] - p[ends])[:, None] * np.array([0.25, 0.5, 0.75])).ravel()
             p, q = np.append(p, more), np.append(q, self.widths(more))
             order = np.argsort(p)
             p, q = p[order], q[order]
@@ -156,17 +158,24 @@ class Noise:
         above = (angles + rest.imag / self.scale**2) / math.pi
         above = np.clip(above, 0, n)
         values = np.sqrt(np.maximum(image.real, 0))
-        if not self.beyond:
+        with np.errstate(divide="ignore"):
+            closed = not self.beyond and float((self.scale / self.s) ** 2 @ np.ones(n)) > 1
+        if closed:  # the spectrum reaches down to 0
             above, values = np.append(above, n), np.append(values, 0.0)
         order = np.argsort(above)
         above, values = above[order], values[order]
         places, found = np.arange(n) + 0.5, np.zeros(n)
+        mixed = np.minimum(1.5 * (self.scale / np.maximum(_local(self.s), 1e-300)) ** 2, SMOOTH).astype(int)
         for start, stop in pairwise([0, *sorted(wide), n]):  # what lies between two open gaps, on its own
             own = (above > start + 1e-4) & (above < stop - (1e-4 if stop < n else -1))
             if own.any():
-                here = slice(start, stop)
-                moved = values[own] - np.interp(above[own], places[here], self.s[here])
-                found[here] = np.interp(places[here], above[own], moved)
+                here, place = slice(start, stop), np.arange(stop - start)
+                # Levels that mix forget how unevenly they were spaced.
+                reach = np.minimum(mixed[here], np.minimum(place, place[::-1]))
+                sums = np.append(0.0, np.cumsum(self.s[here]))
+                even = (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
+                moved = values[own] - np.interp(above[own], places[here], even)
+                found[here] = np.interp(places[here], above[own], moved) + even - self.s[here]
         return found
 
     def fluctuations(self, draws: int, rng: np.random.Generator) -> Vector:
@@ -200,7 +209,7 @@ class Noise:
 
         `half`: about so many levels are drawn on each side of the cut.
         """
-        half = half or min(max(len(self.s) // 16, WINDOW[0]), WINDOW[1])
+        half = half or min(max(len(self.s) // 12, WINDOW[0]), WINDOW[1])
         cut = (self.squares[k - 1] + self.squares[k]) / 2
         width = float(self.widths(np.array([cut]))[0])
         levels = _window(self.squares, k, int((np.abs(self.squares - cut) < width).sum()), half)
@@ -244,11 +253,14 @@ class Noise:
 
 
 def _local(values: Vector) -> Vector:
-    """Mean spacing of descending values around each of them."""
+    """Mean spacing of descending values around each of them: on the side where they lie closer."""
     n = len(values)
-    reach = min(4, n - 1)
-    low, high = np.maximum(np.arange(n) - reach, 0), np.minimum(np.arange(n) + reach, n - 1)
-    return np.asarray((values[low] - values[high]) / (high - low))
+    reach, here = min(4, n - 1), np.arange(n)
+    low, high = np.maximum(here - reach, 0), np.minimum(here + reach, n - 1)
+    above = np.divide(values[low] - values, here - low, out=np.full(n, np.inf), where=here > low)
+    below = np.divide(values - values[high], high - here, out=np.full(n, np.inf), where=high > here)
+    near = np.minimum(above, below)
+    return np.asarray(np.where(np.maximum(above, below) > 3 * near, near, (values[low] - values[high]) / (high - low)))
 
 
 def _window(squares: Vector, k: int, mixed: int, half: int) -> Levels:
@@ -301,12 +313,13 @@ def _sum(variance: Vector, counts: Vector, others: Vector) -> float:
     """Σ ½ arctan 2tᵢ over the singular values t of a Gaussian matrix; `counts` of its columns, `others` of its rows are alike."""
     energy = variance * others[:, None]
     low, high = math.log(float(variance.min())) - 4, math.log(float(energy.sum(axis=0).max())) + 6
-    u = np.linspace(low, high, NODES)
-    u += 1e-3 * (u[1] - u[0])  # not at the logarithmic singularity
+    step = (high - low) / NODES
+    pole = -math.log(4)  # of the weight, logarithmic: half a step from its neighbours, whose weights make up for it
+    u = pole + step * (np.arange(math.floor((low - pole) / step), math.ceil((high - pole) / step)) + 0.5)
     x = np.exp(u)
-    a, b = np.full((NODES, len(counts)), 0.5), np.full((NODES, len(others)), 0.5)
+    a, b = np.full((len(u), len(counts)), 0.5), np.full((len(u), len(others)), 0.5)
     for _ in range(SWEEPS):
         b = np.sqrt(b / (1 + (a * counts) @ variance.T / x[:, None]))
         a = np.sqrt(a / (1 + (b * others) @ variance / x[:, None]))
-    weight = np.arctanh(np.exp(-np.abs(u + math.log(4)) / 2)) / math.pi
-    return float((((1 - a) @ counts) * weight).sum() * (u[1] - u[0]) / 2)
+    weight = np.arctanh(np.exp(-np.abs(u - pole) / 2)) + np.where(np.abs(u - pole) < step, math.log(2) / 4, 0.0)
+    return float(((1 - a) @ counts) @ weight * step / math.pi / 2)
