@@ -158,12 +158,14 @@ class Noise:
         above = (angles + rest.imag / self.scale**2) / math.pi
         above = np.clip(above, 0, n)
         values = np.sqrt(np.maximum(image.real, 0))
-        with np.errstate(divide="ignore"):
-            closed = not self.beyond and float((self.scale / self.s) ** 2 @ np.ones(n)) > 1
-        if closed:  # the spectrum reaches down to 0
-            above, values = np.append(above, n), np.append(values, 0.0)
         order = np.argsort(above)
         above, values = above[order], values[order]
+        if not self.beyond and len(above) > 1:  # the lowest of a square matrix may lie next to 0
+            slope = (values[-2] - values[-1]) / max(above[-1] - above[-2], 1e-9)
+            with np.errstate(divide="ignore"):
+                closed = float(((self.scale / self.s) ** 2).sum()) > 1
+            lowest = 0.0 if closed else max(0.0, float(values[-1] - (n - above[-1]) * slope))
+            above, values = np.append(above, n), np.append(values, lowest)
         places, found = np.arange(n) + 0.5, np.zeros(n)
         mixed = np.minimum(1.5 * (self.scale / np.maximum(_local(self.s), 1e-300)) ** 2, SMOOTH).astype(int)
         for start, stop in pairwise([0, *sorted(wide), n]):  # what lies between two open gaps, on its own
