@@ -68,23 +68,26 @@ def agree(base: planted.Matrix, relative: float, draws: int, **ranks: int) -> No
 @pytest.mark.parametrize(
     ("kind", "shape", "relative"),
     [
-        ("flat", (96, 96), 1e-2), ("flat", (80, 200), 0.3), ("power", (200, 80), 1e-4), ("power", (96, 96), 0.1),
-        ("power", (200, 80), 0.3), ("spiked", (96, 96), 3e-2), ("spiked", (80, 200), 0.1), ("spiked", (200, 80), 0.3),
+        ("flat", (80, 80), 1e-2),
+        ("flat", (64, 160), 0.3),
+        ("power", (160, 64), 1e-4),
+        ("power", (80, 80), 0.1),
+        ("spiked", (64, 160), 0.1),
+        ("spiked", (160, 64), 0.3),
     ],
-)  # fmt: skip
+)
 def test_nulls_of_any_size_agree_with_drawn_ones(kind: str, shape: tuple[int, int], relative: float) -> None:
     base = planted.with_spectrum(np.random.default_rng(0), *shape, spectrum(kind, min(shape)).tolist())
-    agree(base, relative, 48, mask_rank=8, top_k=4)
+    agree(base, relative, 40, mask_rank=8, top_k=4)
 
 
 @pytest.mark.needs("smollm2")
-@pytest.mark.parametrize("relative", [1e-2, 0.1])
-def test_nulls_of_real_weights_agree_with_drawn_ones(relative: float) -> None:
+def test_nulls_of_real_weights_agree_with_drawn_ones() -> None:
     from opdgeo.training.models import smollm2
 
     name = "model.layers.12.self_attn.k_proj.weight"
     base = planted.read_safetensors(smollm2() / "model.safetensors", lambda n: n == name)[name]
-    agree(base, relative, 16, mask_rank=8, top_k=4)
+    agree(base, 3e-2, 12, mask_rank=8, top_k=4)
 
 
 def test_no_matrix_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +100,7 @@ def test_no_matrix_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
         found = _null(update, place, SimpleNamespace(name="tuned"))  # type: ignore[arg-type]
         assert set(found) == {(d.name, v) for d in diagnostics().values() for v in d.variants(Settings())}
         assert found["principal_angles", "left.max"].route == "levels drawn at the cut"
-        assert (found["spectral_shift", ""].route == "the deformed spectrum") == (scale > 1e-3)
+        assert (found["spectral_shift", ""].route == "the deformed spectrum") == (scale > 1e-6)
         assert found["stable_rank", ""].route == ""
 
 

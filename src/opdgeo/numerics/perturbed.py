@@ -43,7 +43,7 @@ from opdgeo.numerics.nulls import factor
 Vector = NDArray[np.float64]
 
 FIRST_ORDER = 0.05  # noise over the gaps at the cut, up to which eigenvectors need no eigenproblem
-CLOSE = 0.6  # how much closer pairs push each other more, where few levels mix: fitted to draws
+CLOSE = 0.45  # how much closer pairs push each other more, where few levels mix: fitted to draws
 POINTS, GAPS, ROOTS = 48, 6, 6  # of the spectrum's curve; gaps looked at more closely; steps to a root
 BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
 SMOOTH = 12  # levels on either side, at most, over which uneven spacing is evened out
@@ -183,7 +183,8 @@ class Noise:
     def fluctuations(self, draws: int, rng: np.random.Generator) -> Vector:
         """(draws, n) changes of the singular values about `drift`."""
         n = len(self.s)
-        noise = rng.standard_normal((draws, n)) * self.scale
+        noise = rng.standard_normal((draws, n))
+        noise *= self.scale / math.sqrt(float((noise**2).mean()))  # their size does not vary from set to set
         if n < 2:
             return noise
         at = self.s + self.drift
@@ -289,12 +290,16 @@ def _rest(noise: Noise, levels: Levels, width: float) -> tuple[float, float]:
         (1, every, np.concatenate([many[::-1], own, more]), len(first) + levels.above),
         (-1, levels.value, own, levels.above),
     ):
-        high, low = value[:top] ** 2, value[top:, None] ** 2
+        high, low, noise2 = value[:top] ** 2, value[top:, None] ** 2, noise.scale**2
+        # The square of G couples too: over as many rows and columns as there are.
+        columns = float(count.sum())
+        rows = columns + noise.beyond
         # Levels that mix couple as broad ones do (Bun, Allez, Bouchaud and Potters, 2018).
-        inner = noise.scale**2 * (high + low) / ((high - low) ** 2 + width**2)
-        sums = [_sum(inner, count[:top], count[top:])] * 2
-        if noise.beyond:
-            outer = np.vstack([inner, noise.scale**2 / high])
+        broad = noise2 / ((high - low) ** 2 + width**2)
+        sums = [_sum(broad * (high + low + noise2 * rows), count[:top], count[top:])] * 2
+        if noise.beyond:  # (Benaych-Georges and Nadakuditi, 2012)
+            apart = np.maximum(high**2 - rows * columns * noise2**2, high**2 / 4)
+            outer = np.vstack([broad * (high + low + noise2 * columns), noise2 * (high + noise2 * columns) / apart])
             sums[1] = _sum(outer, count[:top], np.append(count[top:], noise.beyond))
         found = [f + sign * s for f, s in zip(found, sums, strict=True)]
     return found[0], found[1]
