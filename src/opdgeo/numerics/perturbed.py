@@ -317,16 +317,16 @@ def _groups(squares: Vector, apart: int) -> tuple[Vector, Vector]:
 
 
 def _sum(variance: Vector, counts: Vector, others: Vector) -> float:
-    """Σ ½ arctan 2tᵢ over the singular values t of a Gaussian matrix; `counts` of its columns, `others` of its rows are alike."""
+    """Σ arctan tᵢ over the singular values t of a Gaussian matrix; `counts` of its columns, `others` of its rows are alike."""
     energy = variance * others[:, None]
     low, high = math.log(float(variance.min())) - 4, math.log(float(energy.sum(axis=0).max())) + 6
     step = (high - low) / NODES
-    pole = -math.log(4)  # of the weight, logarithmic: half a step from its neighbours, whose weights make up for it
-    u = pole + step * (np.arange(math.floor((low - pole) / step), math.ceil((high - pole) / step)) + 0.5)
+    # The weight has a logarithmic pole at 0: half a step from its neighbours, whose weights make up for it.
+    u = step * (np.arange(math.floor(low / step), math.ceil(high / step)) + 0.5)
     x = np.exp(u)
     a, b = np.full((len(u), len(counts)), 0.5), np.full((len(u), len(others)), 0.5)
     for _ in range(SWEEPS):
         b = np.sqrt(b / (1 + (a * counts) @ variance.T / x[:, None]))
         a = np.sqrt(a / (1 + (b * others) @ variance / x[:, None]))
-    weight = np.arctanh(np.exp(-np.abs(u - pole) / 2)) + np.where(np.abs(u - pole) < step, math.log(2) / 4, 0.0)
-    return float(((1 - a) @ counts) @ weight * step / math.pi / 2)
+    weight = np.arctanh(np.exp(-np.abs(u) / 2)) + np.where(np.abs(u) < step, math.log(2) / 4, 0.0)
+    return float(((1 - a) @ counts) @ weight * step / math.pi)
