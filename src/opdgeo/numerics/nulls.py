@@ -2,8 +2,8 @@
 
 An isotropic Gaussian update G looks the same in every basis, which spares most of the work of drawing it: its visible
 entries and its energy inside a subspace have closed forms, its singular values are those of a bidiagonal matrix of
-independent χ variables, and where it is small against the spacing of W₀'s singular values, what it does to them and to
-their subspaces follows from perturbation theory in W₀'s own bases, where G is Gaussian again.
+independent χ variables, and where it is small against the spacing of W₀'s singular values, what it does to them follows from
+perturbation theory in W₀'s own bases, where G is Gaussian again. Beyond that, and for subspaces: `perturbed.py`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ the formula of Benaych-Georges and Nadakuditi (2012).
 
 **How they fluctuate about that.** σᵢ moves as τ times white noise, but where the noise exceeds the spacing δ the values keep each other
 in place: Dyson's motion, linearised about equal spacing, gives wave number q the share (1 − e^{−a})/a of its variance, with
-a = (τ/δ)²(πq − q²/2): `fluctuations`.
+a = (τ/δ)²(πq − q²/2), times 1 + `CLOSE`/(1 + (τ/2δ)²) for the pairs that lie closer: `fluctuations`.
 
 **How far the leading subspaces turn.** The angles at the cut are drawn, as eigenvectors of a problem of the levels nearest to it. Where
-many levels mix, f neighbours count as one of variance fτ², which keeps the local density nτ² of the noise; the cosine of the largest
+many levels mix, f neighbours count as one with noise of variance fτ², which keeps the width of a level; the cosine of the largest
 angle is then 1/f of the drawn one. The rest of the mean comes from first-order couplings (Stewart, 1990), whose tangents are the singular
 values of a Gaussian matrix with a variance profile v. The trace of a function of its Gram matrix has a deterministic equivalent
 (Hachem, Loubaton and Najim, 2007):
