@@ -34,7 +34,8 @@ def gaussian_null(
     variant has no value under the null.
     """
     isotropic = Isotropic(update, {setting for d in wanted for setting in d.reads}, *key)
-    found, routes = {}, {}
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    routes: dict[str, str] = {}
     for d in wanted:
         isotropic.routes.clear()
         found |= {(d.name, variant): null for variant, null in d.null(isotropic).items()}

@@ -149,8 +149,8 @@ class Noise:
             p, q = np.append(p, more), np.append(q, self.widths(more))
             order = np.argsort(p)
             p, q = p[order], q[order]
-        gaps = np.argsort(squares[:-1] - squares[1:])[-GAPS:]
-        wide = [i + 1 for i in gaps if bool(((q == 0) & (p < squares[i]) & (p > squares[i + 1])).any())]
+        widest = np.argsort(squares[:-1] - squares[1:])[-GAPS:]
+        wide = [int(i) + 1 for i in widest if bool(((q == 0) & (p < squares[i]) & (p > squares[i + 1])).any())]
         p, q = p[q > 0], q[q > 0]
         b, image = self._image(p, q)
         angles = np.arctan2(q[:, None], p[:, None] - self.squares).sum(axis=1)
