@@ -85,7 +85,7 @@ def test_the_null_is_read_off_as_the_value_is() -> None:
         base = torch.zeros(rows, cols, dtype=torch.float64)
         update = Update(Base(base, Settings()), torch.from_numpy(rng.standard_normal((rows, cols))))
         d = DIAGNOSTICS["effective_rank"]
-        mean, deviation = gaussian_null(update, [d], "seed")["effective_rank", ""]
+        mean, deviation = gaussian_null(update, [d], "seed")[0]["effective_rank", ""]
         assert (mean, deviation) == of_gaussian(rows, cols, 16)
         assert abs(d.measure(update)[""].value - mean) <= 6 * deviation
         assert mean == pytest.approx(min(rows, cols) * math.exp(-min(rows, cols) / max(rows, cols) / 2), rel=0.25)

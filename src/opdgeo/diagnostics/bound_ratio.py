@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from opdgeo.diagnostics.diagnostic import (
+    NONE,
     PAPER,
     UNMOVED,
     Diagnostic,
@@ -75,20 +76,24 @@ def _wedin(update: Update, largest: float) -> Value:
 
 
 def null(isotropic: Isotropic) -> Null:
-    """From draws of the first-order changes of W₀'s singular values and subspaces, where the update is small enough."""
-    shifts, norms = isotropic.shifts, isotropic.shift_norms
-    if shifts is None or norms is None:
-        return {}
+    """From draws of the changes of W₀'s singular values and of the turn of its subspaces."""
+    import numpy as np
+
+    shifts, turns = isotropic.shifts, isotropic.turns
     largest = float(isotropic.spectra[:, 0].mean())
-    found = {"mirsky": mean_std(norms / isotropic.norm), "weyl": mean_std(shifts.abs().amax(dim=1) / largest)}
-    k, _ = isotropic.base.cut(isotropic.settings.rank)
-    sigma = isotropic.base.spectrum.sigma
-    wedin = []
-    for draw, turned in enumerate(isotropic.turns):
-        gap = float(sigma[k - 1] + shifts[draw % len(shifts), k - 1] - sigma[k])
-        if gap > 0:
-            wedin.append(math.sin(max(float(theta.max()) for theta in turned.values())) * gap / largest)
-    return found | ({"wedin": mean_std(wedin)} if wedin else {})
+    found = {
+        "mirsky": mean_std(isotropic.shift_norms / isotropic.norm),
+        "weyl": mean_std(shifts.abs().amax(dim=1) / largest),
+        "wedin": NONE,
+    }
+    if turns is not None:
+        k, _ = isotropic.base.cut(isotropic.settings.rank)
+        sigma = isotropic.base.spectrum.sigma
+        gaps = (sigma[k - 1] + shifts[:, k - 1] - sigma[k]).tolist()
+        angles = np.max([turn.largest for turn in turns.values()], axis=0)
+        wedin = [math.sin(angle) * gap / largest for angle, gap in zip(angles, gaps, strict=False) if gap > 0]
+        found["wedin"] = mean_std(wedin) if wedin else NONE
+    return found
 
 
 DIAGNOSTIC: OfUpdate = Diagnostic(

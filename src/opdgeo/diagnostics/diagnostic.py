@@ -29,6 +29,9 @@ NO_VISIBLE = "no entry moved visibly in bf16"
 Null = dict[str, tuple[float, float]]
 """Variant → mean and standard deviation of a null model. A variant that is not in it has no closed form here."""
 
+NONE = (math.nan, math.nan)
+"""The null of a variant that has no value under the null model."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -1,6 +1,7 @@
 """An isotropic Gaussian ΔW of the measured Frobenius norm: what the nulls of several diagnostics share, computed at most once.
 
-Each diagnostic's `null` asks this for what it needs, in closed form or from draws that need no large matrix (`numerics.nulls`).
+Each diagnostic's `null` asks this for what it needs, in closed form or from draws that need no large matrix (`numerics.nulls`,
+`numerics.perturbed`).
 """
 
 from __future__ import annotations
@@ -16,21 +17,39 @@ from opdgeo.diagnostics.diagnostic import Diagnostic, Null
 from opdgeo.diagnostics.update import Update, cached
 from opdgeo.numerics import nulls
 from opdgeo.numerics.masks import Mask, rows_of_block
+from opdgeo.numerics.perturbed import Noise, Turn
 from opdgeo.numerics.precision import FINEST
 
-SPECTRA, SHIFTS = 16, 64  # draws of what costs little
+SHIFTS, TURNS = 64, 8  # draws of what costs little
+SMALLEST = 64  # smaller sides are drawn in full where no first-order formula holds: it costs little, and the formulas are for large ones
 SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, an update is not a small perturbation
 
 
 def gaussian_null(
     update: Update, wanted: Collection[Diagnostic], *key: object
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """The null of the wanted diagnostics, by name and variant, where they have one without a drawn matrix.
+) -> tuple[dict[tuple[str, str], tuple[float, float]], dict[str, str]]:
+    """The null of the wanted diagnostics, by name and variant, where they have one without a drawn matrix, and by name how it
+    was found where that is neither a closed form nor a first-order formula.
 
-    Each is made from no more settings than the diagnostic reads. `key` seeds the draws.
+    Each is made from no more settings than the diagnostic reads. `key` seeds the draws. A mean that is not a number says that the
+    variant has no value under the null.
     """
     isotropic = Isotropic(update, {setting for d in wanted for setting in d.reads}, *key)
-    return {(d.name, variant): null for d in wanted for variant, null in d.null(isotropic).items()}
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    routes: dict[str, str] = {}
+    for d in wanted:
+        isotropic.routes.clear()
+        try:
+            found |= {(d.name, variant): null for variant, null in d.null(isotropic).items()}
+        except _TooSmall:
+            continue
+        if isotropic.routes:
+            routes[d.name] = " and ".join(sorted(isotropic.routes))
+    return found, routes
+
+
+class _TooSmall(Exception):
+    """The matrix is too small for what was asked, and its nulls are drawn in full."""
 
 
 class Isotropic:
@@ -40,44 +59,65 @@ class Isotropic:
         self.base, self.settings, self.norm = update.base, update.settings, update.norm
         self.reads, self.key = frozenset(reads), key
         self.scale = update.norm / math.sqrt(math.prod(self.base.shape))  # of an entry
+        self.routes: set[str] = set()  # how what was asked for since it was cleared was found
 
     @cached
     def spectra(self) -> np.ndarray:
         """(draws, k) largest singular values, k = `top_k` or the smaller side."""
         rows, cols = self.base.weights.shape
-        top, rng = min(self.settings.top_k, rows, cols), np.random.default_rng(nulls.seed("spectrum", *self.key))
-        return nulls.top_singular_values(rows, cols, self.norm, top, SPECTRA, rng)
+        return self.norm * nulls.own_singular_values(rows, cols, min(self.settings.top_k, rows, cols))
 
     @cached
-    def shifts(self) -> Tensor | None:
-        """(draws, n) changes of W₀'s singular values; None where the update is too large for perturbation theory."""
+    def _noise(self) -> Noise:
+        return Noise(self.base.spectrum.sigma.cpu().numpy(), max(self.base.shape), self.scale)
+
+    @cached
+    def _small(self) -> bool:
+        """Whether the singular values move as perturbation theory says."""
+        return nulls.spacing(self.base.spectrum.sigma, self.scale) < SPACING
+
+    def _check_size(self) -> None:
+        if min(self.base.shape) < SMALLEST and not self._small:
+            raise _TooSmall
+
+    @property
+    def shifts(self) -> Tensor:
+        """(draws, n) changes of W₀'s singular values."""
+        self._check_size()
+        if not self._small:
+            self.routes.add("the deformed spectrum")
+        return self._shifts
+
+    @cached
+    def _shifts(self) -> Tensor:
         sigma = self.base.spectrum.sigma
-        if nulls.spacing(sigma, self.scale) >= SPACING:
-            return None
-        rows, cols = self.base.weights.shape
-        return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key))
+        if self._small:
+            rows, cols = self.base.weights.shape
+            return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key))
+        draws = self._noise.fluctuations(SHIFTS, np.random.default_rng(nulls.seed("shifts", *self.key)))
+        return torch.from_numpy(self._noise.drift + draws).to(sigma.device)
 
-    @cached
-    def shift_norms(self) -> Tensor | None:
+    @property
+    def shift_norms(self) -> Tensor:
         """The norm of each draw of `shifts`."""
-        return None if self.shifts is None else torch.linalg.vector_norm(self.shifts, dim=1)
+        return torch.linalg.vector_norm(self.shifts, dim=1)
+
+    @property
+    def turns(self) -> dict[str, Turn] | None:
+        """By side, draws of the angles by which W₀'s top-`rank` subspaces turn; None where the subspaces are not determined."""
+        self._check_size()
+        if self._turns is not None:
+            self.routes.add("levels drawn at the cut")
+        return self._turns
 
     @cached
-    def turns(self) -> list[dict[str, Tensor]]:
-        """Draws of the principal angles in radians by which W₀'s top-`rank` subspaces turn, by side.
-
-        None of them where the update is too large for perturbation theory, or the subspaces are not determined.
-        """
+    def _turns(self) -> dict[str, Turn] | None:
         before, (k, _) = self.base.spectrum, self.base.cut(self.settings.rank)
-        if self.shifts is None or k >= len(before.sigma):
-            return []
-        if max(before.subspace_error(k, side) for side in ("left", "right")) >= 1:
-            return []
+        if k >= len(before.sigma) or max(before.subspace_error(k, side) for side in ("left", "right")) >= 1:
+            return None
+        found = self._noise.turns(k, max(TURNS, self.settings.nulls), nulls.generator("turns", *self.key))
         rows, cols = self.base.weights.shape
-        return [
-            nulls.turns(before.sigma, rows, cols, k, self.scale, nulls.generator("turns", *self.key, draw))
-            for draw in range(max(2, self.settings.nulls))
-        ]
+        return dict(zip(("right", "left") if rows >= cols else ("left", "right"), found, strict=True))
 
     @property
     def unchanged(self) -> tuple[float, float] | None:
@@ -95,22 +135,38 @@ class Isotropic:
         base, entries = self.base, self.base.weights.numel()
         if self.settings.eta >= FINEST:
             return None, {}
+        low: dict[str, Mask] = {}
         masks: dict[str, Mask] = {}
         if "mask_share" in self.reads:
-            masks |= {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
-            masks |= {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
+            low = {f"low_magnitude.{share:g}": m for share, m in base.low_magnitude.items()}
+            masks = {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
         everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
+        masks |= low
         sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
+        if base.weights.dtype == torch.bfloat16:  # as many probabilities as magnitudes: entries are counted
+            magnitudes = nulls.Magnitudes(base.weights)
+            moves = nulls.visible_probability(magnitudes.values, self.scale)
+            values = torch.stack([moves, moves * (1 - moves)])
+            counts = {name: magnitudes.count(m.codes) for name, m in masks.items() if name not in low}
+            every = next((c.sum(dim=0) for c in counts.values()), None)
+            every = magnitudes.count()[0] if every is None else every
+            everywhere += values @ every
+            for name, count in counts.items():
+                sums[name] += values @ count.T
+            for name, mask in low.items():
+                code = magnitudes.codes(mask.codes)
+                for row, weights in zip(sums[name], values * every, strict=True):
+                    row += torch.bincount(code, weights=weights, minlength=8)
         size = rows_of_block(base.weights.shape[1])
-        for start in range(0, len(base.weights), size):
+        for start in range(0, len(base.weights) if base.weights.dtype != torch.bfloat16 else 0, size):
             part = slice(start, start + size)
             moves = nulls.visible_probability(base.weights[part], self.scale).flatten()
             spread = moves * (1 - moves)
             everywhere += torch.stack([moves.sum(), spread.sum()])
             for name, mask in masks.items():
                 codes = mask.codes[part].flatten()
-                for row, weights in zip(sums[name], (moves, spread), strict=True):
-                    row += torch.bincount(codes, weights=weights, minlength=8)
+                for row, values in zip(sums[name], (moves, spread), strict=True):
+                    row += torch.bincount(codes, weights=values, minlength=8)
         found: Null = {}
         for name, (moved, spread) in sums.items():
             total = float(moved.sum())

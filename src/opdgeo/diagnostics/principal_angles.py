@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from opdgeo.diagnostics.diagnostic import (
+    NONE,
     PAPER,
     Diagnostic,
     Null,
@@ -54,13 +55,17 @@ def measure(update: Update) -> dict[str, Value]:
 
 
 def null(isotropic: Isotropic) -> Null:
-    """From draws of the first-order turn of W₀'s top-k subspaces, where the update is small enough for that."""
-    angles: dict[str, list[float]] = {}
-    for turned in isotropic.turns:
-        for side, theta in turned.items():
-            angles.setdefault(f"{side}.max", []).append(math.degrees(float(theta.max())))
-            angles.setdefault(f"{side}.mean", []).append(math.degrees(float(theta.mean())))
-    return {name: mean_std(values) for name, values in angles.items()}
+    """From draws of the turn of W₀'s top-k subspaces."""
+    import numpy as np
+
+    turns = isotropic.turns
+    if turns is None:
+        return dict.fromkeys(variants(isotropic.settings), NONE)
+    found = {}
+    for side, turn in turns.items():
+        found[f"{side}.max"] = mean_std(np.degrees(turn.largest))
+        found[f"{side}.mean"] = mean_std(np.degrees(turn.mean))
+    return found
 
 
 def curve(side: str, update: Update) -> list[float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Null, Value, mean_std, published, undefined
+from opdgeo.diagnostics.diagnostic import NONE, PAPER, Diagnostic, Null, Value, mean_std, published, undefined
 
 if TYPE_CHECKING:
     from opdgeo.diagnostics.gaussian_null import Isotropic
@@ -26,8 +26,8 @@ def measure(update: Update) -> dict[str, Value]:
 
 
 def null(isotropic: Isotropic) -> Null:
-    norms = isotropic.shift_norms
-    return {} if norms is None else {"": mean_std(norms / isotropic.base.norm)}
+    size = isotropic.base.norm
+    return {"": mean_std(isotropic.shift_norms / size)} if size > 0 else {"": NONE}
 
 
 DIAGNOSTIC: OfUpdate = Diagnostic(

@@ -2,14 +2,15 @@
 
 An isotropic Gaussian update G looks the same in every basis, which spares most of the work of drawing it: its visible
 entries and its energy inside a subspace have closed forms, its singular values are those of a bidiagonal matrix of
-independent χ variables, and where it is small against the spacing of W₀'s singular values, what it does to them and to
-their subspaces follows from perturbation theory in W₀'s own bases, where G is Gaussian again.
+independent χ variables, and where it is small against the spacing of W₀'s singular values, what it does to them follows from
+perturbation theory in W₀'s own bases, where G is Gaussian again. Beyond that, and for subspaces: `perturbed.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from threading import Lock
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.masks import rows_of_block
 from opdgeo.numerics.precision import to_bf16
 from opdgeo.numerics.spectra import spectrum
 
@@ -54,7 +56,7 @@ def shuffled(delta: Tensor, rng: torch.Generator) -> Tensor:
 
 def visible_probability(weights: Tensor, scale: float) -> Tensor:
     """P[bf16(w + g) ≠ bf16(w)] for g ~ N(0, scale²), of every entry, float64; the arguments are those of `leaving`."""
-    outward, inward = leaving(weights, scale)
+    outward, inward = _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
     return outward + inward
 
 
@@ -73,6 +75,53 @@ def leaving(weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         outward, inward = _leaves(every.double(), every, scale)
         return outward[place], inward[place]
     return _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
+
+
+class Magnitudes:
+    """The magnitudes of bf16 weights, which are few: what depends on an entry's size alone is computed once for each.
+
+    Attributes:
+        values: (n,) bf16, zero and all between the smallest and the largest that occur.
+    """
+
+    def __init__(self, weights: Tensor):
+        bits = weights.contiguous().view(torch.int16)
+        self._parts = bits.split(rows_of_block(weights.shape[-1]))
+        sizes = [part.bitwise_and(0x7FFF) for part in self._parts]
+        high = max(1, *(int(size.max()) for size in sizes))
+        self._low = min(high, *(int(size.masked_fill_(size == 0, 0x7FFF).min()) for size in sizes))
+        listed = torch.arange(self._low, high + 1, dtype=torch.int16, device=weights.device)
+        self.values = torch.cat([listed.new_zeros(1), listed]).view(torch.bfloat16)
+
+    def places(self) -> Iterator[Tensor]:
+        """Where in `values` every entry stands, a block of rows at a time."""
+        return (part.bitwise_and(0x7FFF).sub_(self._low - 1).clamp_(min=0).int() for part in self._parts)
+
+    def count(self, codes: Tensor | None = None) -> Tensor:
+        """(8, n) how often each occurs, by a code below 8 of every entry; without codes (1, n).
+
+        >>> magnitudes = Magnitudes(torch.tensor([[1.0, -1.0, 1.0078125]], dtype=torch.bfloat16))
+        >>> magnitudes.values.tolist(), magnitudes.count().tolist()
+        ([0.0, 1.0, 1.0078125], [[0.0, 2.0, 1.0]])
+        """
+        n, kinds = len(self.values), 1 if codes is None else 8
+        counts = torch.zeros(kinds * n, dtype=torch.int64, device=self.values.device)
+        start = 0
+        for place in self.places():
+            if codes is not None:
+                place += codes[start : start + len(place)].int() * n
+            start += len(place)
+            counts += torch.bincount(place.flatten(), minlength=kinds * n)
+        return counts.view(kinds, n).double()
+
+    def codes(self, codes: Tensor) -> Tensor:
+        """(n,) the code of each, where entries of one magnitude share it."""
+        found = torch.zeros(len(self.values), dtype=torch.uint8, device=self.values.device)
+        start = 0
+        for place in self.places():
+            found[place.long()] = codes[start : start + len(place)]
+            start += len(place)
+        return found
 
 
 def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -94,17 +143,32 @@ def top_singular_values(rows: int, cols: int, norm: float, k: int, draws: int, r
     from scipy.linalg import eigh_tridiagonal
 
     large, small = max(rows, cols), min(rows, cols)
+    # The vectors of the top k lie in the first rows, and fall off beyond as Airy functions do (Edelman and Persson, 2005).
+    airy = (3 * math.pi * (4 * k + 3) / 8) ** (2 / 3) + 12
+    first = min(small, math.ceil(airy * (large**-0.5 + small**-0.5) ** (-2 / 3)) + 8)
     values = np.empty((draws, k))
     for draw in range(draws):
         squares = rng.chisquare(np.arange(large, large - small, -1))
         beside = rng.chisquare(np.arange(small - 1, 0, -1)) if small > 1 else np.empty(0)
         diagonal = squares.copy()
         diagonal[:-1] += beside  # BᵀB of the lower bidiagonal B
-        top = eigh_tridiagonal(
-            diagonal, np.sqrt(squares[1:] * beside), eigvals_only=True, select="i", select_range=(small - k, small - 1)
-        )
-        values[draw] = np.sqrt(top[::-1] / (squares.sum() + beside.sum())) * norm
+        off = np.sqrt(squares[1:] * beside)
+        if 4 * k > first:
+            top = eigh_tridiagonal(diagonal, off, eigvals_only=True, lapack_driver="sterf")[small - k :]
+        else:
+            chosen = {"select": "i", "select_range": (first - k, first - 1)}
+            top = eigh_tridiagonal(diagonal[:first], off[: first - 1], eigvals_only=True, **chosen)
+        values[draw] = np.sqrt(np.maximum(top[::-1], 0) / (squares.sum() + beside.sum())) * norm
     return values
+
+
+SPECTRA = 64
+
+
+@lru_cache(maxsize=256)
+def own_singular_values(rows: int, cols: int, k: int) -> np.ndarray:
+    """(draws, k) largest singular values of Gaussian matrices of norm 1: one set serves all matrices of a shape."""
+    return top_singular_values(rows, cols, 1.0, k, SPECTRA, np.random.default_rng(seed("spectrum", rows, cols, k)))
 
 
 def energy_share(inside: float, total: float) -> tuple[float, float]:
@@ -174,37 +238,7 @@ def shifts(sigma: Tensor, rows: int, cols: int, scale: float, draws: int, rng: t
     return first * scale + mean
 
 
-def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.Generator) -> dict[str, Tensor]:
-    """Principal angles in radians, ascending, that one Gaussian perturbation with entries N(0, scale²) turns the top-k by.
-
-    First order in W₀'s bases: the tangents are those of the couplings between the top and the rest over the difference of
-    their squared singular values; the dimensions beyond the smaller side couple to one side alone (Stewart,
-    1990). An angle so large that first order overstates it is that of two levels with the same coupling.
-
-    Args:
-        sigma: (n,) descending, n = min(rows, cols).
-        k: the rank, below n.
-        scale: the standard deviation of an entry.
-
-    Returns:
-        "left" and "right": (k,) angles.
-    """
-    n, outside = len(sigma), abs(rows - cols)
-    top, rest = sigma[:k], sigma[k:, None]
-    near, far = (torch.randn(n - k, k, dtype=torch.float64, generator=rng).to(sigma.device) * scale for _ in range(2))
-    apart = top**2 - rest**2
-    inner = (top * near + rest * far) / apart
-    outer = (rest * near + top * far) / apart
-    grams = {"inner": inner.T @ inner, "outer": outer.T @ outer}
-    if outside:
-        beyond = _factor(outside, k, rng).to(sigma.device) * (scale / top)
-        grams["outer"] = grams["outer"] + beyond.T @ beyond
-    sides = ("right", "left") if rows >= cols else ("left", "right")
-    tangents = [torch.linalg.eigvalsh(grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
-    return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
-
-
-def _factor(count: int, k: int, rng: torch.Generator) -> Tensor:
+def factor(count: int, k: int, rng: torch.Generator) -> Tensor:
     """F with FᵀF distributed as that of a Gaussian (count, k) matrix: its triangular factor (Bartlett) where that is smaller."""
     if count <= k:
         return torch.randn(count, k, dtype=torch.float64, generator=rng)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +36,20 @@ from opdgeo.numerics import nulls
 from opdgeo.numerics.spectra import LowRankMatrix, Spectrum
 from opdgeo.survey.cache import SpectrumCache
 
-Null = dict[tuple[str, str], tuple[float, float]]
-"""Diagnostic and variant → mean and standard deviation of the null."""
+
+class Expected(NamedTuple):
+    """A value under the null. `route`: how it was found, where that is neither a closed form nor a first-order formula."""
+
+    mean: float
+    std: float
+    route: str = ""
+
+
+Null = dict[tuple[str, str], Expected]
+"""By diagnostic and variant."""
+
+ROUTE = "; null from "
+"""What parts how a value was computed from how its null was, in `method`."""
 
 
 @dataclass
@@ -290,12 +303,13 @@ class _Old:
     def values(self, checkpoint: Checkpoint, diagnostic: str, other: str | None = None) -> dict[str, Value]:
         fields = ("value", "error", "method", "status", "reason")
         rows = self.rows.get((checkpoint.name, other, diagnostic), {})
-        return {variant: Value(*(row[f] for f in fields)) for variant, row in rows.items()}
+        found = {variant: Value(*(row[f] for f in fields)) for variant, row in rows.items()}
+        return {variant: replace(value, method=value.method.partition(ROUTE)[0]) for variant, value in found.items()}
 
     def nulls(self, checkpoint: Checkpoint, diagnostic: Diagnostic, other: str | None = None) -> Null:
         rows = self.rows.get((checkpoint.name, other, diagnostic.name), {})
         return {
-            (diagnostic.name, variant): (row["null_mean"], row["null_std"])
+            (diagnostic.name, variant): Expected(row["null_mean"], row["null_std"], row["method"].partition(ROUTE)[2])
             for variant, row in rows.items()
             if row["null_mean"] is not None
         }
@@ -318,7 +332,9 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
     settings, wanted = update.settings, list(diagnostics().values()) if wanted is None else wanted
     if not update.moved or settings.nulls == 0 or not wanted:
         return {}
-    found = gaussian_null(update, wanted, matrix.name, checkpoint.name) if settings.null == "gaussian" else {}
+    found, routes = (
+        gaussian_null(update, wanted, matrix.name, checkpoint.name) if settings.null == "gaussian" else ({}, {})
+    )
     missing = [d for d in wanted if any((d.name, v) not in found for v in d.variants(settings))]
     draws: dict[tuple[str, str], list[float]] = {}
     for draw in range(settings.nulls if missing else 0):
@@ -332,12 +348,15 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
             for variant, value in d.measure(sampled).items():
                 if value.value is not None:
                     draws.setdefault((d.name, variant), []).append(value.value)
-    return {key: mean_std(values) for key, values in draws.items()} | found
+    if settings.null == "gaussian":
+        routes |= {d.name: f"{settings.nulls} drawn matrices" for d in missing}
+    both = {key: mean_std(values) for key, values in draws.items()} | found
+    return {key: Expected(*null, routes.get(key[0], "")) for key, null in both.items() if not math.isnan(null[0])}
 
 
 def _closed(wanted: Iterable[Diagnostic], place: Trajectory | Pair) -> Null:
     """The null of the wanted diagnostics of a trajectory or a pair, which they give themselves."""
-    return {(d.name, variant): null for d in wanted for variant, null in d.null(place).items()}
+    return {(d.name, variant): Expected(*null) for d in wanted for variant, null in d.null(place).items()}
 
 
 def _update(base: Base, checkpoint: Checkpoint, matrix: Matrix, device: str, **how: Any) -> Update:
@@ -386,9 +405,9 @@ def _rows(
                 "variant": variant,
                 "value": value.value,
                 "error": value.error,
-                "method": value.method,
-                "null_mean": null[0] if null else None,
-                "null_std": null[1] if null else None,
+                "method": value.method + (ROUTE + null.route if null and null.route and value.method else ""),
+                "null_mean": null.mean if null else None,
+                "null_std": null.std if null else None,
                 "status": value.status,
                 "reason": value.reason,
             }
