@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         tuned = planted.write_checkpoint(folder / "tuned", TUNED, "bfloat16")
     else:
         tuned = write_lora(folder / "tuned")
-    done = run_opdgeo("compare", base, tuned, "-o", folder / "out", "--nulls", 2, env={"COLUMNS": "160"})
+    done = run_opdgeo("compare", base, tuned, "-o", folder / "out", "--nulls", 2, "--all", env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     moved, still = CASES[request.param]
     return {"out": folder / "out", "said": done.stdout, "moved": moved, "still": still}

@@ -41,6 +41,6 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     source=f"{PAPER}, §2, stable rank",
     charted=("",),
     leads=True,
-    headline=Headline("", "stable rank"),
+    headline=Headline("", "stable rank", "by its stable rank it is carried by {} directions", "where chance gives {}"),
     live=(Live("stable_rank"),),
 )

@@ -258,11 +258,12 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
         ]
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
-    said = [
-        d.headline.clause.format(number(found.row["mean"], found.unit))
-        for d, found in headlines(checkpoint)
-        if d.headline and d.headline.clause and found and found.row["mean"] is not None
-    ]
+    said = []
+    for d, found in headlines(checkpoint):
+        if d.headline and d.headline.clause and found and found.row["mean"] is not None:
+            said.append(d.headline.clause.format(number(found.row["mean"], found.unit)))
+            if d.headline.beside and found.null and found.null.get("mean") is not None:
+                said[-1] += ", " + d.headline.beside.format(number(found.null["mean"], found.unit))
     lines = [f"Size: {'; '.join(said)}."] if said else []
     groups = by_reading(checkpoint)
     for key, text in (
