@@ -170,7 +170,7 @@ def test_the_terminal_says_a_line_a_pair(out: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 80
     for pair in ("opd-0 and opd-1", "rlvr-0 and rlvr-1"):
         assert sum(line.startswith(pair) for line in shown.splitlines()) == 1, shown
-    with pytest.raises(ConfigError, match="without the name of the other"):
+    with pytest.raises(ConfigError, match="without other; expected other"):
         print_pairs({"pairs": [{"checkpoint": "a", "diagnostics": []}]})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
+from opdgeo.report.data import load
 from opdgeo.report.glossary import clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
@@ -373,8 +376,14 @@ def test_figures_on_request(tmp_path: Path) -> None:
         ("curves.parquet", b"", "expected a parquet table"),
         ("summary.json", b'{"checkpoints": [', "expected JSON"),
         ("summary.json", b'{"checkpoints": []}', "no list of checkpoints"),
-        ("summary.json", b'{"checkpoints": [{"checkpoint": "a", "diagnostics": [{}]}]}', "without its diagnostics"),
-        ("run.json", b"[]", "expected a JSON object"),
+        (
+            "summary.json",
+            b'{"checkpoints": [{"checkpoint": "a", "diagnostics": [{}]}]}',
+            "without diagnostic; expected",
+        ),
+        ("run.json", b"[]", "is a list; expected an object"),
+        ("run.json", b'{"base": {"files": [{"name": "a"}]}}', "base.files[0] without bytes"),
+        ("summary.json", b"[" * 100_000, "expected JSON"),
         ("claims.json", b"{}", "no list of claims"),
     ],
 )
@@ -387,6 +396,31 @@ def test_damaged_data_files_are_named(tmp_path: Path, name: str, content: bytes 
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         write_report(out)
     assert name in str(caught.value) and not (out / "report.html").exists()
+
+
+def test_changed_values_are_refused_or_read(tmp_path: Path) -> None:
+    """Of any type, at any place of summary.json and run.json."""
+    out, rng = build("track", tmp_path / "out"), random.Random(0)
+    values = [None, True, -1, 1e308, math.nan, "x", "\ud800", [], {}, [1], {"a": 1}, 10**30]
+
+    def places(found: Any) -> list[tuple[Any, Any]]:
+        inside = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+        return [place for key, value in inside for place in [(found, key), *places(value)]]
+
+    refused = 0
+    for name in ("summary.json", "run.json"):
+        sound = (out / name).read_text()
+        for _ in range(60):
+            data = json.loads(sound)
+            holder, key = rng.choice(places(data))
+            holder[key] = rng.choice(values)
+            (out / name).write_text(json.dumps(data))
+            try:
+                load(out)
+            except ConfigError as error:
+                refused += name in str(error)
+        (out / name).write_text(sound)
+    assert 40 < refused < 120
 
 
 def test_missing_folder_and_missing_column(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,75 @@ MEASUREMENTS = (
     *("diagnostic", "variant", "value", "error", "method", "null_mean", "null_std", "status", "reason"),
 )
 CURVES = ("checkpoint", "step", "matrix", "curve", "values")
+_TYPES = {
+    **dict.fromkeys(
+        ("checkpoint", "matrix", "role", "diagnostic", "variant", "method", "status", "curve", "other"), pl.String
+    ),
+    **dict.fromkeys(("value", "error", "null_mean", "null_std"), pl.Float64),
+    **dict.fromkeys(("step", "rows", "cols"), pl.Int64),
+    **{"layer": pl.Int32, "reason": pl.String, "values": pl.List(pl.Float64)},
+}
+
+_NUMBER, _COUNT, _TEXT = (int, float), int, str
+_STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
+_BESIDE = dict.fromkeys(("mean", "excess"), (_NUMBER, None)) | dict.fromkeys(
+    ("std?", "low?", "high?", "margin?"), (_NUMBER, None)
+)
+_ROW = {
+    "diagnostic": _TEXT,
+    "variant": _TEXT,
+    **_STATISTICS,
+    "computed": _COUNT,
+    "total": _COUNT,
+    "matrices?": _COUNT,
+    "weighting?": _TEXT,
+    "reason?": (_TEXT, None),
+    "null": ({**_BESIDE, "kind?": _TEXT, "reading?": (_TEXT, None)}, None),
+    "roles?": {"*": {**_STATISTICS, "null_mean?": (_NUMBER, None), "computed?": _COUNT, "total?": _COUNT}},
+}
+_TOGETHER = {"value": _NUMBER, "error": _NUMBER, "null_mean?": (_NUMBER, None), "null_std?": (_NUMBER, None)}
+_CHECKPOINT = {"checkpoint": _TEXT, "step?": (_COUNT, None), "unmoved?": _COUNT, "diagnostics": [_ROW]}
+_PAIR = {**_CHECKPOINT, "other": _TEXT, "diagnostics": [{**_ROW, "together": (_TOGETHER, None)}]}
+_LOCKING = {
+    "run": _TEXT,
+    "side": _TEXT,
+    "rank": _COUNT,
+    "thresholds": [_NUMBER],
+    "step": [(_NUMBER, None)],
+    "null_step": [(_NUMBER, None)],
+    "median_step": [(_NUMBER, None)],
+}
+_FILE = {"name": _TEXT, "bytes": _COUNT, "sha256": _TEXT}
+_MANIFEST = {
+    "path?": _TEXT,
+    "checkpoint?": _TEXT,
+    "format?": _TEXT,
+    "dtypes?": {"*": _COUNT},
+    "files?": [_FILE],
+    "notes?": [_TEXT],
+    "quantised?": {"*": _COUNT},
+}
+_PAIRING = {
+    "measured?": _COUNT,
+    "not_selected?": {"*": _COUNT},
+    "unreadable?": {"*": _TEXT},
+    **{key: [_TEXT] for key in ("base_only?", "tuned_only?", "tied?", "unrecognised?")},
+}
+_PARTS = {"base?": _MANIFEST, "checkpoints?": [_MANIFEST], "pairing?": _PAIRING, "timings?": dict}
+_RUN = {
+    "opdgeo?": _TEXT,
+    "command?": [_TEXT],
+    "started?": _TEXT,
+    "seconds?": (_NUMBER, None),
+    "peak_memory_bytes?": (_NUMBER, None),
+    "device?": _TEXT,
+    "platform?": _TEXT,
+    "versions?": {"*": _TEXT},
+    "settings?": dict,
+    "remarks?": [_TEXT],
+    "arms?": {"*": _PARTS},
+    **_PARTS,
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +150,7 @@ def load(out: Path) -> Results:
     stored = _json(out / "summary.json")
     summary, whole = summary_of(stored, out / "summary.json"), whole_runs(stored, out / "summary.json")
     run = _json(out / "run.json")
-    if not isinstance(run, dict):
-        raise _broken(out / "run.json", f"a {type(run).__name__}", "a JSON object")
+    _check(run, _RUN, out / "run.json", "it")
     claims, logs = None, {}
     if (out / "claims.json").exists():
         claims = claims_of(_json(out / "claims.json"), out / "claims.json")
@@ -119,46 +188,64 @@ def summary_of(data: Any, path: Path) -> list[dict[str, Any]]:
     checkpoints = data.get("checkpoints") if isinstance(data, dict) else None
     if not isinstance(checkpoints, list) or not checkpoints:
         raise _broken(path, "no list of checkpoints", '{"checkpoints": [...]} with at least one')
-    for one in checkpoints:
-        _check_diagnostics(one, path)
+    _check(checkpoints, [_CHECKPOINT], path, "checkpoints")
     return checkpoints
 
 
 def pairs_of(data: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """The pairs of updates in a summary, none where there are none; ConfigError for another shape."""
-    pairs = data.get("pairs", [])
-    if not isinstance(pairs, list):
-        raise _broken(path, f"{type(pairs).__name__} under pairs", "a list")
-    for one in pairs:
-        _check_diagnostics(one, path, "together")
-        if not isinstance(one.get("other"), str):
-            raise _broken(path, "a pair without the name of the other", 'a string under "other"')
+    pairs: list[dict[str, Any]] = data.get("pairs", [])
+    _check(pairs, [_PAIR], path, "pairs")
     return pairs
-
-
-def _check_diagnostics(one: Any, path: Path, *more: str) -> None:
-    if not isinstance(one, dict) or not isinstance(one.get("checkpoint"), str):
-        raise _broken(path, "a checkpoint without a name", 'a string under "checkpoint"')
-    rows = one.get("diagnostics")
-    needed = ("diagnostic", "variant", "mean", "computed", "total", "null", *more)
-    if not isinstance(rows, list) or any(not isinstance(r, dict) or any(k not in r for k in needed) for r in rows):
-        raise _broken(path, f"{one['checkpoint']!r} without its diagnostics", "rows with " + ", ".join(needed))
 
 
 def whole_runs(data: Any, path: Path) -> dict[str, list[dict[str, Any]]]:
     """The lists of a summary that tell of whole runs, by diagnostic; ConfigError for another shape."""
-    lists = ("thresholds", "step", "null_step", "median_step")
-
-    def sound(row: Any) -> bool:
-        if not isinstance(row, dict) or not {"run", "side", "rank", *lists} <= set(row):
-            return False
-        return all(isinstance(row[k], list) and len(row[k]) == len(row["thresholds"]) for k in lists)
-
     found = {name: data.get(name, []) for name in of_runs()}
     for name, rows in found.items():
-        if not isinstance(rows, list) or not all(map(sound, rows)):
-            raise _broken(path, f"{name!r} of another shape", "rows with run, side, rank, " + ", ".join(lists))
+        _check(rows, [_LOCKING], path, name)
+        if any(len({len(row[key]) for key in ("thresholds", "step", "null_step", "median_step")}) > 1 for row in rows):
+            raise _broken(path, f"lists of different lengths under {name}", "as many steps as thresholds")
     return found
+
+
+def _check(found: Any, shape: Any, path: Path, where: str) -> None:
+    """Hold `found` against a shape: a type, several of them, a list of one shape, or a dictionary of shapes. There "*" stands for any
+    key, and "key?" for one that may be missing. A number is finite."""
+    if isinstance(shape, tuple) and shape != _NUMBER:
+        if found is None and None in shape:
+            return
+        shape = shape[0]
+    if isinstance(shape, list):
+        if not isinstance(found, list):
+            raise _broken(path, f"{where} is {_kind(found)}", "a list")
+        for index, one in enumerate(found):
+            _check(one, shape[0], path, f"{where}[{index}]")
+    elif isinstance(shape, dict):
+        if not isinstance(found, dict):
+            raise _broken(path, f"{where} is {_kind(found)}", "an object")
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                for each, one in found.items():
+                    _check(one, inner, path, f"{where}.{each}")
+            elif name in found:
+                _check(found[name], inner, path, f"{where}.{name}")
+            elif name == key:
+                raise _broken(path, f"{where} without {name}", f"{name} in it")
+    elif not isinstance(found, shape) or (isinstance(found, bool) and shape in (_NUMBER, _COUNT)):
+        raise _broken(path, f"{where} is {_kind(found)}", _WORDS.get(shape, "another type"))
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise _broken(path, f"{where} is {found}", "a finite number")
+    elif isinstance(found, str) and not found.isascii() and found.encode(errors="ignore").decode() != found:
+        raise _broken(path, f"{where} holds half of a surrogate pair", "text")
+
+
+_WORDS: dict[Any, str] = {_NUMBER: "a number", _COUNT: "a whole number", _TEXT: "a text", dict: "an object"}
+
+
+def _kind(found: Any) -> str:
+    return "null" if found is None else f"a {type(found).__name__}"
 
 
 def claims_of(data: Any, path: Path) -> dict[str, Any]:
@@ -197,12 +284,15 @@ def _scan(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
         raise _missing(path)
     try:
         table = pl.scan_parquet(path)
-        there = table.collect_schema().names()
+        there = table.collect_schema()
     except Exception as problem:  # polars raises several families for a broken file
         raise _unreadable(path, problem) from problem
     lacking = [c for c in columns if c not in there]
     if lacking:
         raise _broken(path, f"no column {', '.join(lacking)}", "the columns " + ", ".join(columns))
+    for column, dtype in there.items():
+        if column in _TYPES and dtype != _TYPES[column]:
+            raise _broken(path, f"the column {column} is {dtype}", str(_TYPES[column]))
     return table
 
 
@@ -215,7 +305,7 @@ def _json(path: Path) -> Any:
         raise _missing(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise _broken(path, f"unreadable ({problem})", "JSON") from problem
 
 
