@@ -18,7 +18,7 @@ from opdgeo.diagnostics.update import Update, cached
 from opdgeo.numerics import nulls
 from opdgeo.numerics.masks import Mask, rows_of_block
 from opdgeo.numerics.perturbed import Noise, Turn
-from opdgeo.numerics.precision import FINEST
+from opdgeo.numerics.precision import FINEST, to_bf16
 
 SHIFTS, TURNS = 64, 8  # draws of what costs little
 SMALLEST = 64  # smaller sides are drawn in full where no first-order formula holds: it costs little, and the formulas are for large ones
@@ -143,8 +143,11 @@ class Isotropic:
         everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
         masks |= low
         sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
-        if base.weights.dtype == torch.bfloat16:  # as many probabilities as magnitudes: entries are counted
-            magnitudes = nulls.Magnitudes(base.weights)
+        whole = base.weights.dtype == torch.bfloat16
+        rounded = base.weights if whole else to_bf16(base.weights)
+        counted = whole or torch.equal(rounded.to(base.weights.dtype), base.weights)
+        if counted:  # as many probabilities as magnitudes, whatever the dtype that holds them
+            magnitudes = nulls.Magnitudes(rounded)
             moves = nulls.visible_probability(magnitudes.values, self.scale)
             values = torch.stack([moves, moves * (1 - moves)])
             counts = {name: magnitudes.count(m.codes) for name, m in masks.items() if name not in low}
@@ -158,7 +161,7 @@ class Isotropic:
                 for row, weights in zip(sums[name], values * every, strict=True):
                     row += torch.bincount(code, weights=weights, minlength=8)
         size = rows_of_block(base.weights.shape[1])
-        for start in range(0, len(base.weights) if base.weights.dtype != torch.bfloat16 else 0, size):
+        for start in range(0, 0 if counted else len(base.weights), size):
             part = slice(start, start + size)
             moves = nulls.visible_probability(base.weights[part], self.scale).flatten()
             spread = moves * (1 - moves)
