@@ -143,6 +143,31 @@ def channel_energy(delta: Matrix, earlier: Matrix, top_k: int = 16) -> float | N
     return float(((delta @ v @ v.T) ** 2).sum() / (delta**2).sum())
 
 
+def related(
+    base: Matrix, tuned: Matrix, other: Matrix, *, top_k: int = 16, ranks: tuple[int, ...] = (), eta: float = 1e-3
+) -> Values:
+    """Every number of a pair of updates of `base`, as the first is seen against the other."""
+    a, b = tuned - base, other - base
+    seen, seen_other = ~unchanged(base, tuned, eta), ~unchanged(base, other, eta)
+    both, either = seen & seen_other, seen | seen_other
+    moved = bool(np.any(a)) and bool(np.any(b))
+    inner = float((a * b).sum())
+    values: Values = {}
+    values["update_cosine", ""] = inner / float(np.sqrt((a**2).sum() * (b**2).sum())) if moved else None
+    values["update_multiple", ""] = inner / float((b**2).sum()) if moved else None
+    values["sign_agreement", ""] = float((np.sign(a) == np.sign(b))[both].mean()) if both.any() else None
+    values["visible_jaccard", ""] = float(both.sum() / either.sum()) if moved and either.any() else None
+    values["visible_lift", ""] = (
+        float(both.mean() / (seen.mean() * seen_other.mean())) if seen.any() and seen_other.any() else None
+    )
+    for k in sorted({*ranks, top_k}):
+        values["shared_subspace", f"right.{k}"] = subspace_similarity(a, b, k) if moved else None
+        values["shared_subspace", f"left.{k}"] = subspace_similarity(a.T, b.T, k) if moved else None
+    values["shared_channel", f"right.{top_k}"] = channel_energy(a, b, top_k) if moved else None
+    values["shared_channel", f"left.{top_k}"] = channel_energy(a.T, b.T, top_k) if moved else None
+    return values
+
+
 @dataclass(frozen=True)
 class Reference:
     """All values of one pair of matrices, the curves beside them, and the ranks after the cut."""

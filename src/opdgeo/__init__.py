@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opdgeo.api import Result, compare, load, track
+    from opdgeo.api import Result, compare, load, relate, track
     from opdgeo.checkpoints import open_checkpoint
     from opdgeo.diagnostics import Settings
     from opdgeo.training.channel import Channel
@@ -21,9 +21,20 @@ _HOMES = {
     "compare": "opdgeo.api",
     "load": "opdgeo.api",
     "open_checkpoint": "opdgeo.checkpoints",
+    "relate": "opdgeo.api",
     "track": "opdgeo.api",
 }
-__all__ = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "load", "open_checkpoint", "track"]
+__all__ = [
+    "Channel",
+    "GeometryMonitor",
+    "Result",
+    "Settings",
+    "compare",
+    "load",
+    "open_checkpoint",
+    "relate",
+    "track",
+]
 
 
 def __getattr__(name: str) -> Any:

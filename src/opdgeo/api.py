@@ -1,4 +1,4 @@
-"""Measuring and reporting in one object: what `opdgeo.compare`, `track` and `load` return can write its own page.
+"""Measuring and reporting in one object: what `opdgeo.compare`, `track`, `relate` and `load` return can write its own page.
 
 The survey knows nothing of the report, so the two are joined here, above both.
 """
@@ -16,7 +16,7 @@ P = ParamSpec("P")
 
 
 class Result(survey.Result):
-    """What `compare`, `track` and `load` return, and what the data files hold."""
+    """What `compare`, `track`, `relate` and `load` return, and what the data files hold."""
 
     def report(self, path: str | Path) -> Path:
         """Write the data files and `report.html` into the folder `path`; returns the page's path."""
@@ -37,4 +37,5 @@ def _reporting(measure: Callable[P, survey.Result]) -> Callable[P, Result]:
 
 compare = _reporting(survey.compare)
 load = _reporting(survey.load_result)
+relate = _reporting(survey.relate)
 track = _reporting(survey.track)

@@ -118,6 +118,10 @@ def test_two_siblings_are_said_to_be_siblings(runs: Path, tmp_path: Path) -> Non
     assert "were both trained from" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     plan = run_opdgeo("compare", *pair, "--plan")
     assert "were both trained from" in plan.stdout
+    relate = f"opdgeo relate {runs / 'base'} {pair[0]} {pair[1]}"
+    assert relate in words(plan.stdout)
+    asked = run_opdgeo(*relate.split()[1:], "-o", tmp_path / "related", "--no-report", "--no-cache")
+    assert asked.returncode == 0 and "Cosine" in asked.stdout, asked.stderr
     assert remarks(open_checkpoint(runs / "base"), [open_checkpoint(pair[0])]) == []
     swapped = remarks(open_checkpoint(pair[0]), [open_checkpoint(runs / "base")])
     assert len(swapped) == 1 and "look swapped" in swapped[0]

@@ -15,7 +15,16 @@ from program import run_opdgeo, run_python
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--help"], ["signals", "--help"], []]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["compare", "--help"],
+        ["relate", "--help"],
+        ["train", "--help"],
+        ["signals", "--help"],
+        [],
+    ],
 )
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     code = (
@@ -33,8 +42,8 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_public_names() -> None:
-    names = ["Channel", "GeometryMonitor", "Result", "Settings", "compare", "load", "open_checkpoint", "track"]
-    assert opdgeo.__all__ == names
+    measuring = ["compare", "load", "open_checkpoint", "relate", "track"]
+    assert opdgeo.__all__ == ["Channel", "GeometryMonitor", "Result", "Settings", *measuring]
     for name in opdgeo.__all__:
         assert getattr(opdgeo, name).__doc__
 

@@ -66,7 +66,7 @@ def test_what_is_no_result_stays(folders: Path, tmp_path: Path) -> None:
     pair = folders / "base", folders / "other"
     for name, options, said in (
         ("claims.json", ("--overwrite",), "a study"), ("signals.json", ("--overwrite",), "signals"),
-        ("run.json", (), "not of compare or track"),
+        ("run.json", (), "not of compare, track or relate"),
     ):  # fmt: skip
         out = tmp_path / name.partition(".")[0]
         out.mkdir()

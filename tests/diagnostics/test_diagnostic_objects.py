@@ -15,7 +15,7 @@ import pytest
 
 import opdgeo
 import planted
-from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, Settings, Value, diagnostics, of_runs, of_trajectories
+from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, Settings, Value, diagnostics, of_pairs, of_runs, of_trajectories
 from opdgeo.report.page import _formula
 
 PACKAGE = Path(opdgeo.__file__).parent
@@ -37,9 +37,9 @@ def test_every_diagnostic_tells_a_reader_what_it_is(name: str) -> None:
     assert all(any(v == start or v.startswith(start) for v in names) for start in d.charted)
 
 
-def test_the_scopes_are_those_of_updates_trajectories_and_runs() -> None:
-    assert [*diagnostics(), *of_trajectories(), *of_runs()] == sorted(
-        DIAGNOSTICS, key=lambda name: ["update", "trajectory", "run"].index(DIAGNOSTICS[name].scope)
+def test_the_scopes_are_those_of_updates_trajectories_pairs_and_runs() -> None:
+    assert [*diagnostics(), *of_trajectories(), *of_pairs(), *of_runs()] == sorted(
+        DIAGNOSTICS, key=lambda name: ["update", "trajectory", "pair", "run"].index(DIAGNOSTICS[name].scope)
     )
     assert all(DIAGNOSTICS[d.of or ""].pair for d in of_runs().values())
 
@@ -49,7 +49,7 @@ OWN_WORDS = {"channel.py": {"stable_rank"}, "signals.py": {"effective_rank"}, "l
 
 
 def test_nothing_else_names_a_diagnostic() -> None:
-    along = "|".join(map(re.escape, [*of_trajectories(), *of_runs()]))
+    along = "|".join(map(re.escape, [*of_trajectories(), *of_pairs(), *of_runs()]))
     for file in (f for part in OUTSIDE for f in (PACKAGE / part).rglob("*") if f.suffix in (".py", ".j2")):
         text = file.read_text(encoding="utf-8")
         assert not re.search(along, text), file

@@ -27,12 +27,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("--roles", "q_proj,o_proj", "--rank", 8, "--no-report", "-o", "update")
     done = run_opdgeo("track", ASSETS / "base", "run", *options, cwd=where)
     assert done.returncode == 0, done.stderr
+    shutil.copytree(ASSETS / "teacher", where / "again")  # two updates that are the same
+    done = run_opdgeo(
+        "relate",
+        ASSETS / "base",
+        ASSETS / "teacher",
+        "again",
+        "--roles",
+        "q_proj",
+        "--no-report",
+        "-o",
+        "related",
+        cwd=where,
+    )
+    assert done.returncode == 0, done.stderr
     return where
 
 
-def table(title: str) -> dict[str, list[str]]:
-    """The first table below the heading `title`: the name in the first column, and the other cells."""
+def table(title: str, head: str = "") -> dict[str, list[str]]:
+    """The first table below the heading `title`, or the one whose first column has the head `head`: the name in the first column,
+    and the other cells."""
     section = PAGE.read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    section = section.split(f"| {head} |")[1] if head else section
     rows: dict[str, list[str]] = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -52,6 +68,39 @@ def test_every_column_is_described_with_its_type_and_where_it_may_be_null(folder
     }
     never = [column for column, cells in described.items() if cells[2].startswith("never")]
     assert {column: data[column].null_count() for column in never} == dict.fromkeys(never, 0)
+
+
+@pytest.mark.parametrize("name", ["measurements.parquet", "curves.parquet"])
+def test_the_columns_of_pairs_are_described(folder: Path, name: str) -> None:
+    data = pl.read_parquet(folder / "related" / name)
+    more = {column: cells[0] for column, cells in table("measurements.parquet", "column of `relate`").items()}
+    described = {column: cells[0] for column, cells in table(name).items()} | more
+    assert {column: str(kind) for column, kind in data.schema.items()} == described
+    assert data.columns[1] == "other"
+    never = [column for column, cells in table(name).items() if cells[2].startswith("never")]
+    assert {column: data[column].null_count() for column in never} == dict.fromkeys(never, 0)
+    text = PAGE.read_text()
+    for column in {"diagnostic", "curve"} & set(data.columns):
+        assert all(f"`{value}`" in text for value in data[column].unique())
+
+
+def test_the_keys_of_pairs_are_described_with_their_types(folder: Path) -> None:
+    summary, run = (json.loads((folder / "related" / f"{name}.json").read_text()) for name in ("summary", "run"))
+    assert isinstance(run["pairs"], int) and run.keys() - table("run.json").keys() == set()
+    known = {name.removeprefix("checkpoints[]."): cells[0] for name, cells in table("summary.json").items()}
+    known |= {name: cells[0] for name, cells in table("summary.json", "key of a pair").items()}
+    known = {name: of for name, of in known.items() if name not in ("checkpoints", "pairs", "locking")}
+    found = {
+        path: value
+        for one in summary["pairs"]
+        for path, value in keys(one)
+        if not path.startswith("diagnostics[].roles.")
+    }
+    assert found.keys() - {"diagnostics"} <= known.keys()
+    for one in summary["pairs"]:
+        for path, value in keys(one):
+            assert path not in known or value is None or kind(value) == known[path], path
+    assert {path for path in known if path.startswith("diagnostics[].together")} <= found.keys()
 
 
 def test_every_diagnostic_and_variant_is_described(folder: Path) -> None:
@@ -93,7 +142,7 @@ def test_every_key_is_described_with_its_type(folder: Path, name: str) -> None:
             continue  # a list that the page describes by its items
         assert path in described, f"{name} holds {path}, which docs/data.md does not describe"
         assert value is None or kind(value) == described[path][0], path
-    absent = set(described) - {path for path, _ in found}
+    absent = set(described) - {path for path, _ in found} - {"pairs"}  # which a trajectory has not
     assert not absent, f"docs/data.md describes {absent}, which {name} does not hold"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import opdgeo.numerics
 from opdgeo.errors import NumericsError
 from opdgeo.numerics import spectra
-from opdgeo.numerics.operators import DenseMatrix, Difference, LowRankMatrix, MatrixOperator
+from opdgeo.numerics.operators import DenseMatrix, Difference, LowRankMatrix, MatrixOperator, inner_products
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import spectrum, truncated_svd
 from opdgeo.numerics.subspaces import largest_rank, principal_angles
@@ -143,3 +143,23 @@ def test_the_examples_of_the_numerics_run() -> None:
         assert result.failed == 0, info.name
         tried += result.attempted
     assert tried >= 10
+
+
+@pytest.mark.parametrize("first", [dense, difference, low_rank])
+@pytest.mark.parametrize("second", [dense, difference, low_rank])
+def test_inner_products_are_those_of_the_entries(
+    first: Callable[[], tuple[MatrixOperator, Tensor]],
+    second: Callable[[], tuple[MatrixOperator, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opdgeo.numerics.operators.CACHED", 5 * COLS)  # several blocks of rows
+    (one, a), (two, b) = first(), second()
+    inner, own, other = inner_products(one, two)
+    expected = float((a * b).sum() / torch.linalg.vector_norm(a) / torch.linalg.vector_norm(b))
+    assert math.isclose(inner, expected, rel_tol=1e-12, abs_tol=1e-14)
+    assert math.isclose(own, 1, rel_tol=1e-13) and math.isclose(other, 1, rel_tol=1e-13)
+    for operator, matrix in ((one, a), (two, b)):
+        found = operator.structured_inner(two)
+        assert found is None or math.isclose(found, float((matrix * b).sum()), rel_tol=1e-12, abs_tol=1e-13)
+    same = inner_products(one, first()[0])
+    assert same[0] == same[1] == same[2]

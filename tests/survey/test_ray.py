@@ -117,6 +117,16 @@ def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster: Any, run_folder: 
 
 
 @pytest.mark.needs("ray")
+def test_pairs_on_a_cluster_are_the_bytes_of_the_local_engine(cluster: Any, run_folder: Path, tmp_path: Path) -> None:
+    arguments = ("relate", "base", "run/step-000010", "run/step-000020", *OPTIONS)
+    for out, engine in (("here", ()), ("there", ("--engine", "ray", "--ray-address", cluster.address))):
+        done = run_opdgeo(*arguments, "-o", tmp_path / out, *engine, cwd=run_folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for file in FILES:
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+
+
+@pytest.mark.needs("ray")
 def test_an_error_on_a_worker_reaches_the_user(cluster: Any, tmp_path: Path) -> None:
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()

@@ -72,23 +72,29 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     format: str = "safetensors"
     repository: str = ""  # the name by which it was fetched from the hub
+    alias: str = ""  # its name beside another checkpoint whose folder has the same
 
     @property
     def name(self) -> str:
         """The folder's name, as it stands in the `checkpoint` column; of `global_step_10/actor`, `global_step_10`."""
+        return self.alias or self.names[-1]
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the folders above, from the top, and its own."""
         if self.repository:
-            return self.repository.partition("/")[2]
+            return self.repository.split("/", 1)
         path = self.path.resolve()
         if path.is_file():
-            return printable(path.stem)
+            return [printable(part) for part in (*path.parts[1:-1], path.stem)]
         while path.name in PLACES and any(step_of(p.name) is not None for p in path.parents[:2]):
             path = path.parent
-        return printable(path.name)
+        return [printable(part) for part in path.parts[1:]] or [""]
 
     @property
     def step(self) -> int | None:
         """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
-        return step_of(self.name.rpartition("@")[2])
+        return step_of(self.names[-1].rpartition("@")[2])
 
     @property
     def place(self) -> str:

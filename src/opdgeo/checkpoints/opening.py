@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from opdgeo.checkpoints import hub, huggingface
 from opdgeo.checkpoints.adapter import open_adapter
 from opdgeo.checkpoints.checkpoint import ADAPTER, Checkpoint, find_weights, open_weights, step_folders, step_of
 from opdgeo.checkpoints.delta import is_delta, open_version
-from opdgeo.errors import CheckpointError, printable
+from opdgeo.errors import CheckpointError, ConfigError, printable
 
 
 def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpoint:
@@ -84,6 +85,20 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
             f"two checkpoints are both named {twice[0]}; rename a folder so that each has its own name."
         )
     return opened
+
+
+def tell_apart(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints with names that differ: a folder's own, and where two have the same, with those above as far as they are needed.
+
+    Raises:
+        ConfigError: one is there twice.
+    """
+    for length in range(1, max(len(c.names) for c in checkpoints) + 1):
+        named = ["/".join(c.names[-length:]) for c in checkpoints]
+        if len(set(named)) == len(named):
+            return [replace(c, alias="" if length == 1 else name) for c, name in zip(checkpoints, named, strict=True)]
+    twice = next(name for name in named if named.count(name) > 1)
+    raise ConfigError(f"{twice} is given twice; expected different updates. Leave one out.")
 
 
 def _is_text(name: str) -> bool:

@@ -9,18 +9,32 @@ import argparse
 import sys
 from typing import NoReturn
 
-from opdgeo.commands import cache, channel, compare, demo, evaluate, explain, report, reproduce, signals, track, train
+from opdgeo.commands import (
+    cache,
+    channel,
+    compare,
+    demo,
+    evaluate,
+    explain,
+    relate,
+    report,
+    reproduce,
+    signals,
+    track,
+    train,
+)
 from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
 from opdgeo.commands.streams import forgiving_output
 from opdgeo.errors import OpdgeoError
 
-COMMANDS = (demo, compare, track, train, evaluate, reproduce, signals, channel, cache, report, explain)
+COMMANDS = (demo, compare, track, relate, train, evaluate, reproduce, signals, channel, cache, report, explain)
 
 EPILOG = """\
 examples:
   opdgeo demo
   opdgeo compare Qwen3-8B-Base/ my-sft-run/checkpoint-500 -o update
   opdgeo track anchor/ runs/opd -o trajectory
+  opdgeo relate anchor/ runs/sft/step-000100 runs/opd/step-000100 -o alike
   opdgeo train opd --steps 100 -o runs/opd
   opdgeo reproduce --seeds 3 -o study
 

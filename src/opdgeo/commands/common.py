@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # --help imports no torch
 DONE, BUG, REFUSED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
-def survey_options(command: argparse.ArgumentParser) -> None:
-    """The options of every command that measures checkpoints."""
+def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) -> None:
+    """The options of every command that measures checkpoints; `factors`: also those of what compares with the base's factors."""
     command.add_argument(
         "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: opdgeo-out)"
     )
@@ -26,14 +26,16 @@ def survey_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--roles", default="all", help="attention, mlp, all or role names such as q_proj,o_proj (default: all)"
     )
-    command.add_argument("--rank", type=int, default=512, help="rank of the principal subspaces (default: 512)")
+    if factors:
+        command.add_argument("--rank", type=int, default=512, help="rank of the principal subspaces (default: 512)")
     command.add_argument("--top-k", type=int, default=16, help="singular triplets of the update (default: 16)")
-    command.add_argument(
-        "--mask-rank", type=int, default=64, help="rank behind the principal mask and energy (default: 64)"
-    )
-    command.add_argument(
-        "--mask-share", default="0.5,0.3", help="mask sizes as shares of the entries (default: 0.5,0.3)"
-    )
+    if factors:
+        command.add_argument(
+            "--mask-rank", type=int, default=64, help="rank behind the principal mask and energy (default: 64)"
+        )
+        command.add_argument(
+            "--mask-share", default="0.5,0.3", help="mask sizes as shares of the entries (default: 0.5,0.3)"
+        )
     command.add_argument(
         "--eta", type=float, default=1e-3, help="relative tolerance of an unchanged entry (default: 1e-3)"
     )
@@ -43,9 +45,10 @@ def survey_options(command: argparse.ArgumentParser) -> None:
         default=4,
         help="null updates drawn per matrix where no closed form serves; 0 for no nulls (default: 4)",
     )
-    command.add_argument(
-        "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
-    )
+    if factors:
+        command.add_argument(
+            "--null", choices=("gaussian", "shuffled"), default="gaussian", help="null model (default: gaussian)"
+        )
     command.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="where matrices are measured (default: local)"
     )
@@ -67,13 +70,17 @@ def survey_options(command: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> Settings:
     """The settings that the options name."""
+    from dataclasses import fields
+
     from opdgeo.diagnostics import Settings
 
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     try:
-        shares = tuple(float(x) for x in args.mask_share.split(","))
+        if "mask_share" in given:
+            given["mask_share"] = tuple(float(x) for x in args.mask_share.split(","))
     except ValueError:
         raise ConfigError(f"--mask-share is {args.mask_share!r}; expected numbers such as 0.5,0.3.") from None
-    return Settings(args.rank, args.top_k, args.mask_rank, shares, args.eta, args.nulls, args.null)
+    return Settings(**given)
 
 
 def execution(args: argparse.Namespace) -> Execution:
@@ -110,7 +117,12 @@ def finish(args: argparse.Namespace, result: Result) -> int:
     result.save(args.out)
     for remark in result.run["remarks"]:
         print(f"note: {clean(remark)}")
-    print_summary(result.summary)
+    if "pairs" in result.summary:
+        from opdgeo.report.pairs import print_pairs
+
+        print_pairs(result.summary)
+    else:
+        print_summary(result.summary)
     if reused := result.run["reused"]:
         print(f"taken over from an earlier run into {args.out}: {', '.join(reused)}")
     pairing = result.run["pairing"]

@@ -12,6 +12,7 @@ from opdgeo.errors import ConfigError
 SCOPES = {
     "update": "of one update, matrix by matrix",
     "trajectory": "of one matrix at all checkpoints of a run",
+    "pair": "of two updates of one base, matrix by matrix",
     "run": "of a whole run",
 }
 

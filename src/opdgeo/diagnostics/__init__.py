@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from opdgeo.diagnostics.diagnostic import Diagnostic, Settings, Value
 
 if TYPE_CHECKING:
-    from opdgeo.diagnostics.kinds import OfRun, OfTrajectory, OfUpdate
+    from opdgeo.diagnostics.kinds import OfPair, OfRun, OfTrajectory, OfUpdate
+    from opdgeo.diagnostics.pair import Pair
     from opdgeo.diagnostics.trajectory import Point, Trajectory
     from opdgeo.diagnostics.update import Base, Update
 
@@ -31,6 +32,13 @@ NAMES = (
     "channel_energy",
     "locking",
     "bound_ratio",
+    "update_cosine",
+    "update_multiple",
+    "sign_agreement",
+    "visible_jaccard",
+    "visible_lift",
+    "shared_subspace",
+    "shared_channel",
 )
 CURVES = ("sigma_base", "sigma_tuned", "sigma_update", "angle_left", "angle_right")
 """The order of the curves in the data file. Other curves follow in the order of their diagnostics."""
@@ -53,12 +61,17 @@ def of_trajectories() -> dict[str, OfTrajectory]:
     return cast("dict[str, OfTrajectory]", _of_scope("trajectory"))
 
 
+def of_pairs() -> dict[str, OfPair]:
+    """Every diagnostic that compares two updates of one base."""
+    return cast("dict[str, OfPair]", _of_scope("pair"))
+
+
 def of_runs() -> dict[str, OfRun]:
     """Every diagnostic of the table of a whole run."""
     return cast("dict[str, OfRun]", _of_scope("run"))
 
 
-_WITH_TORCH = {"Base": "update", "Update": "update", "Point": "trajectory", "Trajectory": "trajectory"}
+_WITH_TORCH = {"Base": "update", "Update": "update", "Point": "trajectory", "Trajectory": "trajectory", "Pair": "pair"}
 
 
 def __getattr__(name: str) -> Any:
@@ -73,12 +86,14 @@ __all__ = [
     "NAMES",
     "Base",
     "Diagnostic",
+    "Pair",
     "Point",
     "Settings",
     "Trajectory",
     "Update",
     "Value",
     "diagnostics",
+    "of_pairs",
     "of_runs",
     "of_trajectories",
 ]

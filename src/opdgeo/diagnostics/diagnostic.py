@@ -10,17 +10,20 @@ and the page; the functions that compute import what they need.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from opdgeo.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from opdgeo.numerics.spectra import Spectrum
 
 PAPER = "arXiv 2606.07082"
 UNMOVED = "the matrix did not move"
+ONE_UNMOVED = "one of the two updates did not move"
 NO_VISIBLE = "no entry moved visibly in bf16"
 
 Null = dict[str, tuple[float, float]]
@@ -175,6 +178,33 @@ class Panel:
     rank: Callable[[str], int | None]
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """Arrays over the matrices of a pair, (n,) each; 0 in all of them but `value` where a matrix was skipped.
+
+    Attributes:
+        value: the diagnostic's; 0 where it has none.
+        known: 1 where it has one, else 0.
+        norm, other: ‖ΔW‖_F of the first update and of the second.
+        visible, visible_other, both: how many entries each moved visibly, and both; or are expected to under the null.
+        entries: of the matrix.
+    """
+
+    value: np.ndarray
+    known: np.ndarray
+    norm: np.ndarray
+    other: np.ndarray
+    visible: np.ndarray
+    visible_other: np.ndarray
+    both: np.ndarray
+    entries: np.ndarray
+
+
+def share_of(part: np.ndarray, whole: float) -> np.ndarray:
+    """`part` over `whole`; zeros where that is 0."""
+    return part / whole if whole > 0 else part * 0
+
+
 Subject = TypeVar("Subject")
 Found = TypeVar("Found")
 Against = TypeVar("Against")
@@ -186,8 +216,9 @@ class Diagnostic(Generic[Subject, Found, Against]):
 
     What it is:
         name: in the tables and files.
-        scope: what it is measured of. "update": one ΔW. "trajectory": one matrix at all checkpoints of a run. "run": the
-            table of all matrices and checkpoints; it adds no rows and stands under its name in `summary.json`.
+        scope: what it is measured of. "update": one ΔW. "trajectory": one matrix at all checkpoints of a run. "pair": two updates
+            of one matrix. "run": the table of all matrices and checkpoints; it adds no rows and stands under its name in
+            `summary.json`.
         unit: "share" (shown in per cent), "degrees" or "number".
         weighting: how its mean over matrices is taken: every matrix counts once, or as often as it has entries.
         reads: the settings that its values depend on. Whatever asks for W₀'s or W₊'s spectrum reads `rank` and `mask_rank`;
@@ -197,7 +228,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
         null: mean and standard deviation of each variant under the null model, in closed form or from draws that need no
             large matrix. What it leaves out is sampled: drawn as a matrix and measured like a real update. The null of an
             update is an isotropic Gaussian ΔW of the same Frobenius norm; that of a trajectory is a walk of independent
-            increments.
+            increments; that of a pair, always in closed form, two independent isotropic ones.
 
     What a reader is told, in plain text (`_x` and `_{xy}` are subscripts, `^x` and `^{xy}` superscripts):
         title, formula, meaning, caveat, source.
@@ -205,6 +236,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     How it is shown:
         log: on a logarithmic axis.
         size: it is the size of the update itself, which the null has by construction.
+        around_zero: its values lie on both sides of 0, where its null lies.
         label: a variant in words.
         listed: whether tables show a variant. The data files hold all.
         charted: the variants, by their beginnings, that have a map over layers and a chart over steps.
@@ -220,11 +252,14 @@ class Diagnostic(Generic[Subject, Found, Against]):
         of: a run's: the diagnostic that it is computed from.
         answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
             None where it has nothing to say.
+        directed: a pair's: it tells the two updates apart, and is measured both ways.
+        weights: a pair's: what each matrix counts, so that the weighted sum of its values is the value of all matrices together;
+            None where there is no such value.
         since: a run's: the step from which a curve of `of` stays at or above a threshold; for the live monitor.
     """
 
     name: str
-    scope: Literal["update", "trajectory", "run"]
+    scope: Literal["update", "trajectory", "pair", "run"]
     unit: Literal["share", "degrees", "number"] = "number"
     weighting: Literal["matrices", "entries"] = "matrices"
     reads: tuple[str, ...] = ()
@@ -240,6 +275,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
 
     log: bool = False
     size: bool = False
+    around_zero: bool = False
     label: Callable[[str], str] = _as_it_is
     listed: Callable[[str], bool] = _every
     charted: tuple[str, ...] = ()
@@ -248,15 +284,17 @@ class Diagnostic(Generic[Subject, Found, Against]):
     live: tuple[Live, ...] = ()
     panels: tuple[Panel, ...] = ()
 
-    curves: Mapping[str, Callable[[Subject], list[float] | None]] = field(default_factory=dict)
+    curves: Mapping[str, Callable[[Subject], Sequence[float | None] | None]] = field(default_factory=dict)
     directions: Callable[[Settings], int] | None = None
     at_the_end: bool = False
     pair: Callable[[Spectrum | None, Spectrum | None, int], Value] | None = None
     of: str | None = None
     answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
     since: Callable[[list[int], list[float | None], float], int | None] | None = None
+    directed: bool = False
+    weights: Callable[[Matrices], np.ndarray] | None = None
 
     @property
     def ratio(self) -> bool:
-        """Whether two of its values are compared by their ratio. Shares of something are compared by their difference."""
-        return self.unit != "share" or self.size
+        """Whether two of its values are compared by their ratio. Shares, and what lies around 0, are compared by their difference."""
+        return self.size or (self.unit != "share" and not self.around_zero)

@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from opdgeo.diagnostics.diagnostic import (
+    ONE_UNMOVED,
     PAPER,
     Diagnostic,
     Live,
@@ -80,7 +81,7 @@ def similarity(
     import torch
 
     if first is None or second is None:
-        return undefined("one of the two updates did not move")
+        return undefined(ONE_UNMOVED)
     for of in (first, second):
         if problem := unresolved(of, k, side):
             return undefined(problem)

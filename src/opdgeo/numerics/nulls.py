@@ -53,7 +53,13 @@ def shuffled(delta: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def visible_probability(weights: Tensor, scale: float) -> Tensor:
-    """P[bf16(w + g) ≠ bf16(w)] for g ~ N(0, scale²), of every entry, float64.
+    """P[bf16(w + g) ≠ bf16(w)] for g ~ N(0, scale²), of every entry, float64; the arguments are those of `leaving`."""
+    outward, inward = leaving(weights, scale)
+    return outward + inward
+
+
+def leaving(weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """P[bf16(w + g) is larger than bf16(w)] and P[it is smaller] for g ~ N(0, scale²) and |w| in place of w, of every entry, float64.
 
     w + g stays in w's bf16 cell when it lies between the midpoints to the two neighbouring bf16 numbers.
 
@@ -63,19 +69,20 @@ def visible_probability(weights: Tensor, scale: float) -> Tensor:
     """
     if weights.dtype == torch.bfloat16:  # one value for each of 2¹⁵ magnitudes
         every = torch.arange(1 << 15, dtype=torch.int32, device=weights.device).to(torch.int16).view(torch.bfloat16)
-        table = _leaves(every.double(), every, scale)
-        return table[(weights.contiguous().view(torch.int16) & 0x7FFF).long()]
+        place = (weights.contiguous().view(torch.int16) & 0x7FFF).long()
+        outward, inward = _leaves(every.double(), every, scale)
+        return outward[place], inward[place]
     return _leaves(weights.double().abs(), to_bf16(weights).abs(), scale)
 
 
-def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> Tensor:
-    """P[|w| + g rounds to another bf16 number than `cell`, which |w| rounds to], elementwise."""
+def _leaves(magnitude: Tensor, cell: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """P[|w| + g rounds to a larger bf16 number than `cell`, which |w| rounds to] and P[to a smaller one], elementwise."""
     bits = cell.contiguous().view(torch.int16)
     above = (bits + 1).view(torch.bfloat16).double()
     below = torch.where(bits > 0, (bits - 1).clamp(min=0).view(torch.bfloat16).double(), -above)
     here, root = cell.double(), math.sqrt(2) * scale
     up, down = (here + above) / 2 - magnitude, magnitude - (here + below) / 2
-    return (torch.erfc(up / root) + torch.erfc(down / root)) / 2
+    return torch.erfc(up / root) / 2, torch.erfc(down / root) / 2
 
 
 def top_singular_values(rows: int, cols: int, norm: float, k: int, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,6 +117,20 @@ def energy_share(inside: float, total: float) -> tuple[float, float]:
     """
     share = inside / total
     return share, math.sqrt(share * (1 - share) / (total / 2 + 1))
+
+
+def independent_similarity(dimension: int, k: int) -> tuple[float, float]:
+    """Mean and standard deviation of ‖VᵀW‖_F² / k for two independent, uniformly random k-dimensional subspaces.
+
+    The first two moments of tr(PQ) of a fixed and a random projection.
+
+    >>> independent_similarity(4, 4), independent_similarity(4, 1)[0]
+    ((1.0, 0.0), 0.25)
+    """
+    if k >= dimension:
+        return 1.0, 0.0
+    n = dimension
+    return k / n, (n - k) / n * math.sqrt(2 / ((n - 1) * (n + 2)))
 
 
 @lru_cache(maxsize=256)

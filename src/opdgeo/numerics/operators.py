@@ -27,7 +27,7 @@ class MatrixOperator(Protocol):
     Laws, for a `dense()` matrix M and any X of fitting shape, within rounding:
         `op @ X` is M X; `op.T.dense()` is Mᵀ; `torch.cat(list(op.row_blocks()))` is M; `op.norm` is ‖M‖_F;
         `op.onto(U, V)` is (Uᵀ M, M V); `op.gram_product(X)` is Mᵀ M X; `op.normalised().dense()` is M / ‖M‖_F in float32;
-        `op.structured_svd(k)` is None or the leading triplets of M.
+        `op.structured_svd(k)` is None or the leading triplets of M; `op.structured_inner(N)` is None or ⟨M, N⟩.
     """
 
     @property
@@ -72,6 +72,10 @@ class MatrixOperator(Protocol):
 
     def structured_svd(self, k: int) -> Spectrum | None:
         """At least the top k triplets where the structure of the matrix gives them at once; else None."""
+        ...
+
+    def structured_inner(self, other: MatrixOperator) -> float | None:
+        """⟨M, N⟩ = Σ M_ij N_ij with a matrix of the same shape, where the structure of this one spares its entries; else None."""
         ...
 
 
@@ -132,6 +136,9 @@ class DenseMatrix:
         return DenseMatrix((self.matrix / self.norm).float())
 
     def structured_svd(self, k: int) -> Spectrum | None:
+        return None
+
+    def structured_inner(self, other: MatrixOperator) -> float | None:
         return None
 
 
@@ -214,6 +221,9 @@ class Difference:
     def structured_svd(self, k: int) -> Spectrum | None:
         return None
 
+    def structured_inner(self, other: MatrixOperator) -> float | None:
+        return None
+
 
 class LowRankMatrix:
     """left rightᵀ, a (rows, cols) matrix of rank r that is never formed.
@@ -271,6 +281,35 @@ class LowRankMatrix:
         turn, sigma, back = torch.linalg.svd(first @ second.T, full_matrices=False)
         left, right = (outer @ turn)[:, :k].contiguous(), (inner @ back.T)[:, :k].contiguous()
         return Spectrum(sigma, left, right, self.error, "factors", torch.full_like(sigma, self.error), self.error)
+
+    def structured_inner(self, other: MatrixOperator) -> float:
+        """⟨L Rᵀ, N⟩ = ⟨L, N R⟩."""
+        return float((self.left * (other @ self.right)).sum())
+
+
+def inner_products(first: MatrixOperator, second: MatrixOperator) -> tuple[float, float, float]:
+    """⟨A, B⟩, ⟨A, A⟩ and ⟨B, B⟩ of A/‖A‖_F and B/‖B‖_F, two (rows, cols) matrices that are not zero and not sharded.
+
+    The three are the same sums of the same products, so that they are equal to the last bit where A and B are. A factor is never
+    multiplied out; two matrices of entries are read a block of rows at a time.
+
+    >>> a = DenseMatrix(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    >>> [round(x, 12) for x in inner_products(a, DenseMatrix(torch.tensor([[0.0, 2.0]], dtype=torch.float64)))]
+    [0.8, 1.0, 1.0]
+    """
+    inner = first.structured_inner(second)
+    if inner is None:
+        inner = second.structured_inner(first)
+    if inner is not None:
+        squares = [(one.structured_inner(one), one.norm) for one in (first, second)]
+        own = [1.0 if square is None else square / norm / norm for square, norm in squares]
+        return inner / first.norm / second.norm, own[0], own[1]
+    sums = [0.0, 0.0, 0.0]
+    for a, b in zip(first.row_blocks(), second.row_blocks(), strict=True):
+        a, b = a / first.norm, b / second.norm
+        for place, (x, y) in enumerate(((a, b), (a, a), (b, b))):
+            sums[place] += float((x * y).sum())
+    return sums[0], sums[1], sums[2]
 
 
 def _rows_of_block(cols: int) -> int:

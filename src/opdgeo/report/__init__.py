@@ -11,13 +11,17 @@ def write_report(out: Path, figures: bool = False) -> Path:
     Raises:
         ConfigError: a data file is missing or damaged.
     """
-    from opdgeo.report import signals
+    from opdgeo.report import pairs_page, signals
     from opdgeo.report.charts import save, write_whole
     from opdgeo.report.data import load
     from opdgeo.report.page import build
 
     out = Path(out)
-    page, charts = signals.build(out) if (out / signals.TABLE).is_file() else build(load(out))
+    if (out / signals.TABLE).is_file():
+        page, charts = signals.build(out)
+    else:
+        results = load(out)
+        page, charts = pairs_page.build(results) if results.kind == "relate" else build(results)
     if figures:
         for chart in charts:
             save(chart, out / "figures")

@@ -25,7 +25,8 @@ class Results:
     """Everything the page may show.
 
     `summary` is the list under `checkpoints` of summary.json; `claims` is None except for `reproduce`;
-    `logs` maps a folder under arms/ to its rows, in file order; `whole` maps a diagnostic of whole runs to its list in summary.json.
+    `logs` maps a folder under arms/ to its rows, in file order; `whole` maps a diagnostic of whole runs to its list in summary.json;
+    `pairs` is the list of pairs of updates there, empty where none were compared.
     """
 
     measurements: pl.DataFrame
@@ -35,10 +36,13 @@ class Results:
     claims: dict[str, Any] | None = None
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     whole: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        """reproduce (several arms), track (several checkpoints of one run) or compare (one update)."""
+        """relate (pairs of updates), reproduce (several arms), track (several checkpoints of one run) or compare (one update)."""
+        if self.pairs:
+            return "relate"
         if self.claims is not None:
             return "reproduce"
         return "track" if len(self.summary) > 1 else "compare"
@@ -83,7 +87,7 @@ def load(out: Path) -> Results:
         claims = claims_of(_json(out / "claims.json"), out / "claims.json")
         for arm in sorted(p for p in (out / "arms").glob("*") if p.is_dir() and not p.name.startswith(".")):
             logs[arm.name] = _lines(arm / "log.jsonl")
-    return Results(measurements, curves, summary, run, claims, logs, whole)
+    return Results(measurements, curves, summary, run, claims, logs, whole, pairs_of(stored, out / "summary.json"))
 
 
 def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,13 +120,29 @@ def summary_of(data: Any, path: Path) -> list[dict[str, Any]]:
     if not isinstance(checkpoints, list) or not checkpoints:
         raise _broken(path, "no list of checkpoints", '{"checkpoints": [...]} with at least one')
     for one in checkpoints:
-        if not isinstance(one, dict) or not isinstance(one.get("checkpoint"), str):
-            raise _broken(path, "a checkpoint without a name", 'a string under "checkpoint"')
-        rows = one.get("diagnostics")
-        needed = ("diagnostic", "variant", "mean", "computed", "total", "null")
-        if not isinstance(rows, list) or any(not isinstance(r, dict) or any(k not in r for k in needed) for r in rows):
-            raise _broken(path, f"{one['checkpoint']!r} without its diagnostics", "rows with " + ", ".join(needed))
+        _check_diagnostics(one, path)
     return checkpoints
+
+
+def pairs_of(data: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The pairs of updates in a summary, none where there are none; ConfigError for another shape."""
+    pairs = data.get("pairs", [])
+    if not isinstance(pairs, list):
+        raise _broken(path, f"{type(pairs).__name__} under pairs", "a list")
+    for one in pairs:
+        _check_diagnostics(one, path, "together")
+        if not isinstance(one.get("other"), str):
+            raise _broken(path, "a pair without the name of the other", 'a string under "other"')
+    return pairs
+
+
+def _check_diagnostics(one: Any, path: Path, *more: str) -> None:
+    if not isinstance(one, dict) or not isinstance(one.get("checkpoint"), str):
+        raise _broken(path, "a checkpoint without a name", 'a string under "checkpoint"')
+    rows = one.get("diagnostics")
+    needed = ("diagnostic", "variant", "mean", "computed", "total", "null", *more)
+    if not isinstance(rows, list) or any(not isinstance(r, dict) or any(k not in r for k in needed) for r in rows):
+        raise _broken(path, f"{one['checkpoint']!r} without its diagnostics", "rows with " + ", ".join(needed))
 
 
 def whole_runs(data: Any, path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -159,7 +179,7 @@ def _broken(path: Path, arrived: str, expected: str) -> ConfigError:
 def _missing(path: Path) -> ConfigError:
     return ConfigError(
         f"{path} is missing; expected the data files of a finished run. "
-        "Check the folder, or run `opdgeo compare`, `track` or `reproduce` again with the same -o."
+        "Check the folder, or run `opdgeo compare`, `track`, `relate` or `reproduce` again with the same -o."
     )
 
 

@@ -84,10 +84,15 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "seeds": (results.claims or {}).get("seeds") or [],
         "readings": READINGS,
     }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
+    return environment().from_string(_resource("page.html.j2")).render(
+        context, style=Markup(_resource("style.css"))
+    ), made.all
+
+
+def environment() -> jinja2.Environment:
+    """What turns a template into a page: everything is text unless it was made here."""
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {
         "num": _shown,
         "interval": _interval,
         "clean": clean,
@@ -100,9 +105,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "said": lambda part: clean(part) if isinstance(part, str) else _shown(*part),
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    return environment.from_string(_resource("page.html.j2")).render(
-        context, style=Markup(_resource("style.css"))
-    ), made.all
+    return made
 
 
 def _resource(name: str) -> str:

@@ -92,8 +92,11 @@ def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Find
 
 
 def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic, Finding | None]]:
-    """The diagnostics of the first lines with their rows, the size of the update first; None for one that is not there."""
-    named = [(d, d.headline) for d in sorted(DIAGNOSTICS.values(), key=lambda d: not d.size)]
+    """The diagnostics of the first lines with their rows, the size of the update first; None for one that is not there. Of a pair of
+    updates, those of pairs."""
+    scope = "pair" if "other" in checkpoint else "update"
+    ordered = sorted((d for d in DIAGNOSTICS.values() if d.scope == scope), key=lambda d: not d.size)
+    named = [(d, d.headline) for d in ordered]
     return [(d, find(checkpoint, d.name, headline.variant)) for d, headline in named if headline]
 
 

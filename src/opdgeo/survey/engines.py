@@ -104,7 +104,7 @@ def cpu_cores() -> int:
 
 
 def _size(job: Job, matrix: Matrix) -> int:
-    return working_set(matrix, [job.base, *job.checkpoints], job.settings)
+    return working_set(matrix, [job.base, *job.checkpoints], job.settings, pairs=job.pairs)
 
 
 @contextmanager

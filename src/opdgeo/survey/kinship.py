@@ -31,13 +31,15 @@ def remarks(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> list[str]:
             found.setdefault(
                 "siblings",
                 f"{base.name} and {tuned.name} were both trained from {origin}: what is measured is the difference between the "
-                f"two, not the update of either. For that: opdgeo compare {origin} {tuned.path}",
+                f"two, not the update of either. For that: opdgeo compare {origin} {tuned.path}; for how alike the two are: "
+                f"opdgeo relate {origin} {base.path} {tuned.path}",
             )
         elif base.step is not None and tuned.step is not None:
             found.setdefault(
                 "siblings",
                 f"{base.name} and {tuned.name} are checkpoints of two runs, {_run(base)} and {_run(tuned)}: what is measured is "
-                "the difference between the two, not the update of either. For that, give the checkpoint that a run started from.",
+                "the difference between the two, not the update of either. For that, give the checkpoint that a run started from; "
+                "opdgeo relate compares the updates of several.",
             )
     return list(found.values())
 

@@ -1,10 +1,10 @@
-"""One matrix through all checkpoints: diagnostics, nulls, curves. No formulas, no files, no diagnostic by name."""
+"""One matrix through all checkpoints, or every pair of them: diagnostics, nulls, curves. No formulas, no files, no diagnostic by name."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ from opdgeo.diagnostics import (
     DIAGNOSTICS,
     Base,
     Diagnostic,
+    Pair,
     Point,
     Settings,
     Trajectory,
     Update,
     Value,
     diagnostics,
+    of_pairs,
     of_trajectories,
 )
 from opdgeo.diagnostics.diagnostic import mean_std, skipped
@@ -30,7 +32,7 @@ from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
-from opdgeo.numerics.spectra import LowRankMatrix
+from opdgeo.numerics.spectra import LowRankMatrix, Spectrum
 from opdgeo.survey.cache import SpectrumCache
 
 Null = dict[tuple[str, str], tuple[float, float]]
@@ -64,8 +66,9 @@ class Kept(Protocol):
 class Job:
     """What is measured of every matrix: plain data, so that it can be sent to another machine.
 
-    `trajectory` compares the checkpoints' update subspaces with each other; `cache` None keeps no factors; `trail` holds
-    what was measured of earlier checkpoints of a run that is still growing.
+    `trajectory` compares the checkpoints' update subspaces with each other; `pairs` compares every two updates, and nothing with
+    the base's factors; `cache` None keeps no factors; `trail` holds what was measured of earlier checkpoints of a run that is
+    still growing.
     """
 
     base: Checkpoint
@@ -75,17 +78,27 @@ class Job:
     device: str = "cpu"
     cache: SpectrumCache | None = None
     trail: Kept | None = None
+    pairs: bool = False
+
+    @property
+    def rows(self) -> list[Diagnostic]:
+        """The diagnostics that have rows."""
+        if self.pairs:
+            return _all(_alone(), of_pairs().values())
+        return _all(diagnostics().values(), of_trajectories().values() if self.trajectory else ())
 
 
-def outdated(known: dict[str, Any] | None, settings: Settings, trajectory: bool) -> tuple[set[str], set[str]]:
-    """The diagnostics whose values, and those whose nulls, are not known yet: they read a setting that changed since `known`.
+def outdated(
+    known: dict[str, Any] | None, settings: Settings, every: Iterable[Diagnostic]
+) -> tuple[set[str], set[str]]:
+    """Those of `every` diagnostic whose values, and whose nulls, are not known yet: they read a setting that changed since `known`.
 
     `known` are the settings of an earlier run, None without one. A null reads what its diagnostic reads, and how nulls are
     drawn.
     """
     now = json.loads(json.dumps(settings.to_json()))
     changed = {name for name, value in now.items() if not known or known.get(name) != value}
-    every = _rows_of(trajectory)
+    every = list(every)
     values = {d.name for d in every if not known or changed.intersection(d.reads)}
     return values, {d.name for d in every} if changed & {"nulls", "null"} else values
 
@@ -104,7 +117,9 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     A matrix with a non-finite entry at some checkpoint is skipped there, and its rows say so.
     """
     settings, base, known = job.settings, job.base, known or Measured()
-    values_of, nulls_of = outdated(known.settings, settings, job.trajectory)
+    if job.pairs:
+        return _measure_pairs(job, matrix, known)
+    values_of, nulls_of = outdated(known.settings, settings, job.rows)
     updates = list(diagnostics().values())
     trajectories = list(of_trajectories().values()) if job.trajectory else []
     along = [d for d in trajectories if not d.at_the_end]
@@ -135,7 +150,7 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
         place = Trajectory(before.shape, settings, steps, index, update)
         reason = blocked or _non_finite(update.weights, checkpoint)
         values: dict[str, dict[str, Value]] = {}
-        curves: dict[str, list[float] | None] = {}
+        curves: dict[str, Sequence[float | None] | None] = {}
         null: Null = {}
         if reason:
             step.finite = False
@@ -155,12 +170,12 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
             with clock("nulls"):
                 null = _null(update, matrix, checkpoint, reading)
                 if settings.nulls:
-                    null |= _walk(place, [d for d in along if d.name in nulls_of])
+                    null |= _closed([d for d in along if d.name in nulls_of], place)
         for d in _all(updates, along):
             found = values[d.name] if d.name in values_of else old.values(checkpoint, d.name)
             step.rows += _rows(checkpoint, matrix, d, found, null if d.name in nulls_of else old.nulls(checkpoint, d))
         for curve, owner in _curves(updates):
-            points = curves.get(curve) if owner in values_of else old.curves.get((checkpoint.name, curve))
+            points = curves.get(curve) if owner in values_of else old.curves.get((checkpoint.name, None, curve))
             if points is not None:
                 at = {"checkpoint": checkpoint.name, "step": checkpoint.step, "matrix": matrix.name}
                 step.curves.append(at | {"curve": curve, "values": points})
@@ -175,42 +190,110 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
             null = old.nulls(checkpoint, d)
             if d.name in nulls_of:
                 with clock("nulls"):
-                    null = _walk(place, [d]) if settings.nulls else {}
+                    null = _closed([d], place) if settings.nulls else {}
             out.rows += _rows(checkpoint, matrix, d, found, null)
     return out
 
 
-def _rows_of(trajectory: bool) -> list[Diagnostic]:
-    """The diagnostics that have rows."""
-    return _all(diagnostics().values(), of_trajectories().values() if trajectory else ())
+def _measure_pairs(job: Job, matrix: Matrix, known: Measured) -> Measured:
+    """Measure `matrix` in every update alone, without W₀'s factors, and in every pair of updates.
+
+    Two updates are in memory at a time, with the leading directions of all.
+    """
+    settings, base = job.settings, job.base
+    values_of, nulls_of = outdated(known.settings, settings, job.rows)
+    alone, pairs = _alone(), list(of_pairs().values())
+    directions = max((d.directions(settings) for d in pairs if d.directions), default=0)
+    spectral = any(d.directions for d in pairs if d.name in values_of)
+    old = _Old(known)
+    out = Measured(settings=settings.to_json(), seconds=dict(known.seconds))
+    clock = _Clock(out.seconds)
+    with clock("read"):
+        before = Base(base.read(matrix).to(job.device), settings)
+    blocked = _non_finite(before.weights, base)
+    spectra: dict[int, Spectrum] = {}
+    reasons: dict[int, str | None] = {}
+
+    def opened(index: int) -> Update:
+        with clock("read"):
+            update = _update(before, job.checkpoints[index], matrix, job.device, directions=directions)
+            if index not in reasons:
+                reasons[index] = blocked or _non_finite(update.weights, job.checkpoints[index])
+        if index in spectra:
+            update.delta_spectrum = spectra[index]
+        elif spectral and not reasons[index] and update.moved:
+            with clock("factor"):
+                spectra[index] = update.delta_spectrum
+        return update
+
+    def add(wanted: list[Diagnostic], subject: Any, place: Checkpoint, other: str | None, reason: str | None) -> None:
+        """The rows and curves of an update alone, or of a pair as seen from one of the two."""
+        fresh = [d for d in wanted if d.name in values_of]
+        values = {d.name: dict.fromkeys(d.variants(settings), skipped(reason or "")) for d in fresh}
+        curves: dict[str, Sequence[float | None] | None] = {}
+        null: Null = {}
+        if not reason:
+            with clock("measure"):
+                values = {d.name: d.measure(subject) for d in fresh}
+                curves = {name: of(subject) for d in fresh for name, of in d.curves.items()}
+            if settings.nulls:
+                with clock("nulls"):
+                    drawn = [d for d in wanted if d.name in nulls_of]
+                    null = _closed(drawn, subject) if other else _null(subject, matrix, place, drawn)
+        for d in wanted:
+            found = values[d.name] if d.name in values_of else old.values(place, d.name, other)
+            beside = null if d.name in nulls_of else old.nulls(place, d, other)
+            out.rows += [row | {"other": other} for row in _rows(place, matrix, d, found, beside)]
+        for curve, owner in _curves(wanted):
+            points = curves.get(curve) if owner in values_of else old.curves.get((place.name, other, curve))
+            if points is not None:
+                at = {"checkpoint": place.name, "other": other, "step": place.step, "matrix": matrix.name}
+                out.curves.append(at | {"curve": curve, "values": points})
+
+    directed = [d for d in pairs if d.directed]
+    for i, checkpoint in enumerate(job.checkpoints):
+        first = opened(i)
+        add(alone, first, checkpoint, None, reasons[i])
+        for j in range(i + 1, len(job.checkpoints)):
+            pair, other = Pair(first, opened(j)), job.checkpoints[j]
+            reason = reasons[i] or reasons[j]
+            add(pairs, pair, checkpoint, other.name, reason)
+            add(directed, pair.swapped(), other, checkpoint.name, reason)
+    return out
+
+
+def _alone() -> list[Diagnostic]:
+    """The diagnostics of an update that need no factors: how large it is, and what of it is visible."""
+    return [d for d in diagnostics().values() if not {"rank", "mask_rank", "top_k"} & set(d.reads)]
 
 
 def _all(*groups: Iterable[Diagnostic]) -> list[Diagnostic]:
     return [d for group in groups for d in group]
 
 
-def _curves(updates: Iterable[Diagnostic]) -> list[tuple[str, str]]:
+def _curves(of: Iterable[Diagnostic]) -> list[tuple[str, str]]:
     """Every curve with the name of the diagnostic that it is computed with, in the order of the file."""
-    owners = {curve: d.name for d in updates for curve in d.curves}
-    return [(curve, owners[curve]) for curve in dict.fromkeys((*CURVES, *owners))]
+    owners = {curve: d.name for d in of for curve in d.curves}
+    return [(curve, owners[curve]) for curve in dict.fromkeys((*CURVES, *owners)) if curve in owners]
 
 
 class _Old:
     """What an earlier run measured, by place."""
 
     def __init__(self, known: Measured):
-        self.curves = {(c["checkpoint"], c["curve"]): c["values"] for c in known.curves}
-        self.rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        self.curves = {(c["checkpoint"], c.get("other"), c["curve"]): c["values"] for c in known.curves}
+        self.rows: dict[tuple[str, str | None, str], dict[str, dict[str, Any]]] = {}
         for row in known.rows:
-            self.rows.setdefault((row["checkpoint"], row["diagnostic"]), {})[row["variant"]] = row
+            place = row["checkpoint"], row.get("other"), row["diagnostic"]
+            self.rows.setdefault(place, {})[row["variant"]] = row
 
-    def values(self, checkpoint: Checkpoint, diagnostic: str) -> dict[str, Value]:
+    def values(self, checkpoint: Checkpoint, diagnostic: str, other: str | None = None) -> dict[str, Value]:
         fields = ("value", "error", "method", "status", "reason")
-        rows = self.rows.get((checkpoint.name, diagnostic), {})
+        rows = self.rows.get((checkpoint.name, other, diagnostic), {})
         return {variant: Value(*(row[f] for f in fields)) for variant, row in rows.items()}
 
-    def nulls(self, checkpoint: Checkpoint, diagnostic: Diagnostic) -> Null:
-        rows = self.rows.get((checkpoint.name, diagnostic.name), {})
+    def nulls(self, checkpoint: Checkpoint, diagnostic: Diagnostic, other: str | None = None) -> Null:
+        rows = self.rows.get((checkpoint.name, other, diagnostic.name), {})
         return {
             (diagnostic.name, variant): (row["null_mean"], row["null_std"])
             for variant, row in rows.items()
@@ -252,8 +335,8 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
     return {key: mean_std(values) for key, values in draws.items()} | found
 
 
-def _walk(place: Trajectory, wanted: Iterable[Diagnostic]) -> Null:
-    """The null of the wanted diagnostics of a trajectory."""
+def _closed(wanted: Iterable[Diagnostic], place: Trajectory | Pair) -> Null:
+    """The null of the wanted diagnostics of a trajectory or a pair, which they give themselves."""
     return {(d.name, variant): null for d in wanted for variant, null in d.null(place).items()}
 
 
@@ -284,11 +367,11 @@ def _rows(
     values: dict[str, Value],
     nulls: Null,
 ) -> list[dict[str, Any]]:
-    """The rows of one diagnostic. The null of an update stands even where the value is undefined; a walk's does not."""
+    """The rows of one diagnostic. The null of an update stands even where the value is undefined; others do not."""
     rows = []
     for variant, value in values.items():
         null = nulls.get((diagnostic.name, variant))
-        if value.value is None and diagnostic.scope == "trajectory":
+        if value.value is None and diagnostic.scope != "update":
             null = None
         rows.append(
             {

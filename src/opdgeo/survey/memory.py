@@ -20,16 +20,21 @@ LIBRARIES = 40 << 20  # bytes of what the first matrix loads: LAPACK and its buf
 PAGE = 120 << 20  # bytes that drawing the page takes, when the matrices are gone
 
 
-def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings) -> int:
+def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Settings, *, pairs: bool = False) -> int:
     """Bytes that measuring one matrix takes at its peak, from the headers of the base and its checkpoints: W₀ and W₊ as read
     and the leading vectors of both, and the most that one step adds: W₊ in float64 with its Gram matrix and eigenvectors, ΔW
-    in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared."""
+    in float64, or the masks; with nulls, the masks and a drawn update, which small updates are spared.
+
+    Of `pairs`: W₀ and two W₊, the masks of visible entries of both, or of one with ΔW in float64, and the leading vectors of every update."""
     rows, cols, small = matrix.rows, matrix.cols, min(matrix.rows, matrix.cols)
     base, *tuned = (c.itemsize(matrix.tensor) for c in checkpoints)
     entries, k = rows * cols, min(max(settings.rank, settings.mask_rank), largest_rank(rows, cols))
     factors = 8 * k * (rows + cols)
     spectrum = 8 * entries + 8 * small * small * (3 if 6 * k > small else 1) + factors
     delta = 16 * entries + 8 * small * small if small < KRYLOV else 8 * entries
+    if pairs:
+        vectors = 8 * min(max(settings.top_k, 64), small) * (rows + cols)
+        return entries * (base + 2 * max(tuned)) + max(delta + 3 * entries, 6 * entries) + len(tuned) * vectors
     masks = entries * (2 * len(settings.mask_share) + 3) + 2 * factors
     steps = [spectrum, delta + factors, masks + 2 * 8 * min(entries, KEPT)]
     if settings.nulls:

@@ -44,19 +44,26 @@ def check_folder(out: Path, work: Sequence[Matrix], checkpoints: int) -> None:
 
 
 def check_earlier(
-    out: Path, base: Checkpoint, checkpoints: Sequence[Checkpoint], *, overwrite: bool, growing: Path | None = None
+    out: Path,
+    base: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    overwrite: bool,
+    growing: Path | None = None,
+    pairs: bool = False,
 ) -> None:
     """Whether what lies in `out` may be replaced: nothing, or a result of this base whose checkpoints are all measured again.
 
     Another result needs `overwrite`; a study and signals are never replaced. `growing` is the folder of a run
-    that goes on, whose checkpoints are not known yet: then those of the result have to lie in it.
+    that goes on, whose checkpoints are not known yet: then those of the result have to lie in it. The result of `pairs` of
+    updates is another one than that of the same checkpoints one by one.
 
     Raises:
         ConfigError: it may not; the message says what lies there.
     """
     for name, what in (("claims.json", "a study"), ("arms", "a study"), ("signals.json", "signals")):
         if (out / name).exists():
-            raise ConfigError(f"{out} holds {what}, which compare and track do not replace. Give -o another folder.")
+            raise ConfigError(f"{out} holds {what}, which no measurement replaces. Give -o another folder.")
     path = out / "run.json"
     if overwrite or not path.is_file():
         return
@@ -68,11 +75,11 @@ def check_earlier(
             same = all(Path(name).resolve().parent == growing.resolve() for name in names[1:])
         else:
             same = all(any(_is(one, c) for c in checkpoints) for one in after)
-        same = same and _is(before, base)
+        same = same and _is(before, base) and pairs == ("pairs" in run)
         more = f" and {len(after) - 1} more" if len(after) > 1 else ""
-        what = f"the result of another update, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
+        what = f"the result of {'relate' if 'pairs' in run else 'another update'}, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
-        same, what = False, "a run.json that is not of compare or track, or damaged"
+        same, what = False, "a run.json that is not of compare, track or relate, or damaged"
     if not same:
         raise ConfigError(f"{out} holds {what}. Give -o another folder, or add --overwrite to replace it.")
 

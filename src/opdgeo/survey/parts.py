@@ -73,10 +73,12 @@ def require_unchanged(checkpoints: Sequence[Checkpoint], stamps: Sequence[Stamp]
             )
 
 
-def inputs(stamps: Sequence[Stamp], checkpoints: Sequence[Checkpoint], trajectory: bool, device: str) -> str:
+def inputs(
+    stamps: Sequence[Stamp], checkpoints: Sequence[Checkpoint], trajectory: bool, device: str, *, pairs: bool = False
+) -> str:
     """A digest of everything but the settings that a run's rows depend on."""
     names = [(c.name, c.step, c.config) for c in checkpoints]  # a config says how fused tensors are divided
-    run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, list(stamps)]
+    run = [_program(), [version(library) for library in LIBRARIES], trajectory, device, names, list(stamps), pairs]
     return hashlib.sha256(json.dumps(run).encode()).hexdigest()
 
 
@@ -88,10 +90,10 @@ class Parts:
 
     def __init__(
         self, out: Path | None, checkpoints: Sequence[Checkpoint], *, trajectory: bool, device: str,
-        stamps: Sequence[Stamp] | None = None,
+        stamps: Sequence[Stamp] | None = None, pairs: bool = False,
     ):  # fmt: skip
         self.stamps = list(stamps or [stamp(c) for c in checkpoints])
-        self.inputs = inputs(self.stamps, checkpoints, trajectory, device)
+        self.inputs = inputs(self.stamps, checkpoints, trajectory, device, pairs=pairs)
         self.folder = out / PARTS if out else None
         self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
         if self.folder and self.folder.is_dir():

@@ -31,15 +31,17 @@ class Plan:
     available: int
 
 
-def plan(work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings, workers: int) -> Plan:
-    """The plan for measuring `work` over `checkpoints` (the base first) with `workers` matrices at a time."""
+def plan(
+    work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings, workers: int, *, pairs: bool = False
+) -> Plan:
+    """The plan for measuring `work` over `checkpoints` (the base first) with `workers` matrices at a time; `pairs` as in a `Request`."""
     rate = _gemm_rate()
     shapes = Counter((m.rows, m.cols) for m in work)
     example = {(m.rows, m.cols): m for m in work}
     groups = []
     for (rows, cols), count in sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1]):
-        size = working_set(example[rows, cols], checkpoints, settings)
-        flops = _flops(rows, cols, settings, len(checkpoints) - 1)
+        size = working_set(example[rows, cols], checkpoints, settings, pairs=pairs)
+        flops = (_flops_of_pairs if pairs else _flops)(rows, cols, settings, len(checkpoints) - 1)
         groups.append((rows, cols, count, size, count * flops / rate))
     largest = sorted((size for _, _, count, size, _ in groups for _ in range(min(count, workers))), reverse=True)
     available = available_memory()
@@ -50,11 +52,13 @@ def plan(work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Se
     return Plan(groups, seconds, peak_memory() + max(peak + LIBRARIES, PAGE), available)
 
 
-def refuse_what_cannot_fit(work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings) -> None:
+def refuse_what_cannot_fit(
+    work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings, *, pairs: bool = False
+) -> None:
     """Raises:
     ConfigError: one matrix alone needs more memory than there is; the message says what would make it fit.
     """
-    sizes = {m: working_set(m, checkpoints, settings) for m in work}
+    sizes = {m: working_set(m, checkpoints, settings, pairs=pairs) for m in work}
     largest, available = max(sizes, key=lambda m: sizes[m]), available_memory()
     if sizes[largest] <= available:
         return
@@ -106,6 +110,14 @@ def _flops(rows: int, cols: int, settings: Settings, updates: int) -> float:
     if settings.nulls:
         each += 0.2 * (factors + delta) if settings.null == "gaussian" else settings.nulls * each
     return factors + entries + updates * each
+
+
+def _flops_of_pairs(rows: int, cols: int, settings: Settings, updates: int) -> float:
+    """The same for every update alone and every pair of them."""
+    small, large = min(rows, cols), max(rows, cols)
+    delta = 2200.0 * rows * cols if small >= KRYLOV else large * small**2 + 4.0 * small**3
+    each = 600.0 * rows * cols
+    return updates * (delta + each) + updates * (updates - 1) / 2 * each * (2 if settings.nulls else 1)
 
 
 def _gemm_rate() -> float:

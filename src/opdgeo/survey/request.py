@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints
+from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints, tell_apart
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 
@@ -23,6 +23,7 @@ class Request:
         roles: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls.
         trajectory: whether the checkpoints' update subspaces are compared with each other.
+        pairs: whether every two updates are compared, in place of each with the base's factors.
 
     Raises:
         PairingError: when `pairings` or `work` is asked for and two checkpoints do not fit together.
@@ -33,6 +34,7 @@ class Request:
     roles: str = "all"
     settings: Settings = field(default_factory=Settings)
     trajectory: bool = False
+    pairs: bool = False
 
     @classmethod
     def of_update(
@@ -64,10 +66,40 @@ class Request:
         given = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
         return cls(before, run_checkpoints(given, before), roles, settings or Settings(), trajectory=True)
 
+    @classmethod
+    def of_pairs(
+        cls,
+        base: str | Path,
+        updates: Sequence[str | Path],
+        *,
+        roles: str = "all",
+        settings: Settings | None = None,
+    ) -> Request:
+        """Every pair of updates of one base. Checkpoints whose folders have the same name are told apart by those above.
+
+        Raises:
+            CheckpointError: one of them cannot be opened.
+            ConfigError: fewer than two, or one given twice.
+        """
+        given = [updates] if isinstance(updates, str | Path) else list(updates)
+        if len(given) < 2:
+            raise ConfigError(
+                f"{len(given)} update was given; expected two or more of one base. For one: opdgeo compare BASE TUNED."
+            )
+        before = open_checkpoint(base)
+        opened = tell_apart([open_checkpoint(update, before) for update in given])
+        return cls(before, opened, roles, settings or Settings(), pairs=True)
+
     @property
     def every(self) -> list[Checkpoint]:
         """The base and the checkpoints."""
         return [self.base, *self.checkpoints]
+
+    @property
+    def subjects(self) -> int:
+        """How many updates and pairs of them have rows of their own."""
+        count = len(self.checkpoints)
+        return count * count if self.pairs else count
 
     @cached_property
     def pairings(self) -> list[Pairing]:

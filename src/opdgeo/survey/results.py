@@ -14,8 +14,9 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
-from opdgeo.diagnostics.diagnostic import UNMOVED
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, UNMOVED
 from opdgeo.diagnostics.rows import compared
+from opdgeo.diagnostics.whole import Together
 from opdgeo.errors import ConfigError
 from opdgeo.files import remove_orphans, write_atomically
 
@@ -37,6 +38,8 @@ MEASUREMENTS: dict[str, Any] = {
     "status": pl.String,
     "reason": pl.String,
 }
+OTHER = {"other": pl.String}
+"""A column of `relate` alone, behind `checkpoint`: what it is compared with; null for an update alone."""
 CURVES: dict[str, Any] = {
     "checkpoint": pl.String,
     "step": pl.Int64,
@@ -53,7 +56,7 @@ PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 @dataclass(frozen=True)
 class Result:
-    """What `compare` and `track` return, and what the data files hold."""
+    """What `compare`, `track` and `relate` return, and what the data files hold."""
 
     measurements: pl.DataFrame
     curves: pl.DataFrame
@@ -100,7 +103,7 @@ class Result:
 
 
 def load_result(out: str | Path) -> Result:
-    """The result in a folder: what `opdgeo compare -o`, `track -o` or `Result.save` wrote.
+    """The result in a folder: what `opdgeo compare -o`, `track -o`, `relate -o` or `Result.save` wrote.
 
     Raises:
         ConfigError: a file is missing or unreadable.
@@ -120,9 +123,14 @@ def load_result(out: str | Path) -> Result:
         ) from error
 
 
-def frames(rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Rows as typed tables."""
-    return pl.DataFrame(rows, schema=MEASUREMENTS, orient="row"), pl.DataFrame(curves, schema=CURVES, orient="row")
+def frames(
+    rows: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], *, pairs: bool = False
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows as typed tables; those of `pairs` have a column more."""
+    measurements, points = (
+        {"checkpoint": pl.String, **(OTHER if pairs else {}), **columns} for columns in (MEASUREMENTS, CURVES)
+    )
+    return pl.DataFrame(rows, schema=measurements, orient="row"), pl.DataFrame(curves, schema=points, orient="row")
 
 
 def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
@@ -134,28 +142,48 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
-    A trajectory adds a list for every diagnostic of whole runs, under its name.
+    A trajectory adds a list for every diagnostic of whole runs, under its name; `relate` one of pairs.
     """
-    checkpoints = []
-    for (checkpoint,), table in measurements.group_by("checkpoint", maintain_order=True):
-        rows = _Rows.of(table)
-        entries = []
-        for (name, variant), group in rows.by("diagnostic", "variant"):
-            diagnostic = DIAGNOSTICS[str(name)]
-            entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
-            entry["null"] = _against_null(group, diagnostic, "walk" if diagnostic.scope == "trajectory" else null)
-            entry["reason"] = _why(group)
-            entry["roles"] = {
-                str(role): _statistics(part, diagnostic) | {"null_mean": _mean(part.compared, "null_mean", diagnostic)}
-                for (role,), part in group.by("role")
-            }
-            entries.append(entry)
-        unmoved = len(set(rows["matrix"][~rows["moved"]]))
-        checkpoints.append(
-            {"checkpoint": checkpoint, "step": table["step"][0], "unmoved": unmoved, "diagnostics": entries}
-        )
+    checkpoints, pairs = [], None
+    if "other" in measurements.columns:
+        pairs = measurements.filter(pl.col("other").is_not_null())
+        measurements = measurements.filter(pl.col("other").is_null()).drop("other")
+    for (checkpoint,), rows in measurements.group_by("checkpoint", maintain_order=True):
+        checkpoints.append({"checkpoint": checkpoint, "step": rows["step"][0], **_entries(rows, UNMOVED, null)})
     whole = {name: d.measure(measurements) for name, d in of_runs().items()}
-    return {"checkpoints": checkpoints} | {name: found for name, found in whole.items() if found}
+    found: dict[str, Any] = {"checkpoints": checkpoints} | {name: rows for name, rows in whole.items() if rows}
+    return found if pairs is None else found | {"pairs": _pairs(pairs, measurements)}
+
+
+def _pairs(pairs: pl.DataFrame, alone: pl.DataFrame) -> list[dict[str, Any]]:
+    """Each pair over its matrices, and all its matrices together; `alone` holds the rows of the updates alone."""
+    found = []
+    for (checkpoint, other), rows in pairs.group_by("checkpoint", "other", maintain_order=True):
+        one = {"checkpoint": checkpoint, "other": other, "step": rows["step"][0], **_entries(rows, ONE_UNMOVED, "")}
+        together = Together(rows, alone)
+        for entry in one["diagnostics"]:
+            group = rows.filter(diagnostic=entry["diagnostic"], variant=entry["variant"])
+            entry["together"] = together.value(DIAGNOSTICS[entry["diagnostic"]], group)
+        found.append(one)
+    return found
+
+
+def _entries(table: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
+    """`unmoved`, the matrices with the reason `still`, and `diagnostics`: an entry for each and variant."""
+    rows = _Rows.of(table, still)
+    entries = []
+    for (name, variant), group in rows.by("diagnostic", "variant"):
+        diagnostic = DIAGNOSTICS[str(name)]
+        entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
+        kind = {"trajectory": "walk", "pair": "independent"}.get(diagnostic.scope, null)
+        entry["null"] = _against_null(group, diagnostic, kind)
+        entry["reason"] = _why(group)
+        entry["roles"] = {
+            str(role): _statistics(part, diagnostic) | {"null_mean": _mean(part.compared, "null_mean", diagnostic)}
+            for (role,), part in group.by("role")
+        }
+        entries.append(entry)
+    return {"unmoved": len(set(rows["matrix"][~rows["moved"]])), "diagnostics": entries}
 
 
 class _Rows:
@@ -168,11 +196,12 @@ class _Rows:
         self.columns = columns
 
     @classmethod
-    def of(cls, table: pl.DataFrame) -> _Rows:
+    def of(cls, table: pl.DataFrame, still: str) -> _Rows:
+        """The rows of a table; a matrix with the reason `still` in one of them did not move."""
         columns = {name: table[name].to_numpy() for name in (*cls.NUMBERS, "rows", "cols")}
         columns |= {f"has {name}": table[name].is_not_null().to_numpy() for name in cls.NUMBERS}
         columns |= {name: np.array(table[name].to_list(), dtype=object) for name in cls.WORDS}
-        unmoved = set(columns["matrix"][columns["reason"] == UNMOVED])
+        unmoved = set(columns["matrix"][columns["reason"] == still])
         columns["moved"] = np.array([name not in unmoved for name in columns["matrix"]], dtype=bool)
         return cls(columns)
 

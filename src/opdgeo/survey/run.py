@@ -1,4 +1,4 @@
-"""`compare` and `track`: pair, have an engine measure what is not known yet, collect the tables."""
+"""`compare`, `track` and `relate`: pair, have an engine measure what is not known yet, collect the tables."""
 
 from __future__ import annotations
 
@@ -93,6 +93,29 @@ def track(
     return survey(request, Execution(engine, ray_address, workers, device, cache, progress, out, overwrite))
 
 
+def relate(
+    base: str | Path,
+    *updates: str | Path,
+    roles: str = "all",
+    settings: Settings | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    cache: bool = True,
+    progress: bool = False,
+    out: Path | None = None,
+    overwrite: bool = True,
+) -> Result:
+    """Measure how alike two or more updates of one base are: every pair of them, matrix by matrix.
+
+    `updates` are checkpoints after training, or PEFT adapters of `base`, which are then compared in their factors. The other
+    arguments and errors are those of `compare`; `settings` count by `top_k`, `eta` and `nulls` (0: no nulls).
+    """
+    request = Request.of_pairs(base, updates, roles=roles, settings=settings)
+    return survey(request, Execution(engine, ray_address, workers, device, cache, progress, out, overwrite))
+
+
 class Source(Protocol):
     """What a survey remembers of its checkpoints between two runs. A run that is still growing is another source (`follow`)."""
 
@@ -121,10 +144,22 @@ class Finished:
 
     def check_earlier(self, request: Request, execution: Execution) -> None:
         if execution.out:
-            check_earlier(execution.out, request.base, request.checkpoints, overwrite=execution.overwrite)
+            check_earlier(
+                execution.out,
+                request.base,
+                request.checkpoints,
+                overwrite=execution.overwrite,
+                pairs=request.pairs,
+            )
 
     def parts(self, request: Request, execution: Execution) -> Parts:
-        return Parts(execution.out, request.every, trajectory=request.trajectory, device=execution.device)
+        return Parts(
+            execution.out,
+            request.every,
+            trajectory=request.trajectory,
+            device=execution.device,
+            pairs=request.pairs,
+        )
 
     def trail(self, request: Request, execution: Execution) -> Trail | None:
         return None
@@ -142,20 +177,21 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     started, clock = datetime.now(UTC), time.perf_counter()
     source = source or Finished()
     execution.check()
-    work, settings, trajectory = request.work, request.settings, request.trajectory
+    work, settings = request.work, request.settings
     if execution.engine == "local":
-        refuse_what_cannot_fit(work, request.every, settings)
+        refuse_what_cannot_fit(work, request.every, settings, pairs=request.pairs)
     if execution.out:
-        check_folder(execution.out, work, len(request.checkpoints))
+        check_folder(execution.out, work, request.subjects)
     source.check_earlier(request, execution)
     job = Job(
         request.base,
         list(request.checkpoints),
         settings,
-        trajectory,
+        request.trajectory,
         execution.device,
         SpectrumCache() if execution.cache else None,
         source.trail(request, execution),
+        request.pairs,
     )
     parts = source.parts(request, execution)
     measured: dict[Matrix, Measured] = {}
@@ -163,7 +199,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     rest: list[tuple[Matrix, Measured | None]] = []
     for m in sorted(work, key=_cost, reverse=True):  # the largest first, so that the workers end together
         known = parts.load(m)
-        values, nulls = outdated(known.settings if known else None, settings, trajectory)
+        values, nulls = outdated(known.settings if known else None, settings, job.rows)
         if known is not None:
             reused.update(n for n in dict.fromkeys(row["diagnostic"] for row in known.rows) if n not in values)
         if known is None or nulls:
@@ -188,14 +224,18 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     require_unchanged(request.every, parts.stamps, gone=source.deletes)
 
     order = {c.name: i for i, c in enumerate(request.checkpoints)}
-    rows = sorted((r for m in work for r in measured[m].rows), key=lambda r: order[r["checkpoint"]])
-    curves = sorted((r for m in work for r in measured[m].curves), key=lambda r: order[r["checkpoint"]])
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        return order[row["checkpoint"]], order.get(row.get("other", ""), -1)
+
+    rows = sorted((r for m in work for r in measured[m].rows), key=place)
+    curves = sorted((r for m in work for r in measured[m].curves), key=place)
     timings: Counter[str] = Counter()
     by_shape: defaultdict[str, float] = defaultdict(float)
     for m in work:
         timings.update(measured[m].seconds)
         by_shape[f"{m.rows}x{m.cols}"] += sum(measured[m].seconds.values())
-    tables = frames(rows, curves)
+    tables = frames(rows, curves, pairs=request.pairs)
     cores = engines.cpu_cores()
     asked = {"roles": request.roles, "engine": execution.engine, "workers": execution.workers or cores}
     run = provenance(started, time.perf_counter() - clock, execution.device, cores) | {
@@ -211,6 +251,8 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         "inputs": parts.inputs,
         "remarks": remarks(request.base, request.checkpoints),
     }
+    if request.pairs:
+        run["pairs"] = len(request.checkpoints) * (len(request.checkpoints) - 1) // 2
     return Result(*tables, summarise(tables[0], settings.null), run)
 
 
@@ -221,8 +263,8 @@ def plan_text(request: Request, workers: int | None = None) -> str:
         PairingError, ConfigError: the request cannot be met.
     """
     workers = workers or engines.cpu_cores()
-    refuse_what_cannot_fit(request.work, request.every, request.settings)
-    planned = plan(request.work, request.every, request.settings, workers)
+    refuse_what_cannot_fit(request.work, request.every, request.settings, pairs=request.pairs)
+    planned = plan(request.work, request.every, request.settings, workers, pairs=request.pairs)
     text = describe(planned, request.pairings[0], len(request.checkpoints), workers)
     notes = [*remarks(request.base, request.checkpoints), *(note for c in request.every for note in c.notes)]
     return "\n".join([text, *dict.fromkeys(f"note: {note}" for note in notes)])

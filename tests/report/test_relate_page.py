@@ -1,0 +1,208 @@
+"""The page and the terminal of `relate`: from the data files alone, in the order of a clustering, safe with any name."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+import opdgeo
+import planted
+from opdgeo.errors import ConfigError
+from opdgeo.report import write_report
+from opdgeo.report.pairs import Pairs, print_pairs
+from program import run_opdgeo
+
+NAMES = [planted.tensor_name(layer, m) for layer in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")]
+HOSTILE = (
+    "<img src=x onerror=alert(1)>&'",
+    '"><svg onload=alert(2)>$x_{1}$[red]',
+    "\u202egnp.sdrawkcab \U0001f600 " + "n" * 150,
+)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the exact numbers, and the rows of the first matrix of pairs."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.numbers: list[float] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        if tag == "data":
+            self.numbers.append(float(dict(attrs)["value"] or "nan"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def updates(folder: Path, names: tuple[str, ...], parts: tuple[tuple[float, float], ...]) -> list[Path]:
+    """A base, and updates that are made of two directions and some noise."""
+    rng = np.random.default_rng(0)
+    weights = {n: planted.weights(rng, 48, 40) for n in NAMES}
+    first, second = ({n: planted.with_spectrum(rng, 48, 40, [0.05, 0.04]) for n in NAMES} for _ in range(2))
+    made = [planted.write_checkpoint(folder / "base", weights, "bfloat16")]
+    for name, (a, b) in zip(names, parts, strict=True):
+        up = {n: w + a * first[n] + b * second[n] + 3e-4 * rng.standard_normal(w.shape) for n, w in weights.items()}
+        made.append(planted.write_checkpoint(folder / name, up, "bfloat16"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four updates in two families, given in turns, with their page."""
+    folder = tmp_path_factory.mktemp("related")
+    names = ("opd-0", "rlvr-0", "opd-1", "rlvr-1")
+    opdgeo.relate(*updates(folder, names, ((1, 0), (0, 1), (1, 0.1), (0, -1))), cache=False).report(folder / "out")
+    return folder / "out"
+
+
+def numbers_in(folder: Path) -> set[float]:
+    found: set[float] = set()
+
+    def gather(content: Any) -> None:
+        if isinstance(content, dict):
+            gather(list(content.values()))
+        elif isinstance(content, list):
+            for item in content:
+                gather(item)
+        elif isinstance(content, int | float):
+            found.add(float(content))
+
+    for name in ("summary.json", "run.json"):
+        gather(json.loads((folder / name).read_text()))
+    return found
+
+
+def test_every_number_is_in_the_data_files(out: Path) -> None:
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert len(page.numbers) > 200
+    assert set(page.numbers) <= numbers_in(out)
+
+
+def test_updates_that_are_alike_stand_together(out: Path) -> None:
+    pairs = Pairs(json.loads((out / "summary.json").read_text())["pairs"])
+    ordered = pairs.ordered()
+    assert {ordered.index("opd-0"), ordered.index("opd-1")} in ({0, 1}, {1, 2}, {2, 3})
+    page = (out / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr><th scope="row">\d&ensp;([^<]+)</th>', page)
+    assert rows[:4] == ordered
+    assert pairs.by_likeness()[0] == ("opd-0", "opd-1") and pairs.by_likeness()[-1] == ("rlvr-0", "rlvr-1")
+    assert "Most alike: opd-0 and opd-1: the cosine of the two updates is" in Page(page).text
+    assert "Least alike: rlvr-0 and rlvr-1" in Page(page).text
+
+
+def test_the_matrix_is_the_table(out: Path) -> None:
+    """The first matrix, cell by cell, against the cosines that the rows of the table give for all matrices together."""
+    page = (out / "report.html").read_text(encoding="utf-8")
+    first = page.split('<table class="matrix">')[1].split("</table>")[0]
+    names = re.findall(r"&ensp;([^<]+)</th>", first)
+    shown = [float(v) for v in re.findall(r'title="[^"]*">(?:<strong>)?<data value="([^"]+)"', first)]
+    table = pl.read_parquet(out / "measurements.parquet")
+    cosines = table.filter(diagnostic="update_cosine")
+    norms = table.filter(diagnostic="frobenius_norm")
+
+    def of(name: str) -> np.ndarray:
+        found = dict(norms.filter(checkpoint=name).select("matrix", "value").rows())
+        return np.array([found[m] for m in NAMES])
+
+    expected = []
+    for a in names:
+        for b in names:
+            if a != b:
+                part = cosines.filter(pl.col("checkpoint").is_in([a, b]) & pl.col("other").is_in([a, b]))
+                c = np.array([dict(part.select("matrix", "value").rows())[m] for m in NAMES])
+                expected.append(float((c * of(a) * of(b)).sum() / np.linalg.norm(of(a)) / np.linalg.norm(of(b))))
+    assert shown == pytest.approx(expected, rel=1e-12)
+
+
+def test_names_stay_text(tmp_path: Path) -> None:
+    given = updates(tmp_path, HOSTILE, ((1, 0), (0, 1), (1, 1)))
+    done = run_opdgeo("relate", *given, "-o", tmp_path / "out", "--no-cache")
+    assert done.returncode == 0, done.stderr
+    assert "\u202e" not in done.stdout and "\x1b" not in done.stdout
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "\u202e" not in text
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "img", "image", "iframe", "link", "object", "base", "form"), tag
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in ("href", "src", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#"), attributes
+    assert "<img src=x onerror=alert(1)>&'" in page.text and '"><svg onload=alert(2)>' in page.text
+    policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert len(text) < 1_000_000
+
+
+def test_two_updates_have_one_table_and_no_matrix(out: Path, tmp_path: Path) -> None:
+    folder = out.parent
+    result = opdgeo.relate(
+        folder / "base", folder / "opd-0", folder / "opd-1", cache=False, settings=opdgeo.Settings(nulls=0)
+    )
+    text = result.report(tmp_path / "two").read_text(encoding="utf-8")
+    assert '<table class="matrix">' not in text and "<details open>" in text
+    console = Console(file=io.StringIO(), width=80)
+    print_pairs(result.summary, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "opd-0 and opd-1" in shown and "no null" in shown and "4/4" in shown
+
+
+def test_the_terminal_says_a_line_a_pair(out: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_pairs(json.loads((out / "summary.json").read_text()), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= 80
+    for pair in ("opd-0 and opd-1", "rlvr-0 and rlvr-1"):
+        assert sum(line.startswith(pair) for line in shown.splitlines()) == 1, shown
+    with pytest.raises(ConfigError, match="without the name of the other"):
+        print_pairs({"pairs": [{"checkpoint": "a", "diagnostics": []}]})
+
+
+def test_nothing_moved_and_the_page_says_why(tmp_path: Path) -> None:
+    base, *_ = updates(tmp_path, ("a",), ((1, 0),))
+    still = [shutil.copytree(base, tmp_path / name) for name in ("one", "two")]
+    text = opdgeo.relate(base, *still, cache=False).report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "nothing can be compared: one of the two updates did not move" in Page(text).text
+
+
+def test_the_page_is_rebuilt_from_the_data_files_with_figures(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    before = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    write_report(copy, figures=True)
+    assert (copy / "report.html").read_bytes() == before
+    assert {p.suffix for p in (copy / "figures").iterdir()} == {".svg", ".pdf"}
+
+
+@pytest.mark.needs("chromium")
+def test_the_page_fits_a_phone(out: Path, tmp_path: Path) -> None:
+    """Nothing but what scrolls inside itself is wider than the window."""
+    text = (out / "report.html").read_text(encoding="utf-8")
+    probe = tmp_path / "probe.html"
+    policy = re.search(r"<meta http-equiv=[^>]*>", text)
+    assert policy
+    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + window.innerWidth</script>"
+    probe.write_text(text.replace(policy[0], "").replace("</body>", script + "</body>"), encoding="utf-8")
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    width = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert width and int(width[1]) <= int(width[2]), width
