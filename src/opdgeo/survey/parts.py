@@ -113,7 +113,8 @@ class Parts:
         kept = self._kept.get(matrix)
         if isinstance(kept, tuple) and self._journal:
             with suppress(OSError, ValueError, TypeError, KeyError):
-                return Measured(**json.loads(self._journal.read(*kept))["measured"])
+                fields = json.loads(self._journal.read(*kept))["measured"]
+                return Measured(**fields | {"rows": _unpacked(fields["rows"]), "curves": _unpacked(fields["curves"])})
             return None
         return kept if isinstance(kept, Measured) else self.finished.get(matrix.name)
 
@@ -124,13 +125,19 @@ class Parts:
         if not self._journal:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self._path(self.folder))
-        line = json.dumps(
-            {"matrix": vars(matrix), "measured": vars(measured)},
-            allow_nan=False,
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
-        self._kept[matrix] = self._journal.add(line.encode())
+        fields = vars(measured) | {"rows": _packed(measured.rows), "curves": _packed(measured.curves)}
+        line = {"matrix": vars(matrix), "measured": fields}
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        self._kept[matrix] = self._journal.add(text.encode())
+
+
+def _packed(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """The names of the columns, then each row as a list."""
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+
+
+def _unpacked(packed: list[list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(packed[0], row, strict=True)) for row in packed[1:]]
 
 
 def hashes(manifests: Sequence[Any]) -> list[list[str]]:
