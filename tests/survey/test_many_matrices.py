@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 
 import planted
@@ -62,8 +61,6 @@ def test_tables_in_files_hold_what_those_in_memory_hold(
     ):
         assert table.schema == other.schema
         assert table.equals(other) and table.equals(read)
-    groups = pl.scan_parquet(pieces / "measurements.parquet").select(pl.len()).collect().item()
-    assert groups == len(in_memory.measurements)
 
 
 def test_a_bootstrap_in_pieces_is_one_of_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +69,12 @@ def test_a_bootstrap_in_pieces_is_one_of_all_draws(monkeypatch: pytest.MonkeyPat
         "value": np.random.default_rng(0).normal(size=50), "null_mean": np.zeros(50), "null_std": np.ones(50),
         "rows": np.arange(1, 51), "cols": np.ones(50, int), "moved": np.ones(50, bool),
     }  # fmt: skip
-    found = []
-    for at_a_time in (1 << 20, 777, 1):
-        monkeypatch.setattr(results, "PICKED", at_a_time)
-        for name in ("update_sparsity", "stable_rank"):
-            found.append(results._against_null(results._Rows(rows), results.DIAGNOSTICS[name], "gaussian"))
-    assert found[0] and found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
+    for name in ("update_sparsity", "stable_rank"):
+        diagnostic, found = results.DIAGNOSTICS[name], []
+        for at_a_time in (1 << 20, 777, 1):
+            monkeypatch.setattr(results, "PICKED", at_a_time)
+            found += [results._against_null(results._Rows(rows), diagnostic, "gaussian")]
+        assert found[0] and found[0] == found[1] == found[2]
 
 
 def test_a_journal_that_was_cut_short_loses_its_last_line_alone(tmp_path: Path) -> None:
