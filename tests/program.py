@@ -168,6 +168,12 @@ def run_opdgeo(*arguments: object, timeout: float = TIMEOUT, **how: Any) -> subp
     return subprocess.CompletedProcess(program.args, program.returncode or 0, out, err)
 
 
+def kept_matrices(out: Path) -> int:
+    """How many finished matrices an unfinished run has in `out`."""
+    lines = [line for file in (out / ".parts").glob("*.jsonl") for line in file.read_text().splitlines()]
+    return sum(line.startswith('{"matrix":') and line.endswith("}}") for line in lines)
+
+
 def launch(engine: str, processes: int, script: Path | str, *arguments: object, cold: bool = False) -> None:
     """Run a training script on several processes, as `accelerate launch --config_file ENGINE.yaml` does; all must end well.
 

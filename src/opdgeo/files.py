@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{1,16})-(\d+)-(\d+)\.partial", re.DOTALL)
+SYNCED = 1.0  # seconds between two times that a journal is brought to the disk
 ABANDONED = 24 * 3600  # seconds; an unfinished file of another machine that is older has no writer any more
 
 
@@ -42,6 +43,48 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(partial)`` and move what it wrote to `path` (`atomic_path`)."""
     with atomic_path(path) as partial:
         write(partial)
+
+
+class Journal:
+    """A file of lines that is only ever added to: it may hold thousands, each there as soon as it was written.
+
+    A killed writer leaves all its lines and at most one that is cut short, which a reader has to tell by its content. A power cut takes
+    those of the last `SYNCED` seconds. The file stays open: what another process removes can still be read here.
+
+    Raises:
+        OSError: the disk is full, or the folder is missing or cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.synced = time.monotonic()
+
+    def add(self, line: bytes) -> tuple[int, int]:
+        """Append a line; returns where it begins and its length."""
+        rest = memoryview(b"\n" + line)  # the line before may have been cut short
+        while rest:
+            rest = rest[os.write(self.file, rest) :]
+        end = os.lseek(self.file, 0, os.SEEK_CUR)
+        if (now := time.monotonic()) - self.synced >= SYNCED:
+            os.fsync(self.file)
+            self.synced = now
+        return end - len(line), len(line)
+
+    def read(self, start: int, length: int) -> bytes:
+        return os.pread(self.file, length, start)
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Every line with where it begins."""
+        start = 0
+        with os.fdopen(os.dup(self.file), "rb") as stream:
+            stream.seek(0)
+            for line in stream:
+                yield start, line
+                start += len(line)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # it was not opened
+            os.close(self.file)
 
 
 def sync(path: Path) -> None:

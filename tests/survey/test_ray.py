@@ -24,7 +24,7 @@ from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey import engines
 from opdgeo.survey.measure import Job
-from program import SOURCE, Program, run_opdgeo, start_opdgeo
+from program import SOURCE, Program, kept_matrices, run_opdgeo, start_opdgeo
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 NODE = {"num_cpus": 1, "memory": 2_000_000_000, "object_store_memory": 80_000_000}
@@ -77,7 +77,7 @@ def check(folder: Path, out: Path, process: Program) -> None:
 
 def finished(out: Path, count: int, process: Program) -> None:
     """Wait until `count` matrices are finished."""
-    while len(list((out / ".parts").glob("*.json"))) < count:
+    while kept_matrices(out) < count:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.02)
 

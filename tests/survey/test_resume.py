@@ -25,7 +25,7 @@ from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.errors import CheckpointError
 from opdgeo.survey import engines
 from opdgeo.survey.parts import Parts
-from program import run_python
+from program import kept_matrices, run_python
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 
@@ -61,6 +61,11 @@ def watch(event, args):
         if changes == last:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(watch)
+write = os.write
+def counted(file, content):  # of the journal
+    watch("open", (out, None, os.O_WRONLY))
+    return write(file, content)
+os.write = counted
 main(["track", *sys.argv[4:], "-o", out])
 """
 
@@ -79,12 +84,12 @@ def test_a_kill_before_any_change_of_the_folder_leaves_no_trace(
 
     whole = tmp_path / "whole"
     changes = killed(whole, 0)
-    assert changes >= 25
+    assert changes >= 20
     partly = set()
     for change in range(1, changes + 1):
         out = tmp_path / f"killed-{change}"
         assert killed(out, change) == change
-        finished = len(list((out / ".parts").glob("*.json")))
+        finished = kept_matrices(out)
         partly.add(finished)
         kept = 3 if (out / "run.json").exists() else finished
         with pytest.raises(SystemExit, match="0"):
@@ -128,7 +133,8 @@ def test_finished_matrices_are_not_measured_again(
     assert len(measured) == 2, "5 + 5 + 2 of 12"
     assert compare(settings=opdgeo.Settings(nulls=0, rank=64)) is None, "another rank measures every matrix again"
     for file in (tmp_path / ".parts").iterdir():
-        file.write_text(file.read_text()[:100])  # damaged: measured again
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join(line[:100] for line in lines))  # damaged: measured again
     assert compare(settings=settings) is None
     assert compare(settings=settings) is None
     again = compare(settings=settings)

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ class Checkpoint:
         """The folder's name, as it stands in the `checkpoint` column; of `global_step_10/actor`, `global_step_10`."""
         return self.alias or self.names[-1]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Those of the folders above, from the top, and its own."""
         if self.repository:
@@ -91,7 +92,7 @@ class Checkpoint:
             path = path.parent
         return [printable(part) for part in path.parts[1:]] or [""]
 
-    @property
+    @cached_property
     def step(self) -> int | None:
         """The training step in a folder name such as ``step-000100`` or ``checkpoint-100``, else None."""
         return step_of(self.names[-1].rpartition("@")[2])

@@ -11,10 +11,12 @@ import os
 import re
 import socket
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Lock
 from typing import Any
 
 from opdgeo.checkpoints import Matrix
@@ -28,26 +30,50 @@ Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside eac
 Finished = Generator[tuple[Matrix, Measured], None, None]
 
 RETRIES = 5  # starts of a matrix after workers that died with it
+GIVEN_BACK = (
+    64 << 20
+)  # bytes of matrices after which a thread returns freed memory to the system: that takes as long as a small one
 PATIENCE = 10.0  # seconds without a result after which the cluster is looked at again
 
 
 def local(job: Job, work: Work, execution: Execution) -> Finished:
     """On threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
-    memory = Memory(available_memory() * 8 // 10)
+    memory, waiting, lock, stop = Memory(available_memory() * 8 // 10), iter(work), Lock(), Event()
+    done: SimpleQueue[tuple[Matrix, Measured] | BaseException] = SimpleQueue()
 
-    def task(matrix: Matrix, known: Measured | None) -> tuple[Matrix, Measured]:
-        with memory.room_for(_size(job, matrix)):
-            found = measure(job, matrix, known)
-            give_back()
-            return matrix, found
+    def measuring() -> None:
+        """One matrix after the other: a task a matrix would cost as much as a small one."""
+        left = 0  # bytes of the matrices since memory was given back
+        try:
+            while not stop.is_set():
+                with lock:
+                    matrix, known = next(waiting, (None, None))
+                if matrix is None:
+                    return
+                size = _size(job, matrix)
+                with memory.room_for(size):
+                    done.put((matrix, measure(job, matrix, known)))
+                    left += size
+                    if left >= GIVEN_BACK:
+                        give_back()
+                        left = 0
+        except BaseException as error:  # it ends the survey, in the thread that asked for it
+            done.put(error)
 
-    pool = ThreadPoolExecutor(min(execution.workers or cpu_cores(), max(1, len(work))))
+    workers = min(execution.workers or cpu_cores(), max(1, len(work)))
+    pool = ThreadPoolExecutor(workers)
     try:
         with _one_thread():
-            for done in as_completed([pool.submit(task, *item) for item in work]):
-                yield done.result()
+            for _ in range(workers):
+                pool.submit(measuring)
+            for _ in work:
+                found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
     finally:
-        pool.shutdown(cancel_futures=True)
+        stop.set()
+        pool.shutdown()
 
 
 def ray(job: Job, work: Work, execution: Execution) -> Finished:

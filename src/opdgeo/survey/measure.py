@@ -109,10 +109,13 @@ def outdated(
     `known` are the settings of an earlier run, None without one. A null reads what its diagnostic reads, and how nulls are
     drawn.
     """
+    if not known:
+        values = {d.name for d in every}
+        return values, values
     now = json.loads(json.dumps(settings.to_json()))
-    changed = {name for name, value in now.items() if not known or known.get(name) != value}
+    changed = {name for name, value in now.items() if known.get(name) != value}
     every = list(every)
-    values = {d.name for d in every if not known or changed.intersection(d.reads)}
+    values = {d.name for d in every if changed.intersection(d.reads)}
     return values, {d.name for d in every} if changed & {"nulls", "null"} else values
 
 
@@ -416,8 +419,10 @@ def _rows(
 
 
 def _non_finite(weights: Tensor, checkpoint: Checkpoint) -> str | None:
-    bad = int((~torch.isfinite(weights)).sum())
-    return f"{bad} non-finite entries in {checkpoint.name}" if bad else None
+    finite = torch.isfinite(weights)
+    if bool(finite.all()):
+        return None
+    return f"{int((~finite).sum())} non-finite entries in {checkpoint.name}"
 
 
 class _Clock:

@@ -1,8 +1,8 @@
 """What earlier runs of a folder measured: a killed run goes on from its finished matrices, a finished one from its tables.
 
-An unfinished run keeps one file a matrix in OUT/.parts, named by a digest of everything but the settings that its rows
+An unfinished run keeps a journal in OUT/.parts, a line a matrix, named by a digest of everything but the settings that its rows
 depend on: the files it was read from (path, size, inode, times of change), the program and the libraries that compute. What no
-longer matches is simply not found. A finished run has the same digest in `run.json` and its rows in the tables, and
+longer matches is simply not found. The lines are where a run's rows wait for the tables, so that thousands of matrices take no memory. A finished run has the same digest in `run.json` and its rows in the tables, and
 the hashes of the files that it measured, which are compared before a row is taken over. The settings
 stand beside the rows, so that only what reads a changed one is measured again.
 """
@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.files import remove_orphans
+from opdgeo.files import Journal, remove_orphans
 from opdgeo.survey.measure import Measured
-from opdgeo.survey.results import PARTS, load_result, write_json
+from opdgeo.survey.results import PARTS, load_result
 
 COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
 LIBRARIES = ("torch", "numpy", "scipy")
@@ -96,26 +95,49 @@ class Parts:
         self.inputs = inputs(self.stamps, checkpoints, trajectory, device, pairs=pairs)
         self.folder = out / PARTS if out else None
         self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
+        self._kept: dict[Matrix, Measured | tuple[int, int]] = {}  # or its place in the journal
+        self._journal: Journal | None = None
         if self.folder and self.folder.is_dir():
             remove_orphans(self.folder)
+            if self._path(self.folder).exists():
+                self._journal = Journal(self._path(self.folder))
+                for start, line in self._journal.lines():
+                    with suppress(ValueError, TypeError, KeyError):  # cut short, or damaged
+                        self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
 
-    def _path(self, matrix: Matrix) -> Path | None:
-        key = hashlib.sha256(f"{self.inputs} {json.dumps(asdict(matrix))}".encode()).hexdigest()
-        return self.folder / f"{key[:32]}.json" if self.folder else None
+    def _path(self, folder: Path) -> Path:
+        return folder / f"{self.inputs[:32]}.jsonl"
 
     def load(self, matrix: Matrix) -> Measured | None:
-        """What an earlier run measured of `matrix`, or None."""
-        path = self._path(matrix)
-        with suppress(OSError, ValueError, TypeError):
-            if path and path.exists():
-                return Measured(**json.loads(path.read_text()))
-        return self.finished.get(matrix.name)
+        """What this or an earlier run measured of `matrix`, or None."""
+        kept = self._kept.get(matrix)
+        if isinstance(kept, tuple) and self._journal:
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                fields = json.loads(self._journal.read(*kept))["measured"]
+                return Measured(**fields | {"rows": _unpacked(fields["rows"]), "curves": _unpacked(fields["curves"])})
+            return None
+        return kept if isinstance(kept, Measured) else self.finished.get(matrix.name)
 
     def save(self, matrix: Matrix, measured: Measured) -> None:
-        path = self._path(matrix)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, vars(measured))
+        if not self.folder:
+            self._kept[matrix] = measured
+            return
+        if not self._journal:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(self._path(self.folder))
+        fields = vars(measured) | {"rows": _packed(measured.rows), "curves": _packed(measured.curves)}
+        line = {"matrix": vars(matrix), "measured": fields}
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        self._kept[matrix] = self._journal.add(text.encode())
+
+
+def _packed(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """The names of the columns, then each row as a list."""
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+
+
+def _unpacked(packed: list[list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(packed[0], row, strict=True)) for row in packed[1:]]
 
 
 def hashes(manifests: Sequence[Any]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -49,8 +49,9 @@ CURVES: dict[str, Any] = {
 }
 
 SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
-BOOTSTRAP = 2000
+BOOTSTRAP, PICKED = 2000, 1 << 20  # draws, and matrices drawn at a time
 _PANDAS = {"String": "string", "Int64": "Int64", "Int32": "Int32", "Float64": "float64"}  # an absent step stays absent
+GROUP = 1 << 18  # rows of a group in a file of polars; tables of more are not held in memory (`OnDisk`)
 PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
@@ -66,7 +67,16 @@ class Result:
     @property
     def skipped(self) -> list[str]:
         """Matrices that could not be computed at some checkpoint."""
-        return sorted(set(self.measurements.filter(pl.col("status") == "skipped")["matrix"]))
+        found = self._table("measurements").filter(pl.col("status") == "skipped").select("matrix").collect()
+        return sorted(set(found["matrix"]))
+
+    def _table(self, name: str) -> pl.LazyFrame:
+        return cast(pl.DataFrame, getattr(self, name)).lazy()
+
+    def _write(self, path: Path) -> None:
+        """Write one of the tables."""
+        frame: pl.DataFrame = getattr(self, path.stem)
+        write_atomically(path, lambda p: frame.write_parquet(p))
 
     def to_pandas(self) -> Any:
         """`measurements` as a pandas table.
@@ -94,12 +104,40 @@ class Result:
         remove_orphans(out)
         for stale in ("run.json", "report.html"):
             (out / stale).unlink(missing_ok=True)
-        write_atomically(out / "measurements.parquet", lambda p: self.measurements.write_parquet(p))
-        write_atomically(out / "curves.parquet", lambda p: self.curves.write_parquet(p))
+        for name in OnDisk.NAMES:
+            self._write(out / name)
         write_json(out / "summary.json", self.summary)
         write_json(out / "run.json", self.run)
         if not growing:
             shutil.rmtree(out / PARTS, ignore_errors=True)
+
+
+class OnDisk(Result):
+    """A result whose tables lie in `folder`, in files, and are read when they are asked for: of many thousands of matrices."""
+
+    NAMES = "measurements.parquet", "curves.parquet"
+
+    def __init__(self, folder: Path, summary: dict[str, Any], run: dict[str, Any]):
+        for name, value in {"folder": folder, "summary": summary, "run": run}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def measurements(self) -> pl.DataFrame:  # type: ignore[override]
+        return self._table("measurements").collect()
+
+    @cached_property
+    def curves(self) -> pl.DataFrame:  # type: ignore[override]
+        return self._table("curves").collect()
+
+    def _table(self, name: str) -> pl.LazyFrame:
+        return pl.scan_parquet(self.folder / f"{name}.parquet")
+
+    def _write(self, path: Path) -> None:
+        write_atomically(path, lambda p: shutil.copyfile(self.folder / path.name, p))
+
+    def save(self, out: str | Path, *, growing: bool = False) -> None:
+        super().save(out, growing=growing)
+        object.__setattr__(self, "folder", Path(out))
 
 
 def load_result(out: str | Path) -> Result:
@@ -133,8 +171,8 @@ def frames(
     return pl.DataFrame(rows, schema=measurements, orient="row"), pl.DataFrame(curves, schema=points, orient="row")
 
 
-def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
-    """The content of `summary.json`: each diagnostic over the matrices of each checkpoint, beside its null.
+def summarise(measurements: pl.DataFrame | pl.LazyFrame, null: str) -> dict[str, Any]:
+    """The content of `summary.json`, from a table in memory or, without pairs, in a file: each diagnostic over the matrices of each checkpoint, beside its null.
 
     `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
     mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
@@ -145,6 +183,14 @@ def summarise(measurements: pl.DataFrame, null: str) -> dict[str, Any]:
     A trajectory adds a list for every diagnostic of whole runs, under its name; `relate` one of pairs.
     """
     checkpoints, pairs = [], None
+    if isinstance(measurements, pl.LazyFrame):
+        for checkpoint, step in _keys(measurements, "checkpoint", "step"):
+            of = measurements.filter(pl.col("checkpoint") == checkpoint)
+            checkpoints.append({"checkpoint": checkpoint, "step": step, **_entries(of, UNMOVED, null)})
+        measured = [
+            (n, d.measure(measurements.filter(pl.col("diagnostic") == d.of).collect())) for n, d in of_runs().items()
+        ]
+        return {"checkpoints": checkpoints} | {name: found for name, found in measured if found}
     if "other" in measurements.columns:
         pairs = measurements.filter(pl.col("other").is_not_null())
         measurements = measurements.filter(pl.col("other").is_null()).drop("other")
@@ -168,11 +214,26 @@ def _pairs(pairs: pl.DataFrame, alone: pl.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _entries(table: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
+def _keys(table: pl.LazyFrame, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """What stands in some columns, once each and in order."""
+    return table.select(columns).unique(maintain_order=True).collect().iter_rows()
+
+
+def _groups(table: pl.DataFrame | pl.LazyFrame, unmoved: set[str]) -> Iterator[tuple[tuple[Any, ...], _Rows]]:
+    """The rows of each diagnostic and variant; of a table in a file, one group after the other is in memory."""
+    if isinstance(table, pl.DataFrame):
+        yield from _Rows.of(table, unmoved).by("diagnostic", "variant")
+        return
+    for name, variant in _keys(table, "diagnostic", "variant"):
+        group = table.filter(pl.col("diagnostic") == name, pl.col("variant") == variant).collect()
+        yield (name, variant), _Rows.of(group, unmoved)
+
+
+def _entries(table: pl.DataFrame | pl.LazyFrame, still: str, null: str) -> dict[str, Any]:
     """`unmoved`, the matrices with the reason `still`, and `diagnostics`: an entry for each and variant."""
-    rows = _Rows.of(table, still)
+    unmoved = set(table.lazy().filter(pl.col("reason") == still).select("matrix").collect()["matrix"])
     entries = []
-    for (name, variant), group in rows.by("diagnostic", "variant"):
+    for (name, variant), group in _groups(table, unmoved):
         diagnostic = DIAGNOSTICS[str(name)]
         entry = {"diagnostic": name, "variant": variant, **_statistics(group, diagnostic)}
         kind = {"trajectory": "walk", "pair": "independent"}.get(diagnostic.scope, null)
@@ -183,7 +244,7 @@ def _entries(table: pl.DataFrame, still: str, null: str) -> dict[str, Any]:
             for (role,), part in group.by("role")
         }
         entries.append(entry)
-    return {"unmoved": len(set(rows["matrix"][~rows["moved"]])), "diagnostics": entries}
+    return {"unmoved": len(unmoved), "diagnostics": entries}
 
 
 class _Rows:
@@ -196,12 +257,11 @@ class _Rows:
         self.columns = columns
 
     @classmethod
-    def of(cls, table: pl.DataFrame, still: str) -> _Rows:
-        """The rows of a table; a matrix with the reason `still` in one of them did not move."""
+    def of(cls, table: pl.DataFrame, unmoved: set[str]) -> _Rows:
+        """The rows of a table, and whether their matrices moved."""
         columns = {name: table[name].to_numpy() for name in (*cls.NUMBERS, "rows", "cols")}
         columns |= {f"has {name}": table[name].is_not_null().to_numpy() for name in cls.NUMBERS}
         columns |= {name: np.array(table[name].to_list(), dtype=object) for name in cls.WORDS}
-        unmoved = set(columns["matrix"][columns["reason"] == still])
         columns["moved"] = np.array([name not in unmoved for name in columns["matrix"]], dtype=bool)
         return cls(columns)
 
@@ -270,9 +330,13 @@ def _against_null(group: _Rows, diagnostic: Diagnostic, kind: str) -> dict[str, 
     spread = pl.Series(known["null_std"][known["has null_std"]]).mean()
     differences = known["value"] - known["null_mean"]
     excess = float(np.average(differences, weights=weights))
-    rng = np.random.default_rng(0)
-    picks = rng.integers(len(known), size=(BOOTSTRAP, len(known)))
-    resampled = (differences[picks] * weights[picks]).sum(axis=1) / weights[picks].sum(axis=1)
+    rng, size = np.random.default_rng(0), len(known)
+    resampled = np.empty(BOOTSTRAP)
+    step = max(1, PICKED // size)
+    for start in range(0, BOOTSTRAP, step):
+        picks = rng.integers(size, size=(min(step, BOOTSTRAP - start), size))
+        sums = (differences[picks] * weights[picks]).sum(axis=1)
+        resampled[start : start + step] = sums / weights[picks].sum(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
     margin = RELATIVE_MARGIN * abs(mean) if diagnostic.ratio else SHARE_MARGIN
     if diagnostic.size:

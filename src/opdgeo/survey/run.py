@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
+from opdgeo.errors import CheckpointError
 from opdgeo.survey import engines
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.kinship import remarks
@@ -26,7 +27,8 @@ from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Parts, require_unchanged
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
 from opdgeo.survey.request import Execution, Request
-from opdgeo.survey.results import Result, frames, summarise
+from opdgeo.survey.results import Result
+from opdgeo.survey.tables import Tables
 from opdgeo.survey.trail import Trail
 
 
@@ -194,7 +196,6 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         request.pairs,
     )
     parts = source.parts(request, execution)
-    measured: dict[Matrix, Measured] = {}
     reused: Counter[str] = Counter()
     rest: list[tuple[Matrix, Measured | None]] = []
     for m in sorted(work, key=_cost, reverse=True):  # the largest first, so that the workers end together
@@ -204,10 +205,8 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
             reused.update(n for n in dict.fromkeys(row["diagnostic"] for row in known.rows) if n not in values)
         if known is None or nulls:
             rest.append((m, known))
-        else:
-            measured[m] = known
-            if m.name in parts.finished:  # its tables go while the new ones are written
-                parts.save(m, known)
+        elif m.name in parts.finished:  # its tables go while the new ones are written
+            parts.save(m, known)
 
     runs = engines.ENGINES[execution.engine](job, rest, execution)
     beside = ThreadPoolExecutor(1)
@@ -216,26 +215,22 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         with _Bar(execution.progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
-                measured[m] = found
                 bar.advance(_cost(m))
         of_base, *of_checkpoints = manifests
     finally:
         beside.shutdown(cancel_futures=True)
     require_unchanged(request.every, parts.stamps, gone=source.deletes)
 
-    order = {c.name: i for i, c in enumerate(request.checkpoints)}
-
-    def place(row: dict[str, Any]) -> tuple[int, int]:
-        return order[row["checkpoint"]], order.get(row.get("other", ""), -1)
-
-    rows = sorted((r for m in work for r in measured[m].rows), key=place)
-    curves = sorted((r for m in work for r in measured[m].curves), key=place)
+    tables = Tables([c.name for c in request.checkpoints], parts.folder, pairs=request.pairs)
     timings: Counter[str] = Counter()
     by_shape: defaultdict[str, float] = defaultdict(float)
     for m in work:
-        timings.update(measured[m].seconds)
-        by_shape[f"{m.rows}x{m.cols}"] += sum(measured[m].seconds.values())
-    tables = frames(rows, curves, pairs=request.pairs)
+        one = parts.load(m)
+        if one is None:
+            raise CheckpointError(f"what was measured of {m.name} is gone from {parts.folder}. Give the command again.")
+        tables.add(one.rows, one.curves)
+        timings.update(one.seconds)
+        by_shape[f"{m.rows}x{m.cols}"] += sum(one.seconds.values())
     cores = engines.cpu_cores()
     asked = {"roles": request.roles, "engine": execution.engine, "workers": execution.workers or cores}
     run = provenance(started, time.perf_counter() - clock, execution.device, cores) | {
@@ -253,7 +248,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     }
     if request.pairs:
         run["pairs"] = len(request.checkpoints) * (len(request.checkpoints) - 1) // 2
-    return Result(*tables, summarise(tables[0], settings.null), run)
+    return tables.result(settings.null, run)
 
 
 def plan_text(request: Request, workers: int | None = None) -> str:
