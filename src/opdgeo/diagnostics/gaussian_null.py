@@ -101,7 +101,7 @@ class Isotropic:
             masks |= {f"principal.{share:g}": m for share, m in (base.principal or {}).items()}
         everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
         sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
-        size = rows_of_block(base.weights.shape[1])
+        size = rows_of_block(base.weights)
         for start in range(0, len(base.weights), size):
             part = slice(start, start + size)
             moves = nulls.visible_probability(base.weights[part], self.scale).flatten()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opdgeo.numerics.certificates import EPS, Spectrum, gram_error, residual_error, svd_error
+from opdgeo.numerics.devices import solve, solved
 from opdgeo.numerics.lapack import EigenError, eigen, gram_matrix
 
 CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
@@ -27,13 +28,13 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     """
     rows, cols = matrix.shape
     tall = matrix if rows >= cols else matrix.T
-    try:
-        squares, inner = eigen(gram_matrix(tall), rank)
-    except EigenError:
+    found = _eigen(tall, rank)
+    if found is None:
         return None
+    squares, inner, where = found
     relative = gram_error(rows, cols)
     largest = float(squares[0])
-    sigma, method = squares.clamp(min=0).sqrt(), "gram"
+    sigma, method = squares.clamp(min=0).sqrt(), "gram" + where
     outer, lost = tall.new_empty(tall.shape[0], 0), 0.0
     if rank:
         if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
@@ -53,14 +54,29 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     if float(squares[-1]) * CONDITION**2 < largest:
         smallest = _smallest(tall, sigma, errors)
         if smallest is None:
-            sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
+            sigma, last = solve(torch.linalg.svdvals, matrix)
+            method = f"gram{where}, svdvals{last}"
             errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
         else:
             count = len(smallest[0])
             sigma, errors = torch.cat([sigma[:-count], smallest[0]]), torch.cat([errors[:-count], smallest[1]])
-            method = "gram, inverse iteration"
+            method = f"gram{where}, inverse iteration"
     left, right = (outer, inner) if rows >= cols else (inner, outer)
     return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
+
+
+def _eigen(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, str] | None:
+    """`eigen` of AᵀA and where it was found: a GPU whose solver fails leaves it to the CPU. None where that fails too."""
+    try:
+        return *eigen(gram_matrix(tall), rank), ""
+    except EigenError:
+        if tall.device.type == "cpu":
+            return None
+    try:
+        values, vectors = eigen(gram_matrix(tall.cpu()), rank)
+    except EigenError:
+        return None
+    return values.to(tall.device), vectors.to(tall.device), " on the CPU"
 
 
 def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +95,7 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
     if count > min(SMALLEST, n // 4):
         return None
     # Cut at the widest gap nearby.
-    lower = (sigma - errors).clamp(min=0)
+    sigma, lower = sigma.cpu(), (sigma - errors).clamp(min=0).cpu()
     count = max(range(count, min(count + 9, n)), key=lambda c: float(lower[n - c - 1] / (sigma[n - c] + EPS * largest)))
     square = tall if tall.shape[0] == n else torch.linalg.qr(tall, mode="r").R
     factors, pivots, info = torch.linalg.lu_factor_ex(square)
@@ -97,7 +113,7 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
             return None
         block = torch.linalg.qr(block).Q
         outer, triangle = torch.linalg.qr(square @ block)
-        turn, small, back = torch.linalg.svd(triangle)
+        turn, small, back = solved(torch.linalg.svd, triangle)
         left, right = (outer @ turn)[:, -count:], (block @ back.T)[:, -count:]
         residual = square.T @ left - right * small[-count:]
         rho = float(torch.linalg.vector_norm(residual))

@@ -18,8 +18,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from opdgeo.numerics import devices
+
 Blocks = Callable[[], Iterator[Tensor]]  # scores ≥ 0 in blocks of rows, of any float dtype, the same on every call
-BLOCK = 1 << 18  # entries of a block: it stays in cache
+BLOCK = 1 << 18  # entries of a block on the CPU: it stays in cache
 KEPT = 1 << 22  # so many scores are kept rather than computed again
 BINS = 1 << 15
 IN, TIED, NEAR = 1, 2, 4
@@ -40,18 +42,18 @@ class Threshold:
     near: bool
 
 
-def rows_of_block(cols: int) -> int:
-    """Rows of a block of `BLOCK` entries, at least one.
+def rows_of_block(matrix: Tensor) -> int:
+    """Rows of a block of a (rows, cols) matrix on its device, at least one; on the CPU of `BLOCK` entries.
 
-    >>> rows_of_block(1 << 16), rows_of_block(1 << 30)
+    >>> rows_of_block(torch.empty(0, 1 << 16)), rows_of_block(torch.empty(0, 1 << 30))
     (4, 1)
     """
-    return max(1, BLOCK // cols)
+    return devices.rows_of_block(matrix.shape[1], matrix.device, BLOCK)
 
 
 def magnitudes(matrix: Tensor) -> Blocks:
     """|matrix| in blocks of rows."""
-    return lambda: (part.abs() for part in matrix.split(rows_of_block(matrix.shape[1])))
+    return lambda: (part.abs() for part in matrix.split(rows_of_block(matrix)))
 
 
 def thresholds(
@@ -119,7 +121,7 @@ class Mask:
         Args:
             visible: (rows, cols) bool, with at least one entry set.
         """
-        size = rows_of_block(visible.shape[1])  # what a block needs stays in cache
+        size = rows_of_block(visible)  # what a block needs stays in cache
         inside = tied = near = total = 0
         for codes, seen in zip(self.codes.split(size), visible.view(torch.uint8).split(size), strict=True):
             inside += _count(codes & seen)

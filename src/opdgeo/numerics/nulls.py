@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.devices import solved
 from opdgeo.numerics.precision import to_bf16
 from opdgeo.numerics.spectra import spectrum
 
@@ -200,7 +201,7 @@ def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.
         beyond = _factor(outside, k, rng).to(sigma.device) * (scale / top)
         grams["outer"] = grams["outer"] + beyond.T @ beyond
     sides = ("right", "left") if rows >= cols else ("left", "right")
-    tangents = [torch.linalg.eigvalsh(grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
+    tangents = [solved(torch.linalg.eigvalsh, grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
     return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
 
 
