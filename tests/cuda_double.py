@@ -186,8 +186,11 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     if name in _counted.failing and str(resolve_name(func) or func).find("linalg") >= 0:
         raise torch.linalg.LinAlgError(f"linalg.{name}: the algorithm failed to converge")
     if name in ("__getitem__", "__setitem__"):
-        masks = [x for x in tree_iter(args[1]) if isinstance(x, Tensor) and x.dtype == torch.bool]
-        name = "boolean index" if masks else name
+        tensors = [x for x in tree_iter(args[1]) if isinstance(x, Tensor)]
+        if name == "__getitem__" and not tensors:
+            name = "view"
+        elif any(x.dtype == torch.bool for x in tensors):
+            name = "boolean index"
     if name == "__get__" or name == "__set__":
         found = _run(func, args, kwargs)
         return _on(found, on) if name == "__get__" else found

@@ -55,7 +55,8 @@ class Isotropic:
         if nulls.spacing(sigma, self.scale) >= SPACING:
             return None
         rows, cols = self.base.weights.shape
-        return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key))
+        sigma = sigma.to(self.base.weights.device)  # every value meets every other
+        return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key)).cpu()
 
     @cached
     def shift_norms(self) -> Tensor | None:
@@ -74,8 +75,9 @@ class Isotropic:
         if max(before.subspace_error(k, side) for side in ("left", "right")) >= 1:
             return []
         rows, cols = self.base.weights.shape
+        sigma = before.sigma.to(self.base.weights.device)
         return [
-            nulls.turns(before.sigma, rows, cols, k, self.scale, nulls.generator("turns", *self.key, draw))
+            nulls.turns(sigma, rows, cols, k, self.scale, nulls.generator("turns", *self.key, draw))
             for draw in range(max(2, self.settings.nulls))
         ]
 

@@ -95,7 +95,7 @@ class Base:
         slack = truncation_error(of, k)
         if math.isinf(slack):
             return None
-        left, right_t = of.left[:, :k] * of.sigma[:k], of.right[:, :k].T.contiguous()
+        left, right_t = of.left[:, :k] * of.sigma[:k].to(of.left.device), of.right[:, :k].T.contiguous()
 
         def score() -> Iterator[Tensor]:
             for part in left.split(rows_of_block(right_t)):

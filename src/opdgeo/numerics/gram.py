@@ -32,7 +32,7 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     if found is None:
         return None
     squares, inner, where = found
-    relative = gram_error(rows, cols)
+    relative, on_device, squares = gram_error(rows, cols), squares[:rank], squares.cpu()
     largest = float(squares[0])
     sigma, method = squares.clamp(min=0).sqrt(), "gram" + where
     outer, lost = tall.new_empty(tall.shape[0], 0), 0.0
@@ -42,11 +42,11 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
         images = tall @ inner
         # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them.
         mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
-        missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
+        missed = tall.T @ (images @ mix) - inner @ (on_device[:, None] * mix)
         lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
         if not lost <= 4 * relative * math.sqrt(rank):
             return None
-        outer = images.div_(squares[:rank].sqrt())
+        outer = images.div_(on_device.sqrt())
         if 4 * EPS * largest > 1e-12 * float(squares[rank - 1]):  # else orthonormal enough as they are
             outer = _orthonormalised(outer)
     noise = relative * largest
@@ -55,6 +55,7 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
         smallest = _smallest(tall, sigma, errors)
         if smallest is None:
             sigma, last = solve(torch.linalg.svdvals, matrix)
+            sigma = sigma.cpu()
             method = f"gram{where}, svdvals{last}"
             errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
         else:
@@ -95,7 +96,7 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
     if count > min(SMALLEST, n // 4):
         return None
     # Cut at the widest gap nearby.
-    sigma, lower = sigma.cpu(), (sigma - errors).clamp(min=0).cpu()
+    lower = (sigma - errors).clamp(min=0)
     count = max(range(count, min(count + 9, n)), key=lambda c: float(lower[n - c - 1] / (sigma[n - c] + EPS * largest)))
     square = tall if tall.shape[0] == n else torch.linalg.qr(tall, mode="r").R
     factors, pivots, info = torch.linalg.lu_factor_ex(square)
@@ -116,6 +117,7 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
         turn, small, back = solved(torch.linalg.svd, triangle)
         left, right = (outer @ turn)[:, -count:], (block @ back.T)[:, -count:]
         residual = square.T @ left - right * small[-count:]
+        small = small.cpu()
         rho = float(torch.linalg.vector_norm(residual))
         gap = float(lower[n - count - 1] - small[-count])
         error = residual_error(rho, gap) + rounding

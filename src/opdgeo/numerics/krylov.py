@@ -108,9 +108,10 @@ def _ritz(tall: MatrixOperator, goal: Goal, start: Tensor) -> Iterator[tuple[Ten
         check = max(used + width, int(1.12 * used))
         squares, mixing = solved(torch.linalg.eigh, (inner[:used, :used] + inner[:used, :used].T) / 2)
         squares, mixing = squares.flip(0)[: width + 1].clamp(min=0), mixing.flip(1)[:, :width]
-        sigma = squares.sqrt()
+        on_device = squares.sqrt()
+        sigma = on_device.cpu()
         floor = max(1e-8 * float(sigma[0]), 1e-300)
-        missed = (again @ beyond).double() @ mixing[-width:] / sigma[:width].clamp(min=floor)
+        missed = (again @ beyond).double() @ mixing[-width:] / on_device[:width].clamp(min=floor)
         if len(sigma) <= width:
             sigma = torch.cat([sigma, sigma[-1:]])
         values, subspace = _ritz_errors(sigma, missed, k, goal.rank)
@@ -159,7 +160,7 @@ def _measured(tall: MatrixOperator, directions: Tensor, next_value: float, k: in
     known = torch.cat([sigma, sigma.new_tensor([next_value])])
     errors, _ = _ritz_errors(known, residual, k, k)
     rounding = gram_error(rows, cols) * float(sigma[0])
-    errors = (errors + rounding).to(sigma)
+    errors, sigma = errors + rounding, sigma.cpu()
     noise = float(torch.linalg.vector_norm(residual[:, :k])) + rounding
     following = float(sigma[k]) + float(torch.linalg.vector_norm(residual[:, k]))
     return Spectrum(

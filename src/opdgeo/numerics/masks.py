@@ -70,8 +70,8 @@ def thresholds(
         top: the mask holds the largest scores, else the smallest.
         slack: a bound on the error of every score.
     """
-    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks()))
-    upto = counts.cumsum(0).cpu()
+    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks())).cpu()
+    upto = counts.cumsum(0)
     ranks = {share: min(max(math.ceil(share * entries), 1), entries) for share in shares}
     ascending = {share: entries - rank + 1 if top else rank for share, rank in ranks.items()}
     bins = {share: int(torch.searchsorted(upto, place)) for share, place in ascending.items()}

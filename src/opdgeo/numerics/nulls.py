@@ -188,7 +188,7 @@ def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.
         scale: the standard deviation of an entry.
 
     Returns:
-        "left" and "right": (k,) angles.
+        "left" and "right": (k,) angles, on the host.
     """
     n, outside = len(sigma), abs(rows - cols)
     top, rest = sigma[:k], sigma[k:, None]
@@ -201,7 +201,7 @@ def turns(sigma: Tensor, rows: int, cols: int, k: int, scale: float, rng: torch.
         beyond = _factor(outside, k, rng).to(sigma.device) * (scale / top)
         grams["outer"] = grams["outer"] + beyond.T @ beyond
     sides = ("right", "left") if rows >= cols else ("left", "right")
-    tangents = [solved(torch.linalg.eigvalsh, grams[name]).clamp(min=0).sqrt() for name in ("inner", "outer")]
+    tangents = [solved(torch.linalg.eigvalsh, grams[name]).cpu().clamp(min=0).sqrt() for name in ("inner", "outer")]
     return {side: torch.atan(2 * tangent) / 2 for side, tangent in zip(sides, tangents, strict=True)}
 
 

@@ -13,13 +13,16 @@ import socket
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.machine import available_memory
+from opdgeo.numerics.devices import gpus, start
 from opdgeo.survey.measure import Job, Measured, measure
 from opdgeo.survey.memory import LIBRARIES, Memory, give_back, peak_memory, working_set
 from opdgeo.survey.request import Execution
@@ -32,16 +35,28 @@ PATIENCE = 10.0  # seconds without a result after which the cluster is looked at
 
 
 def local(job: Job, work: Work, execution: Execution) -> Finished:
-    """On threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
+    """On threads of this process (`workers`), as many matrices at a time as memory holds.
+
+    A GPU takes one matrix at a time: two would share it, and each wait for the other's memory.
+    """
     memory = Memory(available_memory() * 8 // 10)
+    count, lanes = workers(execution), SimpleQueue[Job]()
+    for i in range(count):
+        lanes.put(job if job.device == "cpu" else replace(job, device=gpus(job.device)[i]))
 
     def task(matrix: Matrix, known: Measured | None) -> tuple[Matrix, Measured]:
         with memory.room_for(_size(job, matrix)):
-            found = measure(job, matrix, known)
+            lane = lanes.get()
+            try:
+                found = measure(lane, matrix, known)
+            finally:
+                lanes.put(lane)
             give_back()
             return matrix, found
 
-    pool = ThreadPoolExecutor(min(execution.workers or cpu_cores(), max(1, len(work))))
+    for device in gpus(job.device)[:count] if job.device != "cpu" else ():
+        start(device)  # here, before there are threads
+    pool = ThreadPoolExecutor(min(count, max(1, len(work))))
     try:
         with _one_thread():
             for done in as_completed([pool.submit(task, *item) for item in work]):
@@ -96,6 +111,14 @@ def ray(job: Job, work: Work, execution: Execution) -> Finished:
 
 
 ENGINES = {"local": local, "ray": ray}
+
+
+def workers(execution: Execution) -> int:
+    """Matrices measured at a time on this machine: one a CPU core, or one a GPU, unless fewer are asked for."""
+    if execution.device == "cpu" or execution.engine != "local":
+        return execution.workers or cpu_cores()
+    count = len(gpus(execution.device))
+    return min(execution.workers or count, count)
 
 
 def cpu_cores() -> int:
@@ -211,6 +234,8 @@ def _on_a_worker(
                 f"{file} is {'another file' if file.is_file() else 'not there'} on {here}, a node of the Ray cluster; expected the "
                 "checkpoints at the same path on every node. Put them on a shared file system."
             )
+    if job.device != "cpu":
+        start(job.device)
     with _one_thread():
         found = measure(job, matrix, known)
     give_back()
