@@ -161,9 +161,11 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
             return False
         if what == "dtype" or what == "shape":
             return _run(func, args, kwargs)
+    if name == "_has_compatible_shallow_copy_type":  # a module that is moved gets new parameters
+        return len(places) == 1
     asked = kwargs.get("device")
     wanted = None if asked is None else device_of(asked)
-    if name in ("to", "cuda", "cpu", "type"):
+    if name in ("to", "cuda", "cpu"):
         return _moved(func, name, args, kwargs, on)
     if name in FACTORIES and on is None:
         if wanted is None or wanted.type != "cuda":
@@ -208,50 +210,37 @@ def _counting(name: str, found: Any) -> Any:
 
 
 def _moved(func: Any, name: str, args: Any, kwargs: Any, on: torch.device | None) -> Any:
-    """`to`, `cuda`, `cpu` and `type`: the device is taken out of the arguments, and what is left is for the CPU."""
+    """`to`, `cuda` and `cpu`: where the tensor is to lie, which the double sees to, and its type, for the CPU to make."""
     own = args[0]
-    here = on if isinstance(own, CudaDouble) else torch.device("cpu")
-    assert here is not None
-    target = here
-    rest, named = list(args[1:]), dict(kwargs)
+    here = type(own).place if isinstance(own, CudaDouble) else torch.device("cpu")
+    target, dtype, copy = here, None, bool(kwargs.get("copy"))
     if name == "cpu":
-        target, func, rest, named = torch.device("cpu"), Tensor.to, [], {}
+        target = torch.device("cpu")
     elif name == "cuda":
-        target = device_of(rest[0] if rest else named.get("device", "cuda")) or torch.device("cuda", 0)
-        func, rest, named = Tensor.to, [], {}
-    elif name == "to":
-        if rest and isinstance(rest[0], Tensor):
-            other = rest.pop(0)
-            target = type(other).place if isinstance(other, CudaDouble) else torch.device("cpu")
-            rest.insert(0, other.dtype)
-        elif rest and (device := device_of(rest[0])) is not None:
-            target = device
-            rest.pop(0)
-        if named.get("device") is not None:
-            target = device_of(named.pop("device")) or target
-        if isinstance(named.get("other"), Tensor):
-            other = named.pop("other")
-            target = type(other).place if isinstance(other, CudaDouble) else torch.device("cpu")
-            named["dtype"] = other.dtype
-    elif rest and isinstance(rest[0], str) and "cuda" in rest[0]:
-        raise AssertionError("the double does not know types by name")
+        target = device_of([*args[1:], kwargs.get("device", "cuda")][0]) or torch.device("cuda", 0)
+    else:
+        flags = [a for a in args[1:] if isinstance(a, bool)]
+        copy = copy or len(flags) > 1 and flags[1]
+        for given in (*args[1:], *(kwargs.get(k) for k in ("device", "dtype", "other"))):
+            if isinstance(given, torch.dtype):
+                dtype = given
+            elif isinstance(given, Tensor):
+                target = type(given).place if isinstance(given, CudaDouble) else torch.device("cpu")
+                dtype = given.dtype
+            elif given is not None and not isinstance(given, bool):
+                target = device_of(given) or target
     if target.type == "cuda" and target.index >= torch.cuda.device_count():
         raise RuntimeError(f"CUDA error: invalid device ordinal {target.index}")
-    plain = own.as_subclass(Tensor) if isinstance(own, CudaDouble) else own
-    named.pop("device", None)
-    rest = [r for i, r in enumerate(rest) if not (name == "to" and isinstance(r, bool) and i == 0 and not isinstance(r, torch.dtype))]
+    if target == here and (dtype is None or dtype == own.dtype) and not copy:
+        return own
     with torch._C.DisableTorchFunctionSubclass():
-        found = func(plain, *rest, **named) if rest or named else plain
-        if target != here and found.untyped_storage().data_ptr() == plain.untyped_storage().data_ptr() and plain.numel():
-            found = found.clone()  # another memory
-        if isinstance(found, Tensor):
-            if target == here and found is plain:
-                return own
-            found = _on(found, target)
-    if target != here or found is not own:
-        waits = here.type == "cuda" and target.type == "cpu"
-        if here.type == "cuda" or target.type == "cuda":
-            _counting("cpu" if waits else f"to {target.type}" if target != here else "to", None)
+        plain = own.as_subclass(Tensor) if isinstance(own, CudaDouble) else own
+        found = Tensor.to(plain, dtype or plain.dtype, copy=True)
+        found = _on(found, target)
+    if here.type == "cuda" and target.type == "cpu":
+        _counting("cpu", None)
+    elif "cuda" in (here.type, target.type):
+        _counting("to" if target == here else "to cuda", None)
     return found
 
 
@@ -297,7 +286,6 @@ def cuda_doubles(count: int = 1, *, memory: int = 80 << 30) -> Iterator[Counted]
         with _Everywhere():
             run(thread)
 
-    overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     current = mock.Mock(return_value=0)
     patches = {
         "is_available": lambda: True, "device_count": lambda: count, "synchronize": lambda *_: None, "current_device": current,
@@ -310,8 +298,6 @@ def cuda_doubles(count: int = 1, *, memory: int = 80 << 30) -> Iterator[Counted]
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
         stack.enter_context(mock.patch.object(threading.Thread, "run", with_doubles))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwritten)
         stack.enter_context(_Everywhere())
         try:
             yield _counted
