@@ -23,8 +23,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_iter, tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
 
 class CudaDouble(Tensor):
@@ -100,8 +100,8 @@ FACTORIES = {
 
 
 def _name(func: Any) -> str:
-    name = getattr(func, "__name__", str(func))
-    return "grad" if name == "__get__" and "grad." in str(resolve_name(func)) else str(name)
+    name = getattr(func, "__name__", func)
+    return str(name).removeprefix("linalg_")
 
 
 def _places(args: Any, kwargs: Any) -> dict[torch.device, list[Tensor]]:
@@ -185,7 +185,7 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
         if kwargs["driver"] not in (None, "gesvd", "gesvdj", "gesvda"):
             raise RuntimeError(f"linalg.svd: {kwargs['driver']} is no driver")
         kwargs = {k: v for k, v in kwargs.items() if k != "driver"}
-    if name in _counted.failing and str(resolve_name(func) or func).find("linalg") >= 0:
+    if name in _counted.failing:
         raise torch.linalg.LinAlgError(f"linalg.{name}: the algorithm failed to converge")
     if name in ("__getitem__", "__setitem__"):
         tensors = [x for x in tree_iter(args[1]) if isinstance(x, Tensor)]
@@ -261,7 +261,7 @@ def _refuse(func: Any, name: str, args: Any, kwargs: Any, places: dict[torch.dev
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         return
     others = [t for p, tensors in places.items() if p != on for t in tensors]
-    if any(t.dim() or isinstance(t, CudaDouble) for t in others) or (others and name in ("cat", "stack", "where_")):
+    if any(t.dim() or isinstance(t, CudaDouble) for t in others) or (others and (name in ("cat", "stack") or "fused" in name)):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {on} and "
             f"{', '.join(str(p) for p in places if p != on)}! (in {name})"
@@ -304,5 +304,3 @@ def cuda_doubles(count: int = 1, *, memory: int = 80 << 30) -> Iterator[Counted]
         finally:
             _counted = before
 
-
-__all__ = ["Counted", "CudaDouble", "cuda_doubles", "tree_map"]

@@ -82,7 +82,7 @@ def solved(solver: Callable[..., Any], matrix: Tensor, **options: Any) -> Any:
 
 
 _exact = Lock()
-_users, _before = 0, "none"
+_users, _before = 0, None
 
 
 @contextmanager
@@ -95,10 +95,13 @@ def float32_products(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
+    # From torch 2.9 on. Its older switch is not to be read where a program has set the newer one.
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    flag, exact = ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
     with _exact:
         if not _users:
-            _before = torch.backends.cuda.matmul.fp32_precision
-            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            _before = getattr(torch.backends.cuda.matmul, flag)
+            setattr(torch.backends.cuda.matmul, flag, exact)
         _users += 1
     try:
         yield
@@ -106,4 +109,4 @@ def float32_products(device: torch.device) -> Iterator[None]:
         with _exact:
             _users -= 1
             if not _users:
-                torch.backends.cuda.matmul.fp32_precision = _before
+                setattr(torch.backends.cuda.matmul, flag, _before)
