@@ -65,11 +65,16 @@ def machine(at: Place) -> list[Row]:
         except PackageNotFoundError:
             return "missing"
 
-    packages = {name: known(name) for name in ("torch", "transformers", "accelerate", "trl", "datasets", "polars", "pytest")}
+    needed = "torch transformers accelerate trl datasets polars pyarrow numpy scipy safetensors threadpoolctl rich xxhash filelock pytest"
+    packages = {name: known(name) for name in needed.split()}
     free, total = torch.cuda.mem_get_info()
-    gpu = f"{torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free), CUDA {torch.version.cuda}"
+    gpu = (
+        f"{torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free), CUDA {torch.version.cuda}"
+    )
     cores = len(os.sched_getaffinity(0))
-    return [row("machine", True, f"{gpu}; {cores} cores; Python {platform.python_version()}; {packages}", packages=packages)]
+    return [
+        row("machine", True, f"{gpu}; {cores} cores; Python {platform.python_version()}; {packages}", packages=packages)
+    ]
 
 
 def start(at: Place) -> list[Row]:
@@ -135,7 +140,15 @@ def solvers(at: Place) -> list[Row]:
             began = at.clock()
             error = way()
             took = at.clock() - began
-            rows.append(row(f"{name} {n}", error < 1e-11 or "gesvdj" in name, f"backward error {error:.1e}", seconds=took, error=error))
+            rows.append(
+                row(
+                    f"{name} {n}",
+                    error < 1e-11 or "gesvdj" in name,
+                    f"backward error {error:.1e}",
+                    seconds=took,
+                    error=error,
+                )
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -147,14 +160,26 @@ def tests(name: str) -> Callable[[Place], list[Row]]:
         require("pytest")
         report = at.folder / f"{name}.xml"
         chosen = ["-m", "not cuda"] if at.double else ["-m", "cuda"]
-        command = [sys.executable, "-m", "pytest", f"tests/gpu/test_{name}.py", *chosen, "-q", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            f"tests/gpu/test_{name}.py",
+            *chosen,
+            "-q",
+            f"--junitxml={report}",
+            "-p",
+            "no:cacheprovider",
+        ]
         # the fork server of the tests, which loads TRL, is not needed here
         environment = os.environ | {"OPDGEO_TEST_SERVER": "nowhere"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""])[-1]
         print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
         summary = report.read_text().split("<testcase", 1)[0].split("<testsuite ", 1)[-1] if report.is_file() else last
-        counts = " ".join(part for part in summary.split() if part.split("=")[0] in ("tests", "failures", "errors", "skipped"))
+        counts = " ".join(
+            part for part in summary.split() if part.split("=")[0] in ("tests", "failures", "errors", "skipped")
+        )
         return [row(f"pytest tests/gpu/test_{name}.py", done.returncode == 0, counts or last)]
 
     return run
@@ -174,7 +199,15 @@ def layer(at: Place) -> list[Row]:
     began = time.perf_counter()
     exact = opdgeo.compare(*folders, workers=NEXT_TO_THE_GPU, cache=False)
     cpu = time.perf_counter() - began
-    rows.append(row("one layer, CPU", True, f"{NEXT_TO_THE_GPU} workers; {cpu / gpu:.1f}× the GPU's time", seconds=cpu, times=cpu / gpu))
+    rows.append(
+        row(
+            "one layer, CPU",
+            True,
+            f"{NEXT_TO_THE_GPU} workers; {cpu / gpu:.1f}× the GPU's time",
+            seconds=cpu,
+            times=cpu / gpu,
+        )
+    )
     return [*rows, agreement("one layer, GPU and CPU", found, exact)]
 
 
@@ -196,7 +229,9 @@ def shapes(at: Place) -> list[Row]:
         return folder
 
     def moved(by: float) -> dict[str, Tensor]:
-        return {n: (w + by * w.float().std() * torch.randn(w.shape, generator=rng)).bfloat16() for n, w in before.items()}
+        return {
+            n: (w + by * w.float().std() * torch.randn(w.shape, generator=rng)).bfloat16() for n, w in before.items()
+        }
 
     large = write("large", moved(0.1))
     ways: dict[str, Callable[..., Any]] = {"a large update": lambda **how: opdgeo.compare(base, large, **how)}
@@ -237,7 +272,13 @@ def training(at: Place) -> list[Row]:
     if not at.double:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     few: dict[str, Any] = dict(
-        steps=3, sequences_per_step=16, checkpoints=(1.0,), eval_prompts=0, resume_every=1, record_rollouts=True, monitor=1
+        steps=3,
+        sequences_per_step=16,
+        checkpoints=(1.0,),
+        eval_prompts=0,
+        resume_every=1,
+        record_rollouts=True,
+        monitor=1,
     )
     for kind in ("sft", "opd", "rlvr"):
         config = train_config(kind, "tiny", origin="tiny/base", device=device, **few)
@@ -260,10 +301,14 @@ def training(at: Place) -> list[Row]:
             changes["rollouts"] = str(whole / "rollouts.jsonl")
         again = load_file(train(dataclasses.replace(config, **changes), replayed, progress=False) / "model.safetensors")
         origin = load_file(ROOT / "src/opdgeo/assets/tiny/base/model.safetensors")
-        update = math.sqrt(sum(float((w.float() - origin[n].float()).square().sum()) for n, w in last.items() if n in origin))
+        update = math.sqrt(
+            sum(float((w.float() - origin[n].float()).square().sum()) for n, w in last.items() if n in origin)
+        )
         apart = math.sqrt(sum(float((w - again[n]).square().sum()) for n, w in last.items())) / update
         # Adam divides by the size of each gradient, so entries whose gradient is rounding may go either way.
-        rows.append(row(f"{kind}, on the CPU with the same tokens", apart < 0.05, f"{apart:.1e} of the update", error=apart))
+        rows.append(
+            row(f"{kind}, on the CPU with the same tokens", apart < 0.05, f"{apart:.1e} of the update", error=apart)
+        )
         print(rows[-2:], flush=True)
     return rows
 
@@ -319,7 +364,9 @@ def fsdp2(at: Place) -> list[Row]:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
         outside, logs = constraint.outside(), monitor.measure(3)
-        rows.append(row("FSDP2, constraint", outside is not None and outside < 1e-9, f"{outside:.1e} outside", error=outside))
+        rows.append(
+            row("FSDP2, constraint", outside is not None and outside < 1e-9, f"{outside:.1e} outside", error=outside)
+        )
         rows.append(row("FSDP2, monitor", logs.get("geometry/norm", 0) > 0, f"norm {logs.get('geometry/norm', 0):.4f}"))
     finally:
         dist.destroy_process_group()
@@ -390,6 +437,7 @@ def kept(at: Place) -> dict[str, float]:
 def write_layers(at: Place, count: int, folder: Path) -> tuple[Path, Path]:
     """A base and a tuned checkpoint of `count` layers of Qwen3-8B's shapes, made on the GPU where there is one."""
     from large_pair import update
+
     from numerics import SHAPES
 
     found = folder / "base", folder / "tuned"
@@ -487,7 +535,9 @@ def main() -> int:
     parser.add_argument("--double", action="store_true", help="small shapes and a double of a GPU, on any machine")
     parser.add_argument("--seconds", type=float, default=480, help="for everything (default: 480)")
     parser.add_argument("--only", help=f"some items, comma-separated, of {', '.join(ITEMS)}")
-    parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of gpu.json and the logs (default: gpu-proof)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-proof"), help="folder of gpu.json and the logs (default: gpu-proof)"
+    )
     options = parser.parse_args()
     chosen = options.only.split(",") if options.only else list(ITEMS)
     if unknown := set(chosen) - set(ITEMS):
@@ -502,7 +552,11 @@ def main() -> int:
             limit = min(ITEMS[name][1] * (4 if options.double else 1), left)
             at = Place(options.double, Path(folder), 32 if options.double else 1, left)
             start = time.monotonic()
-            found = run_item(name, at, limit, options.out) if limit > 5 else [row(name, False, "no time was left") | {"status": "skipped"}]
+            found = (
+                run_item(name, at, limit, options.out)
+                if limit > 5
+                else [row(name, False, "no time was left") | {"status": "skipped"}]
+            )
             for each in found:
                 each |= {"item": name, "item_seconds": round(time.monotonic() - start, 2)}
                 print(f"{each['status']:8} {each['what']:42} {each['said']}", flush=True)

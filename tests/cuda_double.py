@@ -40,9 +40,7 @@ class CudaDouble(Tensor):
         return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
 
 
-KINDS: list[type[CudaDouble]] = [
-    type(f"Cuda{i}", (CudaDouble,), {"place": torch.device("cuda", i)}) for i in range(8)
-]
+KINDS: list[type[CudaDouble]] = [type(f"Cuda{i}", (CudaDouble,), {"place": torch.device("cuda", i)}) for i in range(8)]
 
 
 @dataclass
@@ -75,26 +73,121 @@ _lock = threading.Lock()
 
 # No work for a GPU: what a tensor is, and other views of the same numbers.
 FREE = {
-    *("size", "dim", "stride", "numel", "element_size", "nelement", "is_contiguous", "storage_offset", "ndimension", "__len__"),
-    *("is_floating_point", "is_complex", "requires_grad_", "detach", "detach_", "register_hook", "retain_grad", "__hash__", "backward"),
-    *("is_pinned", "is_inference", "is_signed", "is_same_size", "get_device", "data_ptr", "numpy", "as_subclass", "_is_view"),
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "t", "transpose", "permute", "expand", "expand_as", "narrow"),
-    *("split", "chunk", "unbind", "select", "diagonal", "view_as", "movedim", "swapaxes", "__iter__", "iter", "unfold", "numpy_T"),
-    *("__repr__", "__format__", "__reduce_ex__", "_make_subclass", "untyped_storage", "type", "result_type", "promote_types"),
+    *(
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "element_size",
+        "nelement",
+        "is_contiguous",
+        "storage_offset",
+        "ndimension",
+        "__len__",
+    ),
+    *(
+        "is_floating_point",
+        "is_complex",
+        "requires_grad_",
+        "detach",
+        "detach_",
+        "register_hook",
+        "retain_grad",
+        "__hash__",
+        "backward",
+    ),
+    *(
+        "is_pinned",
+        "is_inference",
+        "is_signed",
+        "is_same_size",
+        "get_device",
+        "data_ptr",
+        "numpy",
+        "as_subclass",
+        "_is_view",
+    ),
+    *(
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "expand_as",
+        "narrow",
+    ),
+    *(
+        "split",
+        "chunk",
+        "unbind",
+        "select",
+        "diagonal",
+        "view_as",
+        "movedim",
+        "swapaxes",
+        "__iter__",
+        "iter",
+        "unfold",
+        "numpy_T",
+    ),
+    *(
+        "__repr__",
+        "__format__",
+        "__reduce_ex__",
+        "_make_subclass",
+        "untyped_storage",
+        "type",
+        "result_type",
+        "promote_types",
+    ),
     *("empty", "empty_like", "new_empty", "is_cuda", "is_same", "is_nonzero_", "broadcast_tensors", "broadcast_shapes"),
     *("grad", "requires_grad", "data", "__get__", "__set__", "ravel", "mT", "T"),
 }
 # The host waits for the number, or for how many numbers there are.
 WAITS = {
-    *("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__contains__", "equal", "allclose", "nonzero", "bincount"),
+    *(
+        "item",
+        "tolist",
+        "__float__",
+        "__int__",
+        "__bool__",
+        "__index__",
+        "__contains__",
+        "equal",
+        "allclose",
+        "nonzero",
+        "bincount",
+    ),
     *("masked_select", "unique", "unique_consecutive", "cpu", "argwhere", "is_nonzero", "repeat_interleave", "histc"),
     *("eigh", "eigvalsh", "svd", "svdvals", "cholesky", "inv", "solve", "lstsq"),
 }
 # Arguments that may lie on the host beside tensors of a GPU.
 ACROSS = {"to", "copy_", "__set__", "__getitem__", "__setitem__", "index_put_", "as_subclass", "set_data", "grad"}
+IN_PLACE = {
+    f"__i{operation}__" for operation in ("add", "sub", "mul", "truediv", "and", "or", "xor", "floordiv", "pow")
+}
 REFUSED = {"numpy", "data_ptr", "__array__", "__dlpack__", "untyped_storage"}
 FACTORIES = {
-    *("empty", "zeros", "ones", "full", "eye", "arange", "linspace", "tensor", "as_tensor", "scalar_tensor", "rand", "randn", "randint"),
+    *(
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "eye",
+        "arange",
+        "linspace",
+        "tensor",
+        "as_tensor",
+        "scalar_tensor",
+        "rand",
+        "randn",
+        "randint",
+    ),
     *("randperm", "empty_strided", "tril_indices", "triu_indices", "logspace", "asarray"),
 }
 
@@ -135,7 +228,7 @@ def _on(found: Any, device: torch.device) -> Any:
             return leaf.as_subclass(Tensor) if isinstance(leaf, CudaDouble) else leaf
         return leaf if type(leaf) is KINDS[device.index] else leaf.as_subclass(KINDS[device.index])
 
-    if isinstance(found, tuple) and hasattr(found, "_fields") or type(found).__module__ == "torch.return_types":
+    if (isinstance(found, tuple) and hasattr(found, "_fields")) or type(found).__module__ == "torch.return_types":
         return type(found)([move(leaf) for leaf in found])
     if isinstance(found, tuple | list):
         return type(found)(_on(leaf, device) for leaf in found)
@@ -196,7 +289,10 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "__get__" or name == "__set__":
         found = _run(func, args, kwargs)
         return _on(found, on) if name == "__get__" else found
-    return _counting(name, _on(_run(func, args, kwargs), wanted or on))
+    found = _run(func, args, kwargs)
+    if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        return _counting(name, args[0])
+    return _counting(name, _on(found, wanted or on))
 
 
 def _counting(name: str, found: Any) -> Any:
@@ -220,7 +316,7 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, on: torch.device | None
         target = device_of([*args[1:], kwargs.get("device", "cuda")][0]) or torch.device("cuda", 0)
     else:
         flags = [a for a in args[1:] if isinstance(a, bool)]
-        copy = copy or len(flags) > 1 and flags[1]
+        copy = copy or (len(flags) > 1 and flags[1])
         for given in (*args[1:], *(kwargs.get(k) for k in ("device", "dtype", "other"))):
             if isinstance(given, torch.dtype):
                 dtype = given
@@ -254,14 +350,16 @@ def _refuse(func: Any, name: str, args: Any, kwargs: Any, places: dict[torch.dev
     if name == "multinomial" and isinstance(rng, torch.Generator):
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     if name in ACROSS:
-        if name in ("__getitem__", "index_put_"):  # an index may lie on the host, but not on another GPU
-            if len([p for p in places if p.type == "cuda"]) > 1:
-                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
+        # An index may lie on the host, but not on another GPU.
+        if name in ("__getitem__", "index_put_") and len([p for p in places if p.type == "cuda"]) > 1:
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
         if name == "__getitem__" and not isinstance(args[0], CudaDouble):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         return
     others = [t for p, tensors in places.items() if p != on for t in tensors]
-    if any(t.dim() or isinstance(t, CudaDouble) for t in others) or (others and (name in ("cat", "stack") or "fused" in name)):
+    if any(t.dim() or isinstance(t, CudaDouble) for t in others) or (
+        others and (name in ("cat", "stack") or "fused" in name)
+    ):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {on} and "
             f"{', '.join(str(p) for p in places if p != on)}! (in {name})"
@@ -303,4 +401,3 @@ def cuda_doubles(count: int = 1, *, memory: int = 80 << 30) -> Iterator[Counted]
             yield _counted
         finally:
             _counted = before
-

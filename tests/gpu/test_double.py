@@ -22,7 +22,17 @@ def x(doubles: Counted) -> Tensor:
 def test_it_says_that_it_is_on_a_gpu_and_computes_as_the_cpu(x: Tensor) -> None:
     assert x.device == torch.device("cuda:0") and x.is_cuda and not x.is_cpu and isinstance(x @ x.T, CudaDouble)
     values, vectors = torch.linalg.eigh(x @ x.T)
-    parts = (x.T, x[0], x.new_zeros(2), torch.zeros(2, device="cuda"), torch.zeros_like(x), x.split(1)[1], values, vectors, x.double())
+    parts = (
+        x.T,
+        x[0],
+        x.new_zeros(2),
+        torch.zeros(2, device="cuda"),
+        torch.zeros_like(x),
+        x.split(1)[1],
+        values,
+        vectors,
+        x.double(),
+    )
     assert all(part.device == torch.device("cuda:0") for part in parts)
     assert torch.equal((x @ x.T).cpu(), CPU @ CPU.T) and x.cpu().device.type == "cpu" and x.sum().item() == 15
     assert torch.zeros(1, device="cuda:1").device == torch.device("cuda:1") == x.to("cuda:1").device
@@ -52,7 +62,7 @@ REFUSED: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_it_refuses(x: Tensor, what: str) -> None:
-    with pytest.raises((RuntimeError, TypeError), match="cuda|CUDA|device"):
+    with pytest.raises((RuntimeError, TypeError), match=r"cuda|CUDA|device"):
         REFUSED[what](x)
 
 
@@ -60,6 +70,8 @@ def test_what_cuda_lets_pass(x: Tensor) -> None:
     assert torch.equal((x + torch.tensor(1.0)).cpu(), CPU + 1)  # a number of the host
     assert torch.equal(x[:, torch.tensor([0, 2])].cpu(), CPU[:, [0, 2]])  # an index of the host
     assert torch.equal(x.clone().copy_(torch.ones(2, 3)).cpu(), torch.ones(2, 3))
+    here = torch.ones(2, 3)
+    assert here.copy_(x) is here and torch.equal(here, CPU)  # a copy to the host stays there
     assert torch.linalg.svdvals(x, driver="gesvd").device.type == "cuda"
 
 

@@ -90,7 +90,9 @@ def test_svds_of_a_gpu_ask_for_the_backward_stable_driver(doubles: Counted, monk
 FLAG = torch.backends.cuda.matmul
 
 
-def test_tf32_is_off_while_float32_must_be_float32_and_back_after(doubles: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_off_while_float32_must_be_float32_and_back_after(
+    doubles: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside: list[str] = []
     real = DenseMatrix.gram_product
 

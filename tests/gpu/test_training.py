@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,9 @@ def pull(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def held(origin: Path, channel: Channel, mode: Any, device: str, dtype: str, **adam: Any) -> tuple[dict[str, Tensor], float | None]:
+def held(
+    origin: Path, channel: Channel, mode: Any, device: str, dtype: str, **adam: Any
+) -> tuple[dict[str, Tensor], float | None]:
     """Two steps in the channel: the weights, on the host, and the share outside."""
     model = models.load_model(origin, dtype)
     constrain.prepare(model, channel, mode)
@@ -85,7 +88,11 @@ def test_moments_of_a_checkpoint_count_steps_where_the_optimizer_does(
     doubles: Counted, origin: Path, tmp_path: Path, adam: dict[str, Any]
 ) -> None:
     model = models.load_model(origin).to("cuda")
-    slots = {f"{constrain.parameter_name(n)}.{slot}": torch.full(p.shape, 1e-3) for n, p in model.named_parameters() for slot in ("exp_avg", "exp_avg_sq")}
+    slots = {
+        f"{constrain.parameter_name(n)}.{slot}": torch.full(p.shape, 1e-3)
+        for n, p in model.named_parameters()
+        for slot in ("exp_avg", "exp_avg_sq")
+    }
     save_file(slots, tmp_path / constrain.MOMENTS, metadata={"step": "7"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **adam)
     constrain.load_moments(model.named_parameters(), optimizer, tmp_path, None)
@@ -97,7 +104,9 @@ def test_moments_of_a_checkpoint_count_steps_where_the_optimizer_does(
     assert state["exp_avg"].device.type == "cuda"
 
 
-def test_the_monitor_measures_the_same_on_a_gpu(gpu: Counted | None, origin: Path, channels: dict[str, Channel]) -> None:
+def test_the_monitor_measures_the_same_on_a_gpu(
+    gpu: Counted | None, origin: Path, channels: dict[str, Channel]
+) -> None:
     rows = []
     for device in ("cpu", "cuda"):
         model = models.load_model(origin).to(device)
@@ -117,16 +126,24 @@ def test_the_monitor_measures_the_same_on_a_gpu(gpu: Counted | None, origin: Pat
         assert here["value"] == pytest.approx(there["value"], rel=1e-6), here
 
 
-def test_signals_of_a_gpu(doubles: Counted, origin: Path, teacher: Path) -> None:
+def test_signals_of_a_gpu(
+    doubles: Counted, origin: Path, teacher: Path, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """The double draws the CPU's samples, so every number is the CPU's; a GPU draws others."""
+    shutil.copytree(origin, tmp_path / "step-000001")
+    (tmp_path / "config.json").write_text(config("opd").to_json())  # short completions
     how: dict[str, Any] = dict(prompts=4, generations=2, layers="0", roles="q_proj")
-    found = signals(origin, str(teacher), device="cuda", **how)
-    assert found.run["device"] == found.run["settings"]["device"] == "cuda" and doubles.calls["baddbmm"] + doubles.calls["bmm"] > 0
-    exact = signals(origin, str(teacher), **how)
+    found = signals(tmp_path / "step-000001", str(teacher), device="cuda", **how)
+    assert (
+        found.run["device"] == found.run["settings"]["device"] == "cuda"
+        and doubles.calls["baddbmm"] + doubles.calls["bmm"] > 0
+    )
+    exact = signals(tmp_path / "step-000001", str(teacher), **how)
     names = [c for c in exact.signals.columns if c not in ("value", "low", "high", "chance", "reliability")]
     assert found.signals.select(names).equals(exact.signals.select(names))
     for here, there in zip(found.signals["value"], exact.signals["value"], strict=True):
-        assert here == pytest.approx(there, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert (here is None) == (there is None)
+        assert there is None or here == pytest.approx(there, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def test_signals_refuse_a_gpu_that_is_not_there(origin: Path, teacher: Path) -> None:
@@ -150,9 +167,11 @@ def test_several_gpus_and_one_process_are_refused_before_a_folder_is_made(
     distributed.require_devices(asked)
 
 
-def test_a_gpu_rounds_to_bf16_only_where_a_run_asks_for_it(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not train_config("opd", "tiny").autocast and not train_config("opd", "smollm2").autocast
-    assert train_config("opd", "qwen3-8b").autocast
+def test_a_gpu_rounds_to_bf16_only_where_a_run_asks_for_it(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = {name: train_config("opd", name, origin="here").autocast for name in ("tiny", "smollm2", "qwen3-8b")}
+    assert of == {"tiny": False, "smollm2": False, "qwen3-8b": True}
     taken: list[bool] = []
     monkeypatch.setattr("trl.GRPOConfig", lambda **arguments: taken.append(arguments["bf16"]))
     for autocast in (False, True):
@@ -181,26 +200,34 @@ def alone(tmp_path: Path) -> Any:
 
 def test_fsdp2_hands_log_probabilities_on_in_float32(alone: None) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     plugin.set_mixed_precision("bf16")
-    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True, accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
     trl_hooks.keep_output_types(trainer)
     torch.manual_seed(0)
     scorer = fully_shard(Scorer(), mesh=init_device_mesh("cpu", (1,)), mp_policy=plugin.mixed_precision_policy)
     logp = scorer(torch.randn(4, 8))
-    assert logp.dtype == torch.float32 and scorer.layer.weight.dtype == torch.float32
+    assert logp.dtype == torch.float32
     assert not torch.equal(logp, logp.bfloat16().float())
 
 
-def test_sums_over_processes_go_where_the_group_reaches(alone: None, doubles: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_over_processes_go_where_the_group_reaches(
+    alone: None, doubles: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A group of NCCL alone: what lies on the host is summed on the GPU and brought back; gloo alone takes everything."""
     summed: list[str] = []
     monkeypatch.setattr(dist, "all_reduce", lambda part, group=None: summed.append(part.device.type) or part.mul_(2))
     rows = sharded.Rows(4, 0)
-    for backends, places in (("cuda:nccl", ["cuda"] * 3), ("cpu:gloo,cuda:nccl", ["cpu", "cpu", "cuda"]), ("cpu:gloo", ["cpu"] * 3)):
+    for backends, places in (
+        ("cuda:nccl", ["cuda"] * 3),
+        ("cpu:gloo,cuda:nccl", ["cpu", "cpu", "cuda"]),
+        ("cpu:gloo", ["cpu"] * 3),
+    ):
         monkeypatch.setattr(dist, "get_backend_config", lambda group=None, backends=backends: backends)
         summed.clear()
         here, there = torch.ones(2, 2), torch.ones(2, 2).to("cuda")

@@ -266,7 +266,9 @@ class LowRankMatrix:
         return (left.T @ self.left) @ self.right.T, self @ right
 
     def row_blocks(self) -> Iterator[Tensor]:
-        return (part @ self.right.T for part in self.left.split(devices.rows_of_block(self.shape[1], self.device, 1 << 20)))
+        return (
+            part @ self.right.T for part in self.left.split(devices.rows_of_block(self.shape[1], self.device, 1 << 20))
+        )
 
     def dense(self) -> Tensor:
         return self.left @ self.right.T
