@@ -498,7 +498,8 @@ def child(name: str, at: Place, pipe: Any, log: Path) -> None:
         if at.double:
             from cuda_double import cuda_doubles
         try:
-            with cuda_doubles(1) if at.double else nullcontext():
+            # TRL asks the driver itself, so under the double it trains on the CPU.
+            with cuda_doubles(1) if at.double and name != "training" else nullcontext():
                 pipe.send(ITEMS[name][0](at))
         except Lacking as lacking:
             pipe.send([row(name, False, str(lacking)) | {"status": "skipped"}])

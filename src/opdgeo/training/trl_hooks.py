@@ -191,8 +191,8 @@ def mark_student(trainer: Any) -> None:
 def keep_output_types(trainer: Any) -> None:
     """Let FSDP2 hand on what a model returns as it is. Under bf16 autocast accelerate has it rounded to bf16, and with it the
     log-probabilities, which are sums in fp32: their differences, OPD's credit, would be lost. Call it before a model is sharded."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
-    policy = getattr(plugin, "mixed_precision_policy", None)
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if getattr(policy, "output_dtype", None) is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
