@@ -72,7 +72,7 @@ def solve(solver: Callable[..., Any], matrix: Tensor, **options: Any) -> tuple[A
         except RuntimeError:  # torch.linalg.LinAlgError and torch.cuda.OutOfMemoryError are
             failed = " on the CPU"
     found = solver(matrix.cpu(), **options)
-    back = found.to(matrix.device) if isinstance(found, Tensor) else tuple(part.to(matrix.device) for part in found)
+    back = found.to(matrix.device) if torch.is_tensor(found) else tuple(part.to(matrix.device) for part in found)
     return back, failed
 
 
