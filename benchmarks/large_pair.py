@@ -23,13 +23,13 @@ def update(rows: int, cols: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Weights with uneven columns and a heavy-tailed top, and an update of a few strong directions; float32 arithmetic."""
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng)
+        return torch.randn(*shape, generator=rng, device=rng.device)
 
     rank = min(rows, cols) // 8
-    falling = 4 * torch.arange(1, rank + 1) ** -0.7
+    falling = 4 * torch.arange(1, rank + 1, device=rng.device) ** -0.7
     before = 0.02 * (randn(rows, cols) * (0.5 * randn(cols)).exp() + (randn(rows, rank) * falling) @ randn(rank, cols))
     few = max(4, rank // 16)
-    falling = 0.2 * torch.arange(1, few + 1) ** -0.6
+    falling = 0.2 * torch.arange(1, few + 1, device=rng.device) ** -0.6
     after = before + 1e-4 * (0.3 * randn(rows, cols) + (randn(rows, few) * falling) @ randn(few, cols))
     return before.bfloat16(), after.bfloat16()
 

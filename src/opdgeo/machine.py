@@ -15,6 +15,13 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def available_gpu_memory(device: str) -> int:
+    """Bytes that are free on a GPU, such as "cuda:0"."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: whole seconds up to a minute, minutes up to an hour and a half, then hours.
 

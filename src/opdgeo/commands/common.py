@@ -58,8 +58,12 @@ def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) ->
         metavar="HOST:PORT",
         help="the Ray cluster of --engine ray; its nodes see the checkpoints at the same paths (default: $RAY_ADDRESS, else one on this machine)",
     )
-    command.add_argument("--workers", type=int, help="matrices measured at a time (default: one per CPU core)")
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.add_argument(
+        "--workers", type=int, help="matrices measured at a time (default: one per CPU core, or per GPU)"
+    )
+    command.add_argument(
+        "--device", default="cpu", help="cpu, cuda for every visible GPU, or one such as cuda:1 (default: cpu)"
+    )
     command.add_argument(
         "--plan",
         action="store_true",

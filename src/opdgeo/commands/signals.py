@@ -41,6 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--layers", help="such as 0,3, or all (default: the middle and the last)")
     command.add_argument("--top-k", type=int, default=16, help="leading directions compared (default: 16)")
     command.add_argument("--seed", type=int, default=0, help="of prompts, samples, masks and bootstrap (default: 0)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, or one GPU such as cuda:1 (default: cpu)")
     command.add_argument("--no-report", action="store_true", help="write the data files only, no report.html")
     command.set_defaults(run=run)
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from opdgeo.report import write_report
     from opdgeo.report.signals import print_signals
 
-    names = ("preset", "task", "prompts", "generations", "roles", "layers", "top_k", "seed", "out")
+    names = ("preset", "task", "prompts", "generations", "roles", "layers", "top_k", "seed", "device", "out")
     result = signals(
         args.checkpoints, args.teacher, progress=sys.stderr.isatty(), **{name: getattr(args, name) for name in names}
     )

@@ -93,9 +93,10 @@ class Isotropic:
         sigma = self.base.spectrum.sigma
         if self._small:
             rows, cols = self.base.weights.shape
-            return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key))
+            sigma = sigma.to(self.base.weights.device)  # every value meets every other
+            return nulls.shifts(sigma, rows, cols, self.scale, SHIFTS, nulls.generator("shifts", *self.key)).cpu()
         draws = self._noise.fluctuations(SHIFTS, np.random.default_rng(nulls.seed("shifts", *self.key)))
-        return torch.from_numpy(self._noise.drift + draws).to(sigma.device)
+        return torch.from_numpy(self._noise.drift + draws)
 
     @property
     def shift_norms(self) -> Tensor:
@@ -160,7 +161,7 @@ class Isotropic:
                 code = magnitudes.codes(mask.codes)
                 for row, weights in zip(sums[name], values * every, strict=True):
                     row += torch.bincount(code, weights=weights, minlength=8)
-        size = rows_of_block(base.weights.shape[1])
+        size = rows_of_block(base.weights)
         for start in range(0, 0 if counted else len(base.weights), size):
             part = slice(start, start + size)
             moves = nulls.visible_probability(base.weights[part], self.scale).flatten()

@@ -115,7 +115,7 @@ class Pair:
     def counts(self) -> Counts:
         first, second = self.first.visible, self.second.visible
         same = both = 0
-        size = rows_of_block(self.shape[1])
+        size = rows_of_block(self.base.weights)
         for start in range(0, self.shape[0], size):
             part = slice(start, start + size)
             shared = first[part] & second[part]
@@ -134,7 +134,7 @@ class Pair:
         device = self.base.weights.device
         sums = torch.zeros(5, dtype=torch.float64, device=device)
         products = torch.zeros(5, 5, dtype=torch.float64, device=device)
-        for part in self.base.weights.split(rows_of_block(self.shape[1])):
+        for part in self.base.weights.split(rows_of_block(self.base.weights)):
             (up, down), (up_, down_) = (nulls.leaving(part, u.norm / entries) for u in (self.first, self.second))
             first, second = (up + down).flatten(), (up_ + down_).flatten()
             both = first * second

@@ -80,7 +80,7 @@ class Base:
     @cached
     def norm(self) -> float:
         """‖W₀‖_F."""
-        return _norm(part.double() for part in self.weights.split(rows_of_block(self.weights.shape[1])))
+        return _norm(part.double() for part in self.weights.split(rows_of_block(self.weights)))
 
     @cached
     def low_magnitude(self) -> dict[float, Mask]:
@@ -95,10 +95,10 @@ class Base:
         slack = truncation_error(of, k)
         if math.isinf(slack):
             return None
-        left, right_t = of.left[:, :k] * of.sigma[:k], of.right[:, :k].T.contiguous()
+        left, right_t = of.left[:, :k] * of.sigma[:k].to(of.left.device), of.right[:, :k].T.contiguous()
 
         def score() -> Iterator[Tensor]:
-            for part in left.split(rows_of_block(right_t.shape[1])):
+            for part in left.split(rows_of_block(right_t)):
                 yield (part @ right_t).abs_()
 
         return self._masks(f"principal.{k}", score, top=True, slack=slack)
@@ -166,7 +166,7 @@ class Update:
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """W₀ and W₊ in blocks of rows."""
-        size = rows_of_block(self.weights.shape[1])
+        size = rows_of_block(self.weights)
         return zip(self.base.weights.split(size), self.weights.split(size), strict=True)
 
     @cached

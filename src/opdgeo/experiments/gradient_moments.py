@@ -63,6 +63,7 @@ from opdgeo.experiments.presets import train_config
 from opdgeo.files import write_atomically
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
+from opdgeo.survey.request import Execution
 from opdgeo.survey.results import PARTS, write_json
 from opdgeo.survey.run import provenance
 from opdgeo.training import advantages, evaluation, gradients, models
@@ -138,6 +139,7 @@ def signals(
     layers: str | None = None,
     top_k: int = 16,
     seed: int = 0,
+    device: str = "cpu",
     out: Path | None = None,
     progress: bool = False,
 ) -> Signals:
@@ -152,6 +154,7 @@ def signals(
         generations: samples of one prompt.
         roles, layers: which matrices; layers as "0,3" or "all", default the middle and the last.
         top_k: leading directions compared in `subspace_overlap` and `weight_alignment`.
+        device: of the models, the samples and their gradients: "cpu", "cuda" or one such as "cuda:1". A GPU draws other samples.
         out: where finished layers are kept until `save`, so that a killed run goes on from them.
 
     Raises:
@@ -164,6 +167,7 @@ def signals(
         raise ConfigError(f"generations is {generations}; expected at least 2: RLVR's credit is relative to a group.")
     if top_k < 1:
         raise ConfigError(f"top_k is {top_k}; expected at least 1.")
+    Execution(device=device).check()
     if out is not None and (out / "measurements.parquet").exists():
         raise ConfigError(f"{out} holds the results of another command; expected a folder for signals. Choose another.")
     asked = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
@@ -187,6 +191,7 @@ def signals(
         "seed": seed,
         "roles": roles,
         "layers": layers,
+        "device": device,
         "bootstrap": BOOTSTRAP,
         "splits": SPLITS,
     }
@@ -195,7 +200,7 @@ def signals(
     spectra: list[pl.DataFrame] = []
     with quiet(), Progress(console=Console(stderr=True), disable=not progress) as bar:
         line = bar.add_task("measuring", total=2 * sum(len(_groups(m, prompts)) for _, _, m in chosen))
-        judge = models.load_model(folder).eval()
+        judge = models.load_model(folder).to(device).eval()
         for name, checkpoint, matrices in chosen:
             models.require_same_vocabulary(checkpoint.path, folder, settings.end_token)
             part = _parts(out, checkpoint, folder, options)
@@ -212,7 +217,7 @@ def signals(
             rows += [r for r, _ in measured]
             spectra += [s for _, s in measured]
     table = pl.concat(rows)
-    run = provenance(started, time.perf_counter() - clock, "cpu", cpu_cores()) | {
+    run = provenance(started, time.perf_counter() - clock, device, cpu_cores()) | {
         "settings": options,
         "checkpoints": [c.manifest() | {"checkpoint": name, "step": c.step} for name, c in opened],
         "teacher": open_checkpoint(folder).manifest(),
@@ -322,7 +327,7 @@ def _checkpoint(
     advance: Advance,
 ) -> list[tuple[pl.DataFrame, pl.DataFrame]]:
     """Rows and spectra of every group of matrices of one checkpoint, and of its credit."""
-    model = models.load_model(checkpoint.path).eval()
+    model = models.load_model(checkpoint.path).to(options["device"]).eval()
     tokenizer = models.load_tokenizer(checkpoint.path, settings.end_token)
     prompts, generations, seed = (options[k] for k in ("prompts", "generations", "seed"))
     rollouts, demonstrations = samples(
@@ -388,9 +393,10 @@ def samples(
     blocks = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
 
     repeated = [e for e in examples[:prompts] for _ in range(generations)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         done = evaluation.complete(model, tokenizer, [e.prompt for e in repeated], settings.max_tokens, sample=True)
+        done = _on(done, "cpu")  # a sample is small; what is computed from it in numbers is not
         noise_BT = torch.rand(done.mask_BT.shape)
         student_BT, teacher_BT = (_log_probs(m, done) for m in (model, teacher))
     rewards = torch.tensor([task.verify(t, e.answer) for t, e in zip(done.texts(tokenizer), repeated, strict=True)])
@@ -429,14 +435,19 @@ def _padded(rows: list[dict[str, Any]], pad: int) -> Completions:
     return Completions(ids_BL, attention_BL, before)
 
 
+def _on(done: Completions, device: str | torch.device) -> Completions:
+    return Completions(done.ids_BL.to(device), done.attention_BL.to(device), done.start)
+
+
 def _log_probs(model: PreTrainedModel, done: Completions) -> Tensor:
-    """log p of the completion tokens (B, T)."""
+    """log p of the completion tokens (B, T), on the host."""
+    done = _on(done, model.device)
     rows = max(1, evaluation.LOGITS_AT_ONCE // (done.ids_BL.shape[1] * model.config.vocab_size))
     parts = []
     for ids_BL, seen_BL in zip(done.ids_BL.split(rows), done.attention_BL.split(rows), strict=True):
         logits = model(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False).logits[:, done.start - 1 : -1]
         parts.append(logits.float().log_softmax(-1).gather(-1, ids_BL[:, done.start :, None]).squeeze(-1))
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def block_sums(
@@ -468,13 +479,14 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
     blends = [(objectives.index("opd"), tokens.index("opd"), *mask_weights(length_B, share)) for _, share in masks]
 
     sums: dict[str, Sums] = {}
+    device = model.device
     count = len(sample.blocks)
     for m in matrices:
         sizes = np.array([b.stop - b.start for b in sample.blocks], float)
         sums[m.name] = Sums(
-            {k: torch.zeros(count, m.cols, m.cols) for k in rights},
-            {k: torch.zeros(count, m.rows, m.rows) for k in lefts},
-            {k: torch.zeros(count, m.rows, m.cols) for k in objectives},
+            {k: torch.zeros(count, m.cols, m.cols, device=device) for k in rights},
+            {k: torch.zeros(count, m.rows, m.rows, device=device) for k in lefts},
+            {k: torch.zeros(count, m.rows, m.cols, device=device) for k in objectives},
             sizes,
         )
     each = sample.done.mask_BT.shape[1] * sample.done.ids_BL.shape[1] * sum(m.rows for m in matrices) * 4
@@ -483,9 +495,10 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
         for start in range(block.start, block.stop, rows):
             part = slice(start, min(start + rows, block.stop))
             done, width = _trimmed(sample.done, part)
-            credit = torch.stack([credits[k][part, :width] for k in objectives])
-            weights = torch.stack([sample.credit[k][part, :width] for k in tokens])
-            mixed = [(i, u, p[part], q[part]) for i, u, p, q in blends]
+            done = _on(done, device)
+            credit = torch.stack([credits[k][part, :width] for k in objectives]).to(device)
+            weights = torch.stack([sample.credit[k][part, :width] for k in tokens]).to(device)
+            mixed = [(i, u, p[part].to(device), q[part].to(device)) for i, u, p, q in blends]
             for name, (x, delta) in gradients.token_gradients(model, matrices, done).items():
                 found = moments.accumulate(x, delta, credit, crosses, weights, mixed)
                 for place, keys, values in (
@@ -496,6 +509,9 @@ def _sample_sums(model: PreTrainedModel, matrices: list[Matrix], sample: Sample,
                     for key, value in zip(keys, values, strict=True):
                         place[key][j] += value
             advance((part.stop - part.start) / len(sample.done.ids_BL))
+    for name, s in sums.items():
+        right, left, mean = ({k: v.cpu() for k, v in of.items()} for of in (s.right, s.left, s.mean))
+        sums[name] = Sums(right, left, mean, s.sizes)
     return sums
 
 

@@ -96,6 +96,7 @@ def _dolci(examples: int) -> dict[str, Any]:
 
 # One sequence in memory at a time, evaluation by `opdgeo evaluate`: both for one node of eight 80 GB GPUs, not from the paper.
 QWEN3: dict[str, Any] = {
+    "autocast": True,
     "chat": True,
     "end_token": "<|im_end|>",
     "micro_batch": 1,

@@ -31,12 +31,12 @@ class Spectrum:
     k is at most `subspace_error(k, side)`.
 
     Attributes:
-        sigma: singular values, descending: all min(rows, cols), or the top ones alone (`spectra.truncated_svd`).
+        sigma: singular values, descending, on the host: all min(rows, cols), or the top ones alone (`spectra.truncated_svd`).
         left: (rows, k) leading left singular vectors; k may be 0.
         right: (cols, k) leading right singular vectors.
         error: a bound on the error of every singular value in `sigma`.
         method: how it was computed.
-        errors: a bound for each singular value; the smallest of a Gram matrix are the least certain.
+        errors: a bound for each singular value, on the host; the smallest of a Gram matrix are the least certain.
         residual: absolute part of the noise in the vectors.
         gram: γ, noise in the vectors relative to σ₁² of the squared matrix.
         tail_bound: a bound on every singular value that `sigma` does not list.
@@ -53,6 +53,11 @@ class Spectrum:
     gram: float = 0.0
     tail_bound: float = 0.0
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Few numbers, each of which is looked at: on a GPU every look would wait for all work before it.
+        object.__setattr__(self, "sigma", self.sigma.cpu())
+        object.__setattr__(self, "errors", self.errors.cpu())
 
     def below(self, k: int) -> float:
         """σₖ₊₁, or a bound on it where it is not listed."""

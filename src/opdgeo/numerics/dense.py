@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opdgeo.numerics.certificates import Spectrum, svd_error
+from opdgeo.numerics.devices import solve
 
 
 def by_svd(matrix: Tensor, rank: int) -> Spectrum:
@@ -21,10 +22,10 @@ def by_svd(matrix: Tensor, rank: int) -> Spectrum:
     """
     rows, cols = matrix.shape
     if rank:
-        left, sigma, right_t = torch.linalg.svd(matrix, full_matrices=False)
-        left, right, method = left[:, :rank].contiguous(), right_t[:rank].T.contiguous(), "svd"
+        (left, sigma, right_t), where = solve(torch.linalg.svd, matrix, full_matrices=False)
+        left, right, method = left[:, :rank].contiguous(), right_t[:rank].T.contiguous(), "svd" + where
     else:
-        sigma = torch.linalg.svdvals(matrix)
-        left, right, method = matrix.new_empty(rows, 0), matrix.new_empty(cols, 0), "svdvals"
+        sigma, where = solve(torch.linalg.svdvals, matrix)
+        left, right, method = matrix.new_empty(rows, 0), matrix.new_empty(cols, 0), "svdvals" + where
     error = svd_error(rows, cols, float(sigma[0]))
     return Spectrum(sigma, left, right, error, method, torch.full_like(sigma, error), error)

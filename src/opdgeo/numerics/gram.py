@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opdgeo.numerics.certificates import EPS, Spectrum, gram_error, residual_error, svd_error
+from opdgeo.numerics.devices import solve, solved
 from opdgeo.numerics.lapack import EigenError, eigen, gram_matrix
 
 CONDITION = 1e6  # beyond it the Gram matrix does not hold the small singular values
@@ -27,13 +28,13 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     """
     rows, cols = matrix.shape
     tall = matrix if rows >= cols else matrix.T
-    try:
-        squares, inner = eigen(gram_matrix(tall), rank)
-    except EigenError:
+    found = _eigen(tall, rank)
+    if found is None:
         return None
-    relative = gram_error(rows, cols)
+    squares, inner, where = found
+    relative, on_device, squares = gram_error(rows, cols), squares[:rank], squares.cpu()
     largest = float(squares[0])
-    sigma, method = squares.clamp(min=0).sqrt(), "gram"
+    sigma, method = squares.clamp(min=0).sqrt(), "gram" + where
     outer, lost = tall.new_empty(tall.shape[0], 0), 0.0
     if rank:
         if float(squares[rank - 1]) * CONDITION**2 < largest:  # W V would hold nothing but noise
@@ -41,11 +42,11 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
         images = tall @ inner
         # The residual ‖WᵀW V − VΛ‖_F of the eigenpairs, from four random combinations of them.
         mix = torch.randn(rank, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(matrix.device)
-        missed = tall.T @ (images @ mix) - inner @ (squares[:rank, None] * mix)
+        missed = tall.T @ (images @ mix) - inner @ (on_device[:, None] * mix)
         lost = float(torch.linalg.vector_norm(missed)) / 2 / largest
         if not lost <= 4 * relative * math.sqrt(rank):
             return None
-        outer = images.div_(squares[:rank].sqrt())
+        outer = images.div_(on_device.sqrt())
         if 4 * EPS * largest > 1e-12 * float(squares[rank - 1]):  # else orthonormal enough as they are
             outer = _orthonormalised(outer)
     noise = relative * largest
@@ -53,14 +54,30 @@ def by_gram(matrix: Tensor, rank: int) -> Spectrum | None:
     if float(squares[-1]) * CONDITION**2 < largest:
         smallest = _smallest(tall, sigma, errors)
         if smallest is None:
-            sigma, method = torch.linalg.svdvals(matrix), "gram, svdvals"
+            sigma, last = solve(torch.linalg.svdvals, matrix)
+            sigma = sigma.cpu()
+            method = f"gram{where}, svdvals{last}"
             errors = torch.full_like(sigma, svd_error(rows, cols, float(sigma[0])))
         else:
             count = len(smallest[0])
             sigma, errors = torch.cat([sigma[:-count], smallest[0]]), torch.cat([errors[:-count], smallest[1]])
-            method = "gram, inverse iteration"
+            method = f"gram{where}, inverse iteration"
     left, right = (outer, inner) if rows >= cols else (inner, outer)
     return Spectrum(sigma, left, right, float(errors.max()), method, errors, 0.0, relative + lost)
+
+
+def _eigen(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, str] | None:
+    """`eigen` of AᵀA and where it was found: a GPU whose solver fails leaves it to the CPU. None where that fails too."""
+    try:
+        return *eigen(gram_matrix(tall), rank), ""
+    except EigenError:
+        if tall.device.type == "cpu":
+            return None
+    try:
+        values, vectors = eigen(gram_matrix(tall.cpu()), rank)
+    except EigenError:
+        return None
+    return values.to(tall.device), vectors.to(tall.device), " on the CPU"
 
 
 def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -97,9 +114,10 @@ def _smallest(tall: Tensor, sigma: Tensor, errors: Tensor) -> tuple[Tensor, Tens
             return None
         block = torch.linalg.qr(block).Q
         outer, triangle = torch.linalg.qr(square @ block)
-        turn, small, back = torch.linalg.svd(triangle)
+        turn, small, back = solved(torch.linalg.svd, triangle)
         left, right = (outer @ turn)[:, -count:], (block @ back.T)[:, -count:]
         residual = square.T @ left - right * small[-count:]
+        small = small.cpu()
         rho = float(torch.linalg.vector_norm(residual))
         gap = float(lower[n - count - 1] - small[-count])
         error = residual_error(rho, gap) + rounding

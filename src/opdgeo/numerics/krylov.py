@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opdgeo.numerics.certificates import Spectrum, gram_error, svd_error
+from opdgeo.numerics.devices import float32_products, solved
 from opdgeo.numerics.operators import MatrixOperator
 
 OVERSAMPLING = 8  # vectors of a block beyond k
@@ -63,14 +64,15 @@ def block_krylov(matrix: MatrixOperator, goal: Goal, start: Tensor | None = None
         block[:, : near.shape[1]] = near + 1e-3 * block[:, : near.shape[1]] / math.sqrt(n)
     norm = tall.norm
     single = tall.normalised()
-    for work, scale in ((single, norm), (tall, 1.0)):
-        for directions, next_value in _ritz(work, goal, block.float() if work is single else block):
-            found = _measured(tall, directions.double(), next_value * scale, goal.k)
-            largest = float(found.sigma[0])
-            known = found.error <= 2 * goal.tolerance * largest + svd_error(rows, cols, largest)
-            if known and (goal.angle == math.inf or found.subspace_error(goal.rank, "right") <= 2 * goal.angle):
-                return found if rows >= cols else found.swapped()
-            block = directions.double()
+    with float32_products(matrix.device):
+        for work, scale in ((single, norm), (tall, 1.0)):
+            for directions, next_value in _ritz(work, goal, block.float() if work is single else block):
+                found = _measured(tall, directions.double(), next_value * scale, goal.k)
+                largest = float(found.sigma[0])
+                known = found.error <= 2 * goal.tolerance * largest + svd_error(rows, cols, largest)
+                if known and (goal.angle == math.inf or found.subspace_error(goal.rank, "right") <= 2 * goal.angle):
+                    return found if rows >= cols else found.swapped()
+                block = directions.double()
     return None
 
 
@@ -104,11 +106,12 @@ def _ritz(tall: MatrixOperator, goal: Goal, start: Tensor) -> Iterator[tuple[Ten
         if used < check and used + width <= limit:
             continue
         check = max(used + width, int(1.12 * used))
-        squares, mixing = torch.linalg.eigh((inner[:used, :used] + inner[:used, :used].T) / 2)
+        squares, mixing = solved(torch.linalg.eigh, (inner[:used, :used] + inner[:used, :used].T) / 2)
         squares, mixing = squares.flip(0)[: width + 1].clamp(min=0), mixing.flip(1)[:, :width]
-        sigma = squares.sqrt()
+        on_device = squares.sqrt()
+        sigma = on_device.cpu()
         floor = max(1e-8 * float(sigma[0]), 1e-300)
-        missed = (again @ beyond).double() @ mixing[-width:] / sigma[:width].clamp(min=floor)
+        missed = (again @ beyond).double() @ mixing[-width:] / on_device[:width].clamp(min=floor)
         if len(sigma) <= width:
             sigma = torch.cat([sigma, sigma[-1:]])
         values, subspace = _ritz_errors(sigma, missed, k, goal.rank)
@@ -126,7 +129,7 @@ def _ritz_errors(sigma: Tensor, residual: Tensor, k: int, rank: int) -> tuple[Te
 
     The values' bound is quadratic in the residual of the leading ℓ ≥ k triplets over the gap below them; the best ℓ counts.
     """
-    sizes = torch.linalg.vector_norm(residual, dim=0)
+    sizes, sigma = torch.linalg.vector_norm(residual, dim=0).cpu(), sigma.cpu()  # few numbers, looked at one by one
     count = min(residual.shape[1], len(sigma) - 1)
     best = sigma.new_full((k,), math.inf)
     subspace = 1.0
@@ -151,13 +154,13 @@ def _measured(tall: MatrixOperator, directions: Tensor, next_value: float, k: in
     rows, cols = tall.shape
     directions, _ = torch.linalg.qr(directions)
     outer, triangle = torch.linalg.qr(tall @ directions)
-    turn, sigma, back = torch.linalg.svd(triangle)
+    turn, sigma, back = solved(torch.linalg.svd, triangle)
     left, right = outer @ turn, directions @ back.T
     residual = tall.T @ left - right * sigma
     known = torch.cat([sigma, sigma.new_tensor([next_value])])
     errors, _ = _ritz_errors(known, residual, k, k)
     rounding = gram_error(rows, cols) * float(sigma[0])
-    errors = errors + rounding
+    errors, sigma = errors + rounding, sigma.cpu()
     noise = float(torch.linalg.vector_norm(residual[:, :k])) + rounding
     following = float(sigma[k]) + float(torch.linalg.vector_norm(residual[:, k]))
     return Spectrum(

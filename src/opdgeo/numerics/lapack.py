@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class EigenError(ArithmeticError):
-    """LAPACK reports that an eigenproblem did not converge."""
+    """LAPACK or the GPU's solver reports that an eigenproblem was not solved."""
 
 
 @cache
@@ -91,7 +91,7 @@ def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
         symmetric: (n, n) float64, contiguous; only the upper triangle is read. Overwritten on the CPU.
 
     Raises:
-        EigenError: LAPACK did not converge.
+        EigenError: the solver did not converge.
 
     >>> values, vectors = eigen(torch.tensor([[2.0, 0.0], [0.0, 3.0]], dtype=torch.float64), 1)
     >>> values.tolist(), vectors.abs().flatten().tolist()
@@ -99,9 +99,12 @@ def eigen(symmetric: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     n = symmetric.shape[0]
     if symmetric.device.type != "cpu":
-        if not k:
-            return torch.linalg.eigvalsh(symmetric, UPLO="U").flip(0), symmetric.new_empty(n, 0)
-        values, vectors = torch.linalg.eigh(symmetric, UPLO="U")
+        try:
+            if not k:
+                return torch.linalg.eigvalsh(symmetric, UPLO="U").flip(0), symmetric.new_empty(n, 0)
+            values, vectors = torch.linalg.eigh(symmetric, UPLO="U")
+        except RuntimeError as error:  # cuSOLVER does not converge, or the memory of the GPU does not hold its work
+            raise EigenError(f"the GPU's solver failed: {error}") from error
         return values.flip(0), vectors[:, n - k :].flip(1).contiguous()
 
     diagonal, beside, tau = (symmetric.new_empty(n) for _ in range(3))

@@ -18,8 +18,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from opdgeo.numerics import devices
+
 Blocks = Callable[[], Iterator[Tensor]]  # scores ≥ 0 in blocks of rows, of any float dtype, the same on every call
-BLOCK = 1 << 18  # entries of a block: it stays in cache
+BLOCK = 1 << 18  # entries of a block on the CPU: it stays in cache
 KEPT = 1 << 22  # so many scores are kept rather than computed again
 BINS = 1 << 15
 IN, TIED, NEAR = 1, 2, 4
@@ -40,18 +42,18 @@ class Threshold:
     near: bool
 
 
-def rows_of_block(cols: int) -> int:
-    """Rows of a block of `BLOCK` entries, at least one.
+def rows_of_block(matrix: Tensor) -> int:
+    """Rows of a block of a (rows, cols) matrix on its device, at least one; on the CPU of `BLOCK` entries.
 
-    >>> rows_of_block(1 << 16), rows_of_block(1 << 30)
+    >>> rows_of_block(torch.empty(0, 1 << 16)), rows_of_block(torch.empty(0, 1 << 30))
     (4, 1)
     """
-    return max(1, BLOCK // cols)
+    return devices.rows_of_block(matrix.shape[1], matrix.device, BLOCK)
 
 
 def magnitudes(matrix: Tensor) -> Blocks:
     """|matrix| in blocks of rows."""
-    return lambda: (part.abs() for part in matrix.split(rows_of_block(matrix.shape[1])))
+    return lambda: (part.abs() for part in matrix.split(rows_of_block(matrix)))
 
 
 def thresholds(
@@ -68,8 +70,8 @@ def thresholds(
         top: the mask holds the largest scores, else the smallest.
         slack: a bound on the error of every score.
     """
-    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks()))
-    upto = counts.cumsum(0).cpu()
+    counts = reduce(torch.add, (torch.bincount(_bin(block), minlength=BINS) for block in blocks())).cpu()
+    upto = counts.cumsum(0)
     ranks = {share: min(max(math.ceil(share * entries), 1), entries) for share in shares}
     ascending = {share: entries - rank + 1 if top else rank for share, rank in ranks.items()}
     bins = {share: int(torch.searchsorted(upto, place)) for share, place in ascending.items()}
@@ -119,7 +121,7 @@ class Mask:
         Args:
             visible: (rows, cols) bool, with at least one entry set.
         """
-        size = rows_of_block(visible.shape[1])  # what a block needs stays in cache
+        size = rows_of_block(visible)  # what a block needs stays in cache
         inside = tied = near = total = 0
         for codes, seen in zip(self.codes.split(size), visible.view(torch.uint8).split(size), strict=True):
             inside += _count(codes & seen)

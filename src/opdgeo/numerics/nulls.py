@@ -86,7 +86,7 @@ class Magnitudes:
 
     def __init__(self, weights: Tensor):
         bits = weights.contiguous().view(torch.int16)
-        self._parts = bits.split(rows_of_block(weights.shape[-1]))
+        self._parts = bits.split(rows_of_block(weights))
         sizes = [part.bitwise_and(0x7FFF) for part in self._parts]
         high = max(1, *(int(size.max()) for size in sizes))
         self._low = min(high, *(int(size.masked_fill_(size == 0, 0x7FFF).min()) for size in sizes))

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opdgeo.numerics import devices
 from opdgeo.numerics.certificates import Spectrum, svd_error
 
 CACHED = 1 << 17  # entries of a block of a difference: both its float64 and its stored values stay in cache
@@ -127,7 +128,7 @@ class DenseMatrix:
         return left.T @ self.matrix, self.matrix @ right
 
     def row_blocks(self) -> Iterator[Tensor]:
-        return iter(self.matrix.split(_rows_of_block(self.matrix.shape[1])))
+        return iter(self.matrix.split(_rows_of_block(self.matrix)))
 
     def dense(self) -> Tensor:
         return self.matrix
@@ -172,7 +173,7 @@ class Difference:
 
     def _stored_blocks(self) -> Iterator[Tensor]:
         """Blocks of rows of the matrix that is not transposed."""
-        step = _rows_of_block(self.before.shape[1])
+        step = _rows_of_block(self.before)
         for before, after in zip(self.before.split(step), self.after.split(step), strict=True):
             yield after.double() - before.double()
 
@@ -265,7 +266,9 @@ class LowRankMatrix:
         return (left.T @ self.left) @ self.right.T, self @ right
 
     def row_blocks(self) -> Iterator[Tensor]:
-        return (part @ self.right.T for part in self.left.split(max(1, (1 << 20) // self.shape[1])))
+        return (
+            part @ self.right.T for part in self.left.split(devices.rows_of_block(self.shape[1], self.device, 1 << 20))
+        )
 
     def dense(self) -> Tensor:
         return self.left @ self.right.T
@@ -278,7 +281,7 @@ class LowRankMatrix:
         more = (0, max(0, k - self.left.shape[1]))  # zero columns; `qr` completes the bases
         outer, first = torch.linalg.qr(torch.nn.functional.pad(self.left, more))
         inner, second = torch.linalg.qr(torch.nn.functional.pad(self.right, more))
-        turn, sigma, back = torch.linalg.svd(first @ second.T, full_matrices=False)
+        turn, sigma, back = devices.solved(torch.linalg.svd, first @ second.T, full_matrices=False)
         left, right = (outer @ turn)[:, :k].contiguous(), (inner @ back.T)[:, :k].contiguous()
         return Spectrum(sigma, left, right, self.error, "factors", torch.full_like(sigma, self.error), self.error)
 
@@ -312,5 +315,5 @@ def inner_products(first: MatrixOperator, second: MatrixOperator) -> tuple[float
     return sums[0], sums[1], sums[2]
 
 
-def _rows_of_block(cols: int) -> int:
-    return max(1, CACHED // cols)
+def _rows_of_block(matrix: Tensor) -> int:
+    return devices.rows_of_block(matrix.shape[1], matrix.device, CACHED)

@@ -36,7 +36,7 @@ def unchanged(base: Tensor, tuned: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """
     within = torch.empty(base.shape, dtype=torch.bool, device=base.device)
     same_bits = torch.empty_like(within)
-    step = rows_of_block(base.shape[1])
+    step = rows_of_block(base)
     for start in range(0, base.shape[0], step):
         block = slice(start, start + step)
         w, w_hat = to_bf16(base[block]), to_bf16(tuned[block])
@@ -53,7 +53,7 @@ def unchanged(base: Tensor, tuned: Tensor, eta: float) -> tuple[Tensor, Tensor]:
 def squares(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The squared norms of the rows, (rows,), and of the columns, (cols,), in float64, a block at a time."""
     of_rows, of_cols = [], torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
-    for block in weights.split(rows_of_block(weights.shape[1])):
+    for block in weights.split(rows_of_block(weights)):
         block = block.double().square()  # a new tensor: float64 weights are not copied by double()
         of_rows.append(block.sum(1))
         of_cols += block.sum(0)

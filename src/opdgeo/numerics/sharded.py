@@ -19,6 +19,17 @@ from opdgeo.errors import NumericsError
 from opdgeo.numerics.operators import Difference, MatrixOperator
 
 
+def all_reduce(part: Tensor, group: Any = None) -> Tensor:
+    """The sum of `part` over the processes, in place where the group can reach it: NCCL reaches no host memory."""
+    reached = dist.get_backend_config(group)
+    if f"{part.device.type}:" in reached:
+        dist.all_reduce(part, group=group)
+        return part
+    moved = part.to("cuda" if "cuda:" in reached else "cpu")
+    dist.all_reduce(moved, group=group)
+    return part.copy_(moved)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which rows of a matrix this process holds, and the processes that hold the others.
@@ -35,13 +46,11 @@ class Rows:
 
     def all_reduce(self, part: Tensor) -> Tensor:
         """The sum of `part` over the processes, in place."""
-        dist.all_reduce(part, group=self.group)
-        return part
+        return all_reduce(part, self.group)
 
     def total_of(self, *numbers: float) -> list[float]:
         """Sums of numbers over the processes."""
-        device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
-        sums: list[float] = self.all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+        sums: list[float] = self.all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
         return sums
 
     def all_gather(self, local: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opdgeo.numerics.devices import solved
 from opdgeo.numerics.lapack import gram_matrix
 from opdgeo.numerics.operators import MatrixOperator
 
@@ -30,7 +31,8 @@ def largest_rank(rows: int, cols: int) -> int:
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Principal angles in radians, ascending, between the column spaces of two orthonormal (n, k) matrices: (k,).
+    """Principal angles in radians, ascending, between the column spaces of two orthonormal (n, k) matrices: (k,), on
+    the host.
 
     From cosines σ(AᵀB) where the angle is large and from sines σ(B − A(AᵀB)) where it is small, so that nearly
     identical subspaces keep full relative accuracy (Björck and Golub, 1973). The sines come from the Gram matrix of
@@ -44,16 +46,16 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """
     inner = first.T @ second
     apart = torch.addmm(second, first, inner, alpha=-1)
-    squares = torch.linalg.eigvalsh(gram_matrix(apart), UPLO="U")
+    squares = solved(torch.linalg.eigvalsh, gram_matrix(apart), UPLO="U").cpu()
     if float(squares[0]) > 1e-10 * float(squares[-1]):
         sines = squares.sqrt().clamp(max=1.0)
     else:  # angles of very different size: the squares of the small ones are lost
         if apart.shape[0] > apart.shape[1]:
             apart = torch.linalg.qr(apart, mode="r").R
-        sines = torch.linalg.svdvals(apart).clamp(max=1.0).flip(0)
+        sines = solved(torch.linalg.svdvals, apart).cpu().clamp(max=1.0).flip(0)
     if float(sines[-1]) ** 2 <= 0.5:  # all small
         return torch.asin(sines)
-    cosines = torch.linalg.svdvals(inner).clamp(max=1.0)
+    cosines = solved(torch.linalg.svdvals, inner).cpu().clamp(max=1.0)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
 
 

@@ -56,11 +56,15 @@ class SpectrumCache:
         except ValueError:
             raise ConfigError(f"OPDGEO_CACHE_GB is {asked!r}; expected a number of gigabytes such as 20.") from None
 
-    def path(self, weights: Tensor, rank: int) -> Path | None:
-        """Where the spectrum of these stored weights is kept; None for a matrix too small to keep."""
+    def path(self, weights: Tensor, rank: int, device: str = "cpu") -> Path | None:
+        """Where the spectrum of these stored weights is kept, as `device` computes it; None for a matrix too small to keep.
+
+        A GPU's differs from a CPU's within the errors: each reads its own, or a result would hang on what ran before it.
+        """
         if weights.numel() < SMALLEST:
             return None
-        digest = hashlib.sha256(f"{NUMERICS} {rank} {weights.dtype} {tuple(weights.shape)} ".encode())
+        kind = "" if device == "cpu" else f"{device.partition(':')[0]} "
+        digest = hashlib.sha256(f"{NUMERICS} {rank} {weights.dtype} {tuple(weights.shape)} {kind}".encode())
         digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return self.folder / f"{digest.hexdigest()}.safetensors"
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +23,7 @@ from typing import Any
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.machine import available_memory
+from opdgeo.numerics.devices import gpus, start
 from opdgeo.survey.measure import Job, Measured, measure
 from opdgeo.survey.memory import LIBRARIES, Memory, give_back, peak_memory, working_set
 from opdgeo.survey.request import Execution
@@ -37,11 +39,14 @@ PATIENCE = 10.0  # seconds without a result after which the cluster is looked at
 
 
 def local(job: Job, work: Work, execution: Execution) -> Finished:
-    """On threads of this process (default: one per CPU core), as many matrices at a time as memory holds."""
+    """On threads of this process (`workers`), as many matrices at a time as memory holds.
+
+    A GPU takes one matrix at a time: two would share it, and each wait for the other's memory.
+    """
     memory, waiting, lock, stop = Memory(available_memory() * 8 // 10), iter(work), Lock(), Event()
     done: SimpleQueue[tuple[Matrix, Measured] | BaseException] = SimpleQueue()
 
-    def measuring() -> None:
+    def measuring(lane: Job) -> None:
         """One matrix after the other: a task a matrix would cost as much as a small one."""
         left = 0  # bytes of the matrices since memory was given back
         try:
@@ -50,9 +55,9 @@ def local(job: Job, work: Work, execution: Execution) -> Finished:
                     matrix, known = next(waiting, (None, None))
                 if matrix is None:
                     return
-                size = _size(job, matrix)
+                size = _size(lane, matrix)
                 with memory.room_for(size):
-                    done.put((matrix, measure(job, matrix, known)))
+                    done.put((matrix, measure(lane, matrix, known)))
                     left += size
                     if left >= GIVEN_BACK:
                         give_back()
@@ -60,12 +65,19 @@ def local(job: Job, work: Work, execution: Execution) -> Finished:
         except BaseException as error:  # it ends the survey, in the thread that asked for it
             done.put(error)
 
-    workers = min(execution.workers or cpu_cores(), max(1, len(work)))
-    pool = ThreadPoolExecutor(workers)
+    lanes = (
+        [job] * workers(execution)
+        if job.device == "cpu"
+        else [replace(job, device=device) for device in gpus(job.device)[: workers(execution)]]
+    )
+    lanes = lanes[: max(1, len(work))]
+    for device in {lane.device for lane in lanes} - {"cpu"}:
+        start(device)  # here, before there are threads
+    pool = ThreadPoolExecutor(len(lanes))
     try:
         with _one_thread():
-            for _ in range(workers):
-                pool.submit(measuring)
+            for lane in lanes:
+                pool.submit(measuring, lane)
             for _ in work:
                 found = done.get()
                 if isinstance(found, BaseException):
@@ -122,6 +134,14 @@ def ray(job: Job, work: Work, execution: Execution) -> Finished:
 
 
 ENGINES = {"local": local, "ray": ray}
+
+
+def workers(execution: Execution) -> int:
+    """Matrices measured at a time on this machine: one a CPU core, or one a GPU, unless fewer are asked for."""
+    if execution.device == "cpu" or execution.engine != "local":
+        return execution.workers or cpu_cores()
+    count = len(gpus(execution.device))
+    return min(execution.workers or count, count)
 
 
 def cpu_cores() -> int:
@@ -237,6 +257,8 @@ def _on_a_worker(
                 f"{file} is {'another file' if file.is_file() else 'not there'} on {here}, a node of the Ray cluster; expected the "
                 "checkpoints at the same path on every node. Put them on a shared file system."
             )
+    if job.device != "cpu":
+        start(job.device)
     with _one_thread():
         found = measure(job, matrix, known)
     give_back()

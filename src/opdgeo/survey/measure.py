@@ -33,6 +33,7 @@ from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.errors import CheckpointError
 from opdgeo.numerics import nulls
+from opdgeo.numerics.devices import upload
 from opdgeo.numerics.spectra import LowRankMatrix, Spectrum
 from opdgeo.survey.cache import SpectrumCache
 
@@ -146,11 +147,12 @@ def measure(job: Job, matrix: Matrix, known: Measured | None = None) -> Measured
     out = Measured(settings=settings.to_json(), seconds=dict(known.seconds))
     clock = _Clock(out.seconds)
     with clock("read"):
-        before = Base(base.read(matrix).to(job.device), settings)
+        stored = base.read(matrix)
+        before = Base(upload(stored, job.device), settings)
     blocked = _non_finite(before.weights, base)
     if job.cache and not blocked and any("rank" in d.reads for d in reading):
         with clock("factor"):
-            _factor(before, job.cache, job.device, with_masks=any("mask_share" in d.reads for d in reading))
+            _factor(before, stored, job.cache, job.device, with_masks=any("mask_share" in d.reads for d in reading))
     steps: list[Step] = []
     last: Tensor | None = before.weights  # the newest finite weights; None: not read yet
     for index, checkpoint in enumerate(job.checkpoints):
@@ -225,7 +227,7 @@ def _measure_pairs(job: Job, matrix: Matrix, known: Measured) -> Measured:
     out = Measured(settings=settings.to_json(), seconds=dict(known.seconds))
     clock = _Clock(out.seconds)
     with clock("read"):
-        before = Base(base.read(matrix).to(job.device), settings)
+        before = Base(upload(base.read(matrix), job.device), settings)
     blocked = _non_finite(before.weights, base)
     spectra: dict[int, Spectrum] = {}
     reasons: dict[int, str | None] = {}
@@ -318,9 +320,9 @@ class _Old:
         }
 
 
-def _factor(before: Base, cache: SpectrumCache, device: str, *, with_masks: bool) -> None:
-    """Take W₀'s spectrum and the thresholds of its masks from the cache, or compute and keep them."""
-    path = cache.path(before.weights, before.factored_rank)
+def _factor(before: Base, stored: Tensor, cache: SpectrumCache, device: str, *, with_masks: bool) -> None:
+    """Take W₀'s spectrum and the thresholds of its masks from the cache, or compute and keep them; `stored` is W₀ on the host."""
+    path = cache.path(stored, before.factored_rank, device)
     known = cache.load(path, device)
     if known is not None:
         before.spectrum, before.thresholds = known
@@ -343,7 +345,7 @@ def _null(update: Update, matrix: Matrix, checkpoint: Checkpoint, wanted: Collec
     for draw in range(settings.nulls if missing else 0):
         rng = nulls.generator(settings.null, matrix.name, checkpoint.name, draw)
         if settings.null == "gaussian":
-            delta = nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng).to(update.weights.device)
+            delta = upload(nulls.gaussian(matrix.rows, matrix.cols, update.norm, rng), update.weights.device)
         else:
             delta = nulls.shuffled(update.delta.dense(), rng)
         sampled = Update(update.base, delta.add_(update.base.weights), sampled=True)
@@ -366,8 +368,8 @@ def _update(base: Base, checkpoint: Checkpoint, matrix: Matrix, device: str, **h
     """The matrix in a checkpoint as an update of the base: in its factors where the checkpoint is an adapter."""
     factors = checkpoint.factors(matrix)
     if factors:
-        return LowRankUpdate(base, LowRankMatrix(*(f.to(device) for f in factors)), **how)
-    return Update(base, checkpoint.read(matrix).to(device), **how)
+        return LowRankUpdate(base, LowRankMatrix(*(upload(f, device) for f in factors)), **how)
+    return Update(base, upload(checkpoint.read(matrix), device), **how)
 
 
 def _before(job: Job, matrix: Matrix, steps: list[Step], base: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from threading import Condition
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
+from opdgeo.numerics.devices import WHOLE
 from opdgeo.numerics.masks import KEPT
 from opdgeo.numerics.spectra import KRYLOV
 from opdgeo.numerics.subspaces import largest_rank
@@ -40,6 +41,11 @@ def working_set(matrix: Matrix, checkpoints: Sequence[Checkpoint], settings: Set
     if settings.nulls:
         steps.append(masks + 8 * entries + spectrum)
     return entries * (base + max(tuned)) + factors + max(steps)
+
+
+def block_set(matrix: Matrix) -> int:
+    """Bytes that a GPU needs beyond `working_set`: it takes blocks of the whole matrix, of which a step holds up to four in float64."""
+    return 4 * 8 * min(matrix.rows * matrix.cols, WHOLE)
 
 
 def peak_memory() -> int:

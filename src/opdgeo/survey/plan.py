@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError, printable
-from opdgeo.machine import available_memory, duration
+from opdgeo.machine import available_gpu_memory, available_memory, duration
+from opdgeo.numerics.devices import gpus
 from opdgeo.numerics.spectra import KRYLOV
 from opdgeo.numerics.subspaces import largest_rank
-from opdgeo.survey.memory import LIBRARIES, PAGE, peak_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, PAGE, block_set, peak_memory, working_set
 
 STARTUP = 2.5  # seconds
 
@@ -53,22 +54,35 @@ def plan(
 
 
 def refuse_what_cannot_fit(
-    work: Sequence[Matrix], checkpoints: Sequence[Checkpoint], settings: Settings, *, pairs: bool = False
+    work: Sequence[Matrix],
+    checkpoints: Sequence[Checkpoint],
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    pairs: bool = False,
 ) -> None:
     """Raises:
-    ConfigError: one matrix alone needs more memory than there is; the message says what would make it fit.
+    ConfigError: one matrix alone needs more memory than there is, on the device too; the message says what would make it fit.
     """
     sizes = {m: working_set(m, checkpoints, settings, pairs=pairs) for m in work}
-    largest, available = max(sizes, key=lambda m: sizes[m]), available_memory()
+    _refuse(sizes, available_memory(), "available")
+    if device != "cpu":
+        free = min(available_gpu_memory(gpu) for gpu in gpus(device))
+        _refuse({m: size + block_set(m) for m, size in sizes.items()}, free, "free on the GPU; --device cpu needs none")
+
+
+def _refuse(sizes: dict[Matrix, int], available: int, where: str) -> None:
+    largest = max(sizes, key=lambda m: sizes[m])
     if sizes[largest] <= available:
         return
+    work = list(sizes)
     fits = [m.role for m in work if sizes[m] <= available]
     cure = (
         f"Measure the others with --roles {','.join(dict.fromkeys(fits))}" if fits else "Use a machine with more memory"
     )
     raise ConfigError(
         f"{largest.name} ({largest.rows}×{largest.cols}) needs about {sizes[largest] / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
-        f"available. {cure}."
+        f"{where}. {cure}."
     )
 
 

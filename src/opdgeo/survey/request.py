@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,8 +128,8 @@ class Execution:
     Attributes:
         engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
         address: the Ray cluster; default `$RAY_ADDRESS`, else one on this machine.
-        workers: matrices measured at a time; default one per CPU core.
-        device: "cpu" or "cuda".
+        workers: matrices measured at a time; default one per CPU core, or one per GPU.
+        device: "cpu", "cuda" for every visible GPU, or one of them, such as "cuda:1".
         cache: read and keep the base's factors on disk.
         progress: show a progress bar on standard error.
         out: a results folder whose earlier work is gone on from.
@@ -156,8 +157,15 @@ class Execution:
             )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers is {self.workers}; expected at least 1.")
-        if self.engine == "local" and self.device.startswith("cuda"):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device is {self.device!r}; expected cpu, cuda, or one GPU of several such as cuda:1.")
+        if self.engine == "local" and self.device != "cpu":
             import torch
 
             if not torch.cuda.is_available():
                 raise ConfigError(f"device {self.device!r} was asked for and torch sees no CUDA GPU. Use --device cpu.")
+            count = torch.cuda.device_count()
+            if int(self.device.partition(":")[2] or 0) >= count:
+                raise ConfigError(
+                    f"device {self.device!r} was asked for and torch sees {count} GPUs; expected cuda:0 to cuda:{count - 1}."
+                )

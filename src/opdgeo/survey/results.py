@@ -116,17 +116,18 @@ class OnDisk(Result):
     """A result whose tables lie in `folder`, in files, and are read when they are asked for: of many thousands of matrices."""
 
     NAMES = "measurements.parquet", "curves.parquet"
+    folder: Path
 
     def __init__(self, folder: Path, summary: dict[str, Any], run: dict[str, Any]):
         for name, value in {"folder": folder, "summary": summary, "run": run}.items():
             object.__setattr__(self, name, value)
 
     @cached_property
-    def measurements(self) -> pl.DataFrame:  # type: ignore[override]
+    def measurements(self) -> pl.DataFrame:
         return self._table("measurements").collect()
 
     @cached_property
-    def curves(self) -> pl.DataFrame:  # type: ignore[override]
+    def curves(self) -> pl.DataFrame:
         return self._table("curves").collect()
 
     def _table(self, name: str) -> pl.LazyFrame:

@@ -56,8 +56,8 @@ def compare(
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.
         ray_address: the cluster; default `$RAY_ADDRESS`, else one on this machine.
-        workers: matrices measured at a time; default one per CPU core.
-        device: "cpu" or "cuda".
+        workers: matrices measured at a time; default one per CPU core, or one per GPU.
+        device: "cpu", "cuda" for every visible GPU, or one of them, such as "cuda:1".
         cache: read and keep the base's factors on disk (`SpectrumCache`).
         progress: show a progress bar on standard error.
         out: a results folder whose earlier work is gone on from: finished matrices are kept there until `Result.save`
@@ -181,7 +181,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     execution.check()
     work, settings = request.work, request.settings
     if execution.engine == "local":
-        refuse_what_cannot_fit(work, request.every, settings, pairs=request.pairs)
+        refuse_what_cannot_fit(work, request.every, settings, device=execution.device, pairs=request.pairs)
     if execution.out:
         check_folder(execution.out, work, request.subjects)
     source.check_earlier(request, execution)
@@ -232,7 +232,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         timings.update(one.seconds)
         by_shape[f"{m.rows}x{m.cols}"] += sum(one.seconds.values())
     cores = engines.cpu_cores()
-    asked = {"roles": request.roles, "engine": execution.engine, "workers": execution.workers or cores}
+    asked = {"roles": request.roles, "engine": execution.engine, "workers": engines.workers(execution)}
     run = provenance(started, time.perf_counter() - clock, execution.device, cores) | {
         "settings": settings.to_json() | asked,
         "base": of_base,

@@ -155,6 +155,9 @@ class TrainConfig:
     monitor: int = 25
     """Steps between the measurements of the live monitor (`monitor.GeometryMonitor`), rows of log.jsonl; 0 = off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    autocast: bool = False
+    """On a GPU, forward and backward passes in bf16 and the teacher in bf16. Off, a GPU computes in fp32 as a CPU always does, and
+    runs the same experiment."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))

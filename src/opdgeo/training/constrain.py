@@ -46,6 +46,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opdgeo.checkpoints.names import Matrix, plain, unwrapped
 from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.numerics.devices import float32_products
+from opdgeo.numerics.sharded import all_reduce
 from opdgeo.training.channel import Channel, Subspace
 from opdgeo.training.trl_hooks import before_clipping, before_logging, torch_optimizer
 
@@ -301,7 +303,9 @@ class Constraint:
                 part.view(part.parameter).copy_(part.project(part.delta()).add_(part.anchor))
             else:
                 factor = part.view(part.factor)
-                part.view(part.parameter).copy_(torch.addmm(part.anchor.to(factor), factor, part.basis.T.to(factor)))
+                with float32_products(self.device):
+                    whole = torch.addmm(part.anchor.to(factor), factor, part.basis.T.to(factor))
+                part.view(part.parameter).copy_(whole)
 
     @torch.no_grad()
     def outside(self) -> float | None:
@@ -445,24 +449,30 @@ def load_moments(
             f"{folder} holds no {MOMENTS}; expected a checkpoint saved with Adam's moments. Train it with --set keep_moments=true, or "
             "use --moments reset."
         )
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # A fused or captured step counts on the device of its parameter, any other on the host.
+    places = {
+        id(p): p.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     bases = {s.matrix.tensor: s.basis for s in channel.open()} if channel else {}
     try:
         with safe_open(path, framework="pt") as file:
             step = float((file.metadata() or {})["step"])
             for name, parameter in parameters:
-                if id(parameter) not in ours or not parameter.requires_grad:
+                if id(parameter) not in places or not parameter.requires_grad:
                     continue
                 source = _source(parameter_name(name))
                 basis = bases[source].to(parameter.device) if name.endswith(FACTOR) else None
-                state: dict[str, Tensor] = {"step": torch.tensor(step)}
+                state: dict[str, Tensor] = {"step": torch.tensor(step, device=places[id(parameter)])}
                 start, local = 0, parameter
                 if isinstance(parameter, DTensor):
                     start, _, local = _sharding(name, parameter)
                 for slot in _SLOTS:
                     rows = file.get_slice(f"{source}.{slot}")[start : start + local.shape[0]].to(local.device)
                     if basis is not None:
-                        rows = rows @ (basis if slot == "exp_avg" else basis.square())
+                        with float32_products(rows.device):
+                            rows = rows @ (basis if slot == "exp_avg" else basis.square())
                     if rows.shape != local.shape:
                         raise ValueError(f"{source} has shape {tuple(rows.shape)}, not {tuple(local.shape)}")
                     rows = rows.to(local.dtype).contiguous()
@@ -511,12 +521,13 @@ class _Part:
 
     def project(self, x: Tensor) -> Tensor:
         basis = self.basis.to(x.dtype)
-        if self.on_columns:
-            return (x @ basis) @ basis.T
-        inside = basis.T @ x
-        if self.group is not None:
-            inside = _summed(inside, self.group)
-        return basis @ inside
+        with float32_products(x.device):  # TF32 would leave a thousandth of x outside
+            if self.on_columns:
+                return (x @ basis) @ basis.T
+            inside = basis.T @ x
+            if self.group is not None:
+                inside = _summed(inside, self.group)
+            return basis @ inside
 
 
 def _part(subspace: Subspace, side: str, parameter: Tensor, *, local: Tensor, start: int, group: Any) -> _Part | None:
@@ -580,9 +591,7 @@ def _sharding(name: str, tensor: DTensor) -> tuple[int, Any, Tensor]:
 
 
 def _summed(tensor: Tensor, group: Any) -> Tensor:
-    tensor = tensor.contiguous()
-    dist.all_reduce(tensor, group=group)
-    return tensor
+    return all_reduce(tensor.contiguous(), group)
 
 
 def _rank() -> int:

@@ -66,6 +66,11 @@ def require_devices(config: TrainConfig) -> None:
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise ConfigError("device is 'cuda' but torch sees no CUDA GPU; expected one. Use --set device=cpu.")
+    if gpu and config.device != "cpu" and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"one process sees {torch.cuda.device_count()} GPUs; expected a process for each, or one GPU. Start the run with "
+            "`accelerate launch` (docs/engines.md), or choose a GPU by CUDA_VISIBLE_DEVICES=0."
+        )
     if not config.uses_vllm:
         return
     if not importlib.util.find_spec("vllm"):

@@ -50,6 +50,7 @@ from opdgeo.diagnostics import (
 from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.numerics import precision, subspaces
+from opdgeo.numerics.devices import upload
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import Difference, Spectrum, truncated_svd
 from opdgeo.training.constrain import parameter_name
@@ -356,7 +357,7 @@ class _Subject:
 
     def update(self) -> Update:
         weights = self.current()
-        base = _MonitoredBase(self.before.to(weights.device), self.rows, self.known)
+        base = _MonitoredBase(upload(self.before, weights.device), self.rows, self.known)
         near = None if self.near is None else self.near.to(weights.device, torch.float64)
         update = _MonitoredUpdate(base, weights, directions=SETTINGS.top_k, start=near)
         self.known = self.known or _Known(base.norm, base.spectrum)

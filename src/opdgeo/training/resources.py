@@ -245,7 +245,8 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
     kept = student.layers * student.activations(length)
     if config.gradient_checkpointing:
         kept = student.layers * student.width + student.activations(length)
-    number = 2 if machine.gpu else 4  # bytes of an activation: bf16 autocast on a GPU
+    half = machine.gpu and config.autocast
+    number = 2 if half else 4  # bytes of an activation
     weights = 4.0 * student.parameters
     logits = 4.0 * 4 * min(LOSS_CHUNK, micro * length) * student.vocabulary
     memory = {
@@ -255,7 +256,7 @@ def plan(config: TrainConfig, machine: Hardware) -> Plan:
         "optimizer": 2 * weights / share,
         "activations": micro * length * kept * number + logits,
     }
-    if machine.gpu:
+    if half:
         memory["bf16 copies"] = 2.0 * student.parameters / (student.layers if share > 1 else 1) * 2
     if teacher is not None:
         memory["teacher"] = number * float(teacher.parameters) / share

@@ -197,7 +197,9 @@ def _build(
     if config.weights == "bfloat16" and not cuda:
         models.multiply_in_float32(model)
     start = models.load_model(origin).eval() if config.eval_kl_origin and config.eval_prompts else None
-    judge = models.load_model(teacher, "bfloat16" if cuda else "float32").eval() if teacher else None
+    judge = (
+        models.load_model(teacher, "bfloat16" if cuda and config.autocast else "float32").eval() if teacher else None
+    )
 
     held_out = task.examples(config.eval_prompts, 0, held_out=True) if config.eval_prompts else []
     demonstrations = config.rollouts == "demonstrations"

@@ -7,6 +7,7 @@ imported where a trainer of its is made and no earlier, because that import take
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -185,6 +186,15 @@ def mark_student(trainer: Any) -> None:
     """Mark a model that FSDP2 will shard, so that `generate` keeps calling it until every process has finished."""
     if trainer.is_fsdp_enabled:
         trainer.model._is_fsdp_managed_module = True
+
+
+def keep_output_types(trainer: Any) -> None:
+    """Let FSDP2 hand on what a model returns as it is. Under bf16 autocast accelerate has it rounded to bf16, and with it the
+    log-probabilities, which are sums in fp32: their differences, OPD's credit, would be lost. Call it before a model is sharded."""
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
 
 
 def place_frozen(trainer: Any, model: PreTrainedModel) -> Any:
@@ -367,6 +377,7 @@ def policy_trainer(
         rollout_func=credit.complete if credit.completes else None,
     )
     trainer.credit = credit
+    keep_output_types(trainer)
     if isinstance(credit.teacher, PreTrainedModel):
         # Prepared as GRPOTrainer prepares its reference model: the fused head first, with the same temperature.
         add_fused_lm_head(credit.teacher, temperature=trainer.temperature, outputs=("log_probs",))
@@ -396,6 +407,7 @@ def demonstration_trainer(
 
 
 def _finished(trainer: Any) -> Any:
+    keep_output_types(trainer)
     mark_student(trainer)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -426,7 +438,7 @@ def trl_arguments(config: TrainConfig, folder: Path, cuda: bool) -> Any:
         "weight_decay": config.weight_decay,
         "optim": "adamw_torch" if config.optimizer == "adamw" else "sgd",
         "max_grad_norm": config.max_grad_norm,  # transformers clips only above 0, and logs the norm either way
-        "bf16": cuda,
+        "bf16": cuda and config.autocast,
         "fp16": False,
         "use_cpu": not cuda,
         "report_to": "none",
