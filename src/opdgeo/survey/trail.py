@@ -43,7 +43,9 @@ class Trail:
                 about = json.loads(file.metadata()["step"])
                 spectrum = None
                 if about["spectrum"]:
-                    spectrum = Spectrum(**{t: file.get_tensor(t).to(device) for t in TENSORS}, **about["spectrum"])
+                    found = {t: file.get_tensor(t) for t in TENSORS}
+                    found |= {side: found[side].to(device) for side in ("left", "right")}
+                    spectrum = Spectrum(**found, **about["spectrum"])
             return Step(**{f: about[f] for f in FIELDS}, spectrum=spectrum)
         return None
 
