@@ -29,6 +29,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "chromium": (lambda: shutil.which("chromium") is not None, "apt-get install chromium"),
     "cuda": (_cuda, "an NVIDIA GPU"),
     "deepspeed": (_module("deepspeed"), "pip install 'opdgeo[deepspeed]'"),
+    "full": (Path("/dev/full").exists, "Linux: a device that is always full"),
     "gguf": (_module("gguf"), "pip install 'opdgeo[gguf]'"),
     "megatron": (_module("megatron.core"), "pip install megatron-core"),
     "proc": (Path("/proc/self/status").exists, "Linux: peak memory is read from /proc"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,28 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error(tmp_path):
         file.truncate(4096)
     with pytest.raises(CheckpointError, match="ends before a tensor"):
         opened.read(matrix)
+
+
+def test_a_tensor_of_a_million_axes_ends(tmp_path: Path) -> None:
+    """Their product is a number of millions of digits, which the library stops at and Python multiplies for hours."""
+    shape = json.dumps([1 << 62] * 1_000_000).replace(" ", "")
+    text = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}'.encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="1000000 axes; expected at most 64"):
+        open_checkpoint(file)
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("metadata", ["[]", '""', "0", "false", '{"a": 1}'])
+def test_metadata_that_is_no_text_is_refused_as_by_the_library(tmp_path: Path, metadata: str) -> None:
+    file, text = tmp_path / "model.safetensors", f'{{"__metadata__": {metadata}}}'.encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(SafetensorError), safe_open(file, framework="pt"):
+        pass
+    with pytest.raises(CheckpointError):
+        read_header(file)
 
 
 ENTRIES = st.dictionaries(

@@ -32,7 +32,7 @@ def test_a_reader_that_leaves_costs_no_page(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.needs("full")
 def test_a_full_disk_under_the_summary_is_told(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(EXPLAIN, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())

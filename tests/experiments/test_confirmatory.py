@@ -20,7 +20,7 @@ import recompute_claims
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import confirmatory, regime, units
 from opdgeo.experiments.claims import Data
-from opdgeo.experiments.reduced import SCHEMA, packed, unpacked, walk
+from opdgeo.experiments.reduced import SCHEMA, unpacked, walk
 from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
@@ -76,7 +76,7 @@ def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **met
             rows.append(known | {"step": step, "name": "kl_origin", "value": 0.01 * i * (1 + end)})
             rows.append(
                 known
-                | {"step": step, "name": ACCURACY.name, "value": right.mean(), "right": bytes.fromhex(packed(right))}
+                | {"step": step, "name": ACCURACY.name, "value": right.mean(), "right": np.packbits(right).tobytes()}
             )
     table = pl.DataFrame([dict.fromkeys(SCHEMA) | row for row in rows], schema=SCHEMA, orient="row")
     said = {
@@ -274,6 +274,15 @@ def test_the_protocols_commit_precedes_every_confirmatory_unit() -> None:
         assert datetime.fromisoformat(dates[0]) <= datetime.fromisoformat(begun), path.name
 
 
+def test_every_kept_arm_ran_with_the_settings_of_its_point(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "docs/results/units").glob("*.parquet")):
+        said = pl.read_parquet_metadata(path)
+        point, seed = regime.BY_NAME[said["point"]], int(said["seed"])
+        ran = json.loads(said["settings"])
+        now = {arm: units.settings_hash(units.settings(point, arm, seed, tmp_path)) for arm in units.arms_of(point)}
+        assert ran == now, path.name
+
+
 def test_the_rules_hash_follows_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     before = regime.rules_hash()
     assert regime.rules_hash() == before
@@ -320,9 +329,9 @@ def test_a_unit_begun_under_other_rules_does_not_go_on(tmp_path: Path) -> None:
 # What is reduced
 
 
-def test_outcomes_are_packed_and_unpacked() -> None:
+def test_outcomes_are_unpacked() -> None:
     right = np.random.default_rng(0).random(37) < 0.5
-    assert np.array_equal(unpacked(bytes.fromhex(packed(right)), 37), right)
+    assert np.array_equal(unpacked(np.packbits(right).tobytes(), 37), right)
 
 
 def test_a_straight_walk_is_persistent_and_coherent_and_a_random_one_is_not(

@@ -60,14 +60,19 @@ def held(
     return {n: p.detach().cpu() for n, p in model.named_parameters()}, constraint.outside()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["gradient", "update", "adapter", "left"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),  # the adapter's B is float32
+    [
+        (m, d)
+        for m in ("gradient", "update", "adapter", "left")
+        for d in ("float32", "bfloat16")
+        if (m, d) != ("adapter", "bfloat16")
+    ],
+)
 def test_a_constraint_holds_on_a_gpu(
     gpu: Counted | None, origin: Path, channels: dict[str, Channel], mode: str, dtype: str
 ) -> None:
     channel, kind = channels["left" if mode == "left" else "right"], "update" if mode == "left" else mode
-    if kind == "adapter" and dtype == "bfloat16":
-        pytest.skip("B is float32")
     before = MATRIX.fp32_precision
     try:
         MATRIX.fp32_precision = "tf32"  # a trainer may have asked for it

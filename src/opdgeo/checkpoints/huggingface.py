@@ -30,6 +30,7 @@ BITS = {
     "F4": 4,
 }
 LONGEST_HEADER = 1 << 25  # bytes: room for 200,000 tensors
+MOST_AXES = 64  # torch's own limit
 
 
 def find_safetensors(folder: Path) -> Path | None:
@@ -112,7 +113,8 @@ def read_header(file: Path) -> tuple[dict[str, Raw], dict[str, str]]:
         if not text.startswith(b"{"):
             raise ValueError("its header is no JSON object")
         listed = json.loads(text, object_pairs_hook=_once)
-        metadata = listed.pop("__metadata__", None) or {}
+        metadata = listed.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is no text")
         found = {name: _header(file, name, entry, begin) for name, entry in listed.items()}
@@ -144,6 +146,8 @@ def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[R
     shape, (first, after) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in BITS:
         raise ValueError(f"{name} has an unknown dtype")
+    if len(shape) > MOST_AXES:  # the product of many would take hours
+        raise ValueError(f"{name} has {len(shape)} axes; expected at most {MOST_AXES}")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, after)):
         raise ValueError(f"{name} has no shape or no place")
     bits = math.prod(shape) * BITS[entry["dtype"]]

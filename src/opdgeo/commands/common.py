@@ -70,7 +70,8 @@ def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) ->
         help="only say what would be measured, in how much time and memory; reads headers",
     )
     command.add_argument("--no-cache", action="store_true", help="neither read nor keep the base's factors on disk")
-    command.add_argument("--all", action="store_true", help="print every number, not one line a diagnostic")
+    if factors:
+        command.add_argument("--all", action="store_true", help="print every number, not one line a diagnostic")
     command.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else (docs/result.schema.json)"
     )

@@ -5,13 +5,13 @@ first (over entries where the diagnostic is), and everything that judges reads t
 hold a seed of the study; they are kept under docs/results/ (`units.py`).
 
 Columns: `arm`, `seed`, `step`, `name` (`Quantity.name`, or a number of an evaluation), `value`, `null` and `excess` (over the null: the
-ratio of the two for ratios, else their difference, matrix by matrix, then averaged), `right` (bits, see `packed`).
+ratio of the two for ratios, else their difference, matrix by matrix, then averaged), `right` (bits, see `unpacked`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,6 @@ def evaluated(logs: Logs) -> pl.DataFrame:
             found = {"arm": arm, "seed": seed, "step": last["step"], "name": OUTSIDE}
             rows.append(found | {"value": float(last["channel/outside"])})
     return _rows(rows)
-
-
-def packed(right: Iterable[bool]) -> str:
-    """Outcomes as hexadecimal bits, first outcome first; the last byte is filled up with 0. Law: unpacked(packed(x), len(x)) == x."""
-    return np.packbits(np.fromiter(right, dtype=bool)).tobytes().hex()
 
 
 def unpacked(bits: bytes, count: int) -> np.ndarray:

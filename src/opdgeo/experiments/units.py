@@ -48,6 +48,7 @@ SHORT: dict[str, Any] = {
 }  # fmt: skip
 """What a rehearsal changes, beside the steps: whether a unit runs, not what it finds."""
 SHORT_STEPS = 10
+YOUNGER: dict[str, Any] = {"autocast": False}
 
 
 def file_of(keep: Path, point: str, seed: int) -> Path:
@@ -105,8 +106,14 @@ def arms_of(point: Point) -> tuple[str, ...]:
 
 
 def settings_hash(config: TrainConfig) -> str:
-    """A run's settings without the folders that it reads from: "POINT/ARM/step-N" stands for an origin."""
+    """A run's settings without the folders that it reads from: "POINT/ARM/step-N" stands for an origin.
+
+    A setting that is younger than the protocol is part of the hash where it is not as every run was before.
+    """
     values = dataclasses.asdict(config)
+    for name, before in YOUNGER.items():
+        if values[name] == before:
+            del values[name]
     for name in ("origin", "channel"):
         if values[name]:
             values[name] = "/".join(Path(values[name]).parts[-2:])

@@ -34,7 +34,7 @@ Finished = Generator[tuple[Matrix, Measured], None, None]
 RETRIES = 5  # starts of a matrix after workers that died with it
 GIVEN_BACK = (
     64 << 20
-)  # bytes of matrices after which a thread returns freed memory to the system: that takes as long as a small one
+)  # bytes of matrices after which a thread returns freed memory: that takes as long as a small matrix
 PATIENCE = 10.0  # seconds without a result after which the cluster is looked at again
 
 

@@ -2,9 +2,9 @@
 
 An unfinished run keeps a journal in OUT/.parts, a line a matrix, named by a digest of everything but the settings that its rows
 depend on: the files it was read from (path, size, inode, times of change), the program and the libraries that compute. What no
-longer matches is simply not found. The lines are where a run's rows wait for the tables, so that thousands of matrices take no memory. A finished run has the same digest in `run.json` and its rows in the tables, and
-the hashes of the files that it measured, which are compared before a row is taken over. The settings
-stand beside the rows, so that only what reads a changed one is measured again.
+longer matches is simply not found. The lines are where a run's rows wait for the tables, so that thousands of matrices take no memory.
+A finished run has the same digest in `run.json` and its rows in the tables, and the hashes of the files that it measured, which
+are compared before a row is taken over. The settings stand beside the rows, so that only what reads a changed one is measured again.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Parts:
             if self._path(self.folder).exists():
                 self._journal = Journal(self._path(self.folder))
                 for start, line in self._journal.lines():
-                    with suppress(ValueError, TypeError, KeyError):  # cut short, or damaged
+                    with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
                         self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
 
     def _path(self, folder: Path) -> Path:
@@ -112,7 +112,7 @@ class Parts:
         """What this or an earlier run measured of `matrix`, or None."""
         kept = self._kept.get(matrix)
         if isinstance(kept, tuple) and self._journal:
-            with suppress(OSError, ValueError, TypeError, KeyError):
+            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
                 fields = json.loads(self._journal.read(*kept))["measured"]
                 return Measured(**fields | {"rows": _unpacked(fields["rows"]), "curves": _unpacked(fields["curves"])})
             return None

@@ -173,8 +173,9 @@ def frames(
 
 
 def summarise(measurements: pl.DataFrame | pl.LazyFrame, null: str) -> dict[str, Any]:
-    """The content of `summary.json`, from a table in memory or, without pairs, in a file: each diagnostic over the matrices of each checkpoint, beside its null.
+    """The content of `summary.json`: each diagnostic over the matrices of each checkpoint, beside its null.
 
+    The table is in memory or, without pairs, in a file.
     `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
     mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
     `unmoved` counts these; `reason` is the most frequent one of moved matrices without a value.

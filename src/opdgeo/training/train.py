@@ -305,6 +305,7 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         "eval_batch",
         "eval_samples",
         "device",
+        "autocast",
         "weights",
     }:
         return None
