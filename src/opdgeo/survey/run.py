@@ -50,8 +50,8 @@ def compare(
     """Measure one update.
 
     Args:
-        base, tuned: checkpoints before and after training, in any format of docs/formats.md; `tuned` may be a PEFT adapter of
-            `base`, and is then measured from its factors.
+        base: the checkpoint before training, in any format of docs/formats.md.
+        tuned: the checkpoint after it, or a PEFT adapter of `base`, which is then measured from its factors.
         roles: which matrices: "all", "attention", "mlp" or role names, comma-separated.
         settings: ranks, masks, tolerance and nulls; the defaults are the paper's.
         engine: "local", threads of this process, or "ray", tasks of a Ray cluster, whose nodes see the same paths.

@@ -1,0 +1,169 @@
+"""Every block of commands and of Python in README and docs: it runs here, or `NOT_RUN` says why not and its options are checked.
+
+A command runs on small random models that lie under the names that the pages use, with short settings added (`SHORT`).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opdgeo.commands import parser
+from program import run_opdgeo, run_python
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"bash", "python", "sql", "text"}
+
+# The first pattern that is found in a command or in a block of Python says why it does not run here.
+NOT_RUN = {
+    r"^git |^pip ": "it needs the network",
+    r"^make |pytest": "it is this suite, or holds it",
+    r"^ray |--engine ray": "it needs a cluster; tests/survey/test_ray.py starts one",
+    r"--device cuda|device=cuda|gpu\.sh": "it needs a GPU",
+    r"^CONFIGS=|^accelerate |^srun |^vllm ": "it needs several GPUs or machines; tests/training/test_processes.py starts two processes",
+    r"^opdgeo demo": "tests/cli/test_first_minutes.py runs it",
+    r"^opdgeo (train|evaluate|signals|reproduce)|^opdgeo report study": "it trains for minutes; tests/training and tests/experiments do so",
+    r"^python (-m opdgeo\.experiments|tests/recompute)": "it trains for hours, or reads a finished study",
+    r"gradient_moments import signals": "it samples for minutes; tests/experiments/test_gradient_moments.py does so",
+    r"read_parquet": "tests/docs/test_data_dictionary.py runs it",
+}
+SHORT = {
+    "compare": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
+    "track": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
+    "relate": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
+}
+MODELS = (
+    "BASE", "TUNED", "A", "B", "C", "RUN_DIR/step-000001", "RUN_DIR/step-000002", "anchor", "runs/opd/step-000020",
+    "runs/opd/step-000100", "runs/sft/step-000060", "runs/opd-seed0/step-000100", "runs/opd-seed1/step-000100",
+    "Qwen3-8B-Base", "my-run/checkpoint-500",
+)  # fmt: skip
+PRELUDE = """
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+model = AutoModelForCausalLM.from_pretrained("anchor")
+base = AutoModelForCausalLM.from_pretrained("anchor")
+optimizer = torch.optim.AdamW(model.parameters())
+trainer = SFTTrainer(
+    model=AutoModelForCausalLM.from_pretrained("anchor"), processing_class=AutoTokenizer.from_pretrained("anchor"),
+    args=SFTConfig(output_dir="trained", max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"),
+    train_dataset=Dataset.from_list([{"text": "1+1=2"}] * 8),
+)
+"""
+"""What the pages take for granted: a trainer, a model, an optimizer."""
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        yield found[1], found[2]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every command of the page, in one line and without its comment."""
+    for language, text in blocks(page):
+        if language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                if command := re.sub(r"(^|\s)#.*", "", line).strip():
+                    yield command
+
+
+def reason(text: str) -> str | None:
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, text, re.MULTILINE)), None)
+
+
+COMMANDS = [(page, command) for page in PAGES for command in dict.fromkeys(commands(page))]
+
+
+def test_every_block_says_its_language() -> None:
+    assert [(page.name, text) for page in PAGES for language, text in blocks(page) if language not in LANGUAGES] == []
+
+
+def test_every_reason_is_still_needed() -> None:
+    texts = [command for _, command in COMMANDS] + [t for p in PAGES for language, t in blocks(p) if language == "python"]
+    assert [p for p in NOT_RUN if not any(re.search(p, text, re.MULTILINE) for text in texts)] == []
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
+def test_the_options_exist(command: str) -> None:
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable for this command alone
+        words = words[1:]
+    if "opdgeo" in words:
+        arguments = words[words.index("opdgeo") + 1 :]
+        parsed = parser().parse_args(arguments)  # ends the test where it does not know an option
+        if parsed.command == "train":
+            settings_exist(parsed)
+    elif words[:2] == ["python", "-m"]:
+        source = ROOT / "src" / Path(*words[2].split(".")).with_suffix(".py")
+        options_stand_in(source, words[3:])
+    elif words and words[0] in ("python", "benchmarks/gpu.sh"):
+        options_stand_in(ROOT / words[words[0] == "python"], words[1:])
+    elif words and words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+    elif words and words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = re.findall(r"(?:opdgeo|\.)\[([\w,]+)\]", command)
+        assert {extra for names in named for extra in names.split(",")} <= extras.keys(), command
+    for folder in re.findall(r"\btests/\w+", command):
+        assert list((ROOT / "tests").glob(folder.removeprefix("tests/") + "*")), command
+
+
+def options_stand_in(source: Path, words: list[str]) -> None:
+    text = source.read_text()
+    assert [word for word in words if word.startswith("--") and word not in text] == []
+
+
+def settings_exist(parsed: object) -> None:
+    """The preset knows the arm and every setting."""
+    from opdgeo.commands.train import OVERRIDES, _setting
+    from opdgeo.experiments.presets import train_config
+
+    values = vars(parsed)
+    overrides = dict(_setting(text) for text in values["settings"])
+    overrides |= {name: value for name in OVERRIDES if (value := values.get(name)) is not None}
+    train_config(values["paradigm"], values["preset"], origin=values["model"] or "anchor", **overrides)
+
+
+@pytest.fixture(scope="module")
+def workbench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small models under the names that the pages use."""
+    from tiny_models import random_model
+
+    where = tmp_path_factory.mktemp("workbench")
+    size = {"hidden_size": 64, "head_dim": 32, "num_key_value_heads": 2}
+    for seed, name in enumerate(MODELS):
+        random_model(where / name, seed, **size)
+    done = run_opdgeo("channel", "anchor", "runs/opd/step-000020", "-k", "16", "-o", "channel", cwd=where)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(where / "channel", where / "other")
+    shutil.copy(where / "channel" / "channel.safetensors", where)
+    return where
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(c for _, c in COMMANDS if not reason(c)))
+def test_the_command_runs(command: str, workbench: Path) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "opdgeo", f"{command!r} is no command of opdgeo; NOT_RUN has to say why it does not run"
+    done = run_opdgeo(*arguments, *SHORT.get(arguments[0], ()), cwd=workbench)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_runs(workbench: Path) -> None:
+    """Each page's blocks in order, those of all pages in one program."""
+    done_for = []
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language == "python" and not reason(text):
+                done_for.append(f"# {page.name}\n{text}")
+    assert len(done_for) > 8
+    done = run_python("-c", "\n".join([PRELUDE, *done_for]), cwd=workbench, libraries="training")
+    assert done.returncode == 0, done.stderr
