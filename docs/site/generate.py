@@ -26,7 +26,7 @@ from opdgeo.assets import packaged
 from opdgeo.commands.explain import SCOPES
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, Settings
 from opdgeo.report import charts
-from opdgeo.report.glossary import is_listed, is_primary, label, number, variant_label
+from opdgeo.report.glossary import is_listed, is_primary, number, variant_label
 from opdgeo.report.view import formula
 
 DOCS = Path(__file__).parents[1]
@@ -86,6 +86,8 @@ def api_page() -> str:
     parts = ["# Python", "", "Everything that `import opdgeo` offers. Importing it loads no torch.", ""]
     for name in opdgeo.__all__:
         found: Any = inspect.unwrap(getattr(opdgeo, name))
+        if name != found.__name__:
+            parts += [f"`opdgeo.{name}` is:", ""]
         parts += [f"::: {found.__module__}.{found.__qualname__}", ""]
     return "\n".join(parts)
 
@@ -106,20 +108,21 @@ def index_page() -> str:
 def page_of(d: Diagnostic) -> str:
     average = "a matrix counts by its entries" if d.weighting == "entries" else "every matrix counts once"
     null = "The same value by construction: the null has the size of the update." if d.size else NULL[d.scope]
+    figure, shown = charts.inline_svg(picture(d)), variant_label(d.name, shown_variant(d))
+    caption = SHOWN[d.scope] + (f" Of several variants it shows this one: {shown}." if shown else "")
     lines = [
         f"# {d.title}",
         "",
         f"<p class='formula'>{formula(d.formula)}</p>",
         "",
         f"`{d.name}` is measured {SCOPES[d.scope]}. " + (f"In a mean, {average}." if d.scope != "run" else ""),
-        "",
-        *("## What it means", "", d.meaning, ""),
-        *("## Traps", "", d.caveat, ""),
-        *(f"<figure>{charts.inline_svg(picture(d))}<figcaption>{SHOWN[d.scope]}</figcaption></figure>", ""),
-        *("## Null", "", null, ""),
-        *("## Error", "", error_of(d), ""),
-        *("## Cost", "", cost_of(d), ""),
-        *("## Source", "", d.source, ""),
+        *("", "## What it means", "", d.meaning),
+        *("", f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"),
+        *("", "## Traps", "", d.caveat),
+        *("", "## Null", "", null),
+        *("", "## Error", "", error_of(d)),
+        *("", "## Cost", "", cost_of(d)),
+        *("", "## Source", "", d.source, ""),
     ]
     return "\n".join(lines)
 
@@ -130,7 +133,9 @@ def cost_of(d: Diagnostic) -> str:
         return f"None of its own. It is computed from the table of {DIAGNOSTICS[d.of or ''].title.lower()}."
     asks = []
     if "rank" in d.reads:
-        asks.append("the singular values and leading vectors of W₀, and of W₊ or of what is built from them: most of a measurement")
+        asks.append(
+            "the singular values and leading vectors of W₀, and of W₊ or of what is built from them: most of a measurement"
+        )
     if "top_k" in d.reads or d.directions:
         asks.append("the leading singular triplets of ΔW: a small part of a measurement")
     if "eta" in d.reads or not asks:
@@ -154,7 +159,7 @@ def error_of(d: Diagnostic) -> str:
     for variant, value, error, null, methods in rows.iter_rows():
         name = variant_label(d.name, variant) or "–"
         shown = (number(value, d.unit), number(error, d.unit), number(null, d.unit), ", ".join(methods))
-        lines.append(f"| {cell(' | '.join((name,))) } | {' | '.join(map(cell, shown))} |")
+        lines.append(f"| {cell(name)} | {' | '.join(map(cell, shown))} |")
     return "\n".join(lines)
 
 
@@ -180,17 +185,12 @@ def example(d: Diagnostic) -> pl.DataFrame:
 
 
 def picture(d: Diagnostic) -> charts.Chart:
-    result, scale = measured(d.scope), charts.Scale(d.unit, d.log)
+    result, scale = measured("trajectory" if d.scope == "run" else d.scope), charts.Scale(d.unit, d.log)
     if d.scope == "run":
         row = next(r for r in result.summary[d.name] if (r["side"], r["rank"]) == ("right", 16))
         lines = [("mean", row["step"], False), ("null: walk", row["null_step"], True)]
         return charts.thresholds(d.name, d.title, row["thresholds"], lines)
-    variants = d.variants(Settings())
-    if d.headline:
-        variant = d.headline.variant
-    else:
-        variant = next((v for v in variants if is_primary(d.name, v)), next(v for v in variants if is_listed(d.name, v)))
-    title = label(d.name, variant)
+    variant = shown_variant(d)
     if d.scope == "pair":
         points = [
             (share, row)
@@ -207,8 +207,10 @@ def picture(d: Diagnostic) -> charts.Chart:
     null = [(row["null"] or {}).get("mean") for _, row in points]
     std = [(row["null"] or {}).get("std") for _, row in points]
     if d.scope != "update":
-        one = charts.Series(title, x, y, null=null, null_std=std)
-        return charts.trajectory(d.name, title, scale, [one], "share of the update that both have" if d.scope == "pair" else "step")
+        one = charts.Series("measured", x, y, null=null, null_std=std)
+        return charts.trajectory(
+            d.name, d.title, scale, [one], "share of the update that both have" if d.scope == "pair" else "step"
+        )
     sizes = [row_of(c, "relative_norm", "")["mean"] for c in result.summary["checkpoints"]]  # type: ignore[index]
     tips = [""] * len(sizes)
     band = None
@@ -216,8 +218,16 @@ def picture(d: Diagnostic) -> charts.Chart:
         wide = [2 * s for s in std]
         low, high = ([n + sign * w for n, w in zip(null, wide, strict=True)] for sign in (-1, 1))
         band = charts.Band(sizes, null, low, high)
-    marks = charts.Points(title, "s", sizes, y, tips, path=True)
-    return charts.over_size(d.name, title, scale, [marks], band, size="relative norm of the update")
+    marks = charts.Points(d.title, "s", sizes, y, tips, path=True)
+    return charts.over_size(d.name, d.title, scale, [marks], band, size="relative norm of the update")
+
+
+def shown_variant(d: Diagnostic) -> str:
+    """The variant of its picture: that of the first lines of a report, else the first that has charts there."""
+    if d.headline:
+        return d.headline.variant
+    variants = d.variants(Settings())
+    return next((v for v in variants if is_primary(d.name, v)), next(v for v in variants if is_listed(d.name, v)))
 
 
 def row_of(entry: dict[str, Any], diagnostic: str, variant: str) -> dict[str, Any] | None:
@@ -254,7 +264,9 @@ def measured(scope: str) -> opdgeo.Result:
             where = Path(folder, "run", f"step-{step:06d}")
             where.mkdir(parents=True)
             Path(where, "config.json").write_text(config)
-            save_file({n: (start[n] + a * update[n] + b * noise[n]).contiguous() for n in names}, where / "model.safetensors")
+            save_file(
+                {n: (start[n] + a * update[n] + b * noise[n]).contiguous() for n in names}, where / "model.safetensors"
+            )
         Path(folder, "base").mkdir()
         Path(folder, "base", "config.json").write_text(config)
         save_file({n: w.contiguous() for n, w in start.items()}, Path(folder, "base", "model.safetensors"))

@@ -18,7 +18,12 @@ from opdgeo.commands import parser
 from program import run_opdgeo, run_python
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "tests" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 LANGUAGES = {"bash", "python", "sql", "text"}
 
 # The first pattern that is found in a command or in a block of Python says why it does not run here.
@@ -31,19 +36,32 @@ NOT_RUN = {
     r"^opdgeo demo": "tests/cli/test_first_minutes.py runs it",
     r"^opdgeo (train|evaluate|signals|reproduce)|^opdgeo report study": "it trains for minutes; tests/training and tests/experiments do so",
     r"^python (-m opdgeo\.experiments|tests/recompute)": "it trains for hours, or reads a finished study",
+    r"\$BASE|^export |smollm2": "it needs the weights of SmolLM2 and minutes; tests/survey/test_smollm2.py reads them",
+    r" noise/arms/": "it reads the runs of hours of training",
     r"gradient_moments import signals": "it samples for minutes; tests/experiments/test_gradient_moments.py does so",
     r"read_parquet": "tests/docs/test_data_dictionary.py runs it",
 }
-SHORT = {
-    "compare": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
-    "track": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
-    "relate": ["--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report"],
-}
+QUICK = ("--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report", "--overwrite")
+SHORT = dict.fromkeys(("compare", "track", "relate"), QUICK)
 MODELS = (
     "BASE", "TUNED", "A", "B", "C", "RUN_DIR/step-000001", "RUN_DIR/step-000002", "anchor", "runs/opd/step-000020",
     "runs/opd/step-000100", "runs/sft/step-000060", "runs/opd-seed0/step-000100", "runs/opd-seed1/step-000100",
-    "Qwen3-8B-Base", "my-run/checkpoint-500",
+    "my-run/checkpoint-500", "Qwen3-8B-Base",
 )  # fmt: skip
+MAKE_MODELS = """
+import shutil, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+sys.path.insert(0, sys.argv[1])
+from tiny_models import random_model
+first, *others = map(Path, sys.argv[2:])
+random_model(first, 0, hidden_size=64, head_dim=32, num_key_value_heads=2)
+for name in others:
+    shutil.copytree(first, name)
+    weights = {n: w + 0.01 * torch.randn_like(w) for n, w in load_file(first / "model.safetensors").items()}
+    save_file(weights, name / "model.safetensors", metadata={"format": "pt"})
+"""
 PRELUDE = """
 import torch
 from datasets import Dataset
@@ -63,7 +81,7 @@ trainer = SFTTrainer(
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Language and text of every fenced block."""
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for found in re.finditer(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
         yield found[1], found[2]
 
 
@@ -88,7 +106,9 @@ def test_every_block_says_its_language() -> None:
 
 
 def test_every_reason_is_still_needed() -> None:
-    texts = [command for _, command in COMMANDS] + [t for p in PAGES for language, t in blocks(p) if language == "python"]
+    texts = [command for _, command in COMMANDS] + [
+        t for p in PAGES for language, t in blocks(p) if language == "python"
+    ]
     assert [p for p in NOT_RUN if not any(re.search(p, text, re.MULTILINE) for text in texts)] == []
 
 
@@ -135,13 +155,10 @@ def settings_exist(parsed: object) -> None:
 
 @pytest.fixture(scope="module")
 def workbench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small models under the names that the pages use."""
-    from tiny_models import random_model
-
+    """A folder with small models under the names that the pages use: one random model, and copies with some noise added."""
     where = tmp_path_factory.mktemp("workbench")
-    size = {"hidden_size": 64, "head_dim": 32, "num_key_value_heads": 2}
-    for seed, name in enumerate(MODELS):
-        random_model(where / name, seed, **size)
+    done = run_python("-c", MAKE_MODELS, ROOT / "tests", *MODELS, cwd=where, libraries="training")
+    assert done.returncode == 0, done.stderr
     done = run_opdgeo("channel", "anchor", "runs/opd/step-000020", "-k", "16", "-o", "channel", cwd=where)
     assert done.returncode == 0, done.stderr
     shutil.copytree(where / "channel", where / "other")
