@@ -5,6 +5,7 @@ A command runs on small random models that lie under the names that the pages us
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import shutil
@@ -135,6 +136,17 @@ def test_the_options_exist(command: str) -> None:
         assert {extra for names in named for extra in names.split(",")} <= extras.keys(), command
     for folder in re.findall(r"\btests/\w+", command):
         assert list((ROOT / "tests").glob(folder.removeprefix("tests/") + "*")), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_the_commands_in_sentences_exist(page: Path) -> None:
+    """`opdgeo track BASE RUN --follow` in a sentence: there is such a command, with such options."""
+    known = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for command, rest in re.findall(r"`opdgeo (\w+)([^`]*)`", prose):
+        assert command in known, command
+        options = {word.partition("=")[0] for word in rest.split() if word.startswith("-")}
+        assert options <= known[command]._option_string_actions.keys(), (command, rest)
 
 
 def options_stand_in(source: Path, words: list[str]) -> None:
