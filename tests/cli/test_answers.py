@@ -18,8 +18,10 @@ from rich.console import Console
 import opdgeo
 import planted
 from opdgeo.checkpoints import open_checkpoint
+from opdgeo.diagnostics import locking
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.report import write_report
+from opdgeo.report.glossary import number
 from opdgeo.report.terminal import print_summary
 from opdgeo.survey.kinship import remarks
 from program import run_opdgeo
@@ -80,6 +82,15 @@ def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert expected in words(page.partition('id="verdict"')[2].partition("<h2>")[0])
     assert page.index('id="early"') < page.index('id="diagnostics"')
+
+
+def test_a_first_checkpoint_that_did_not_move_leaves_an_answer(runs: Path) -> None:
+    """The first step of a warm-up has learning rate 0."""
+    steps = [runs / "base", *(runs / "opd" / f"step-{step:06d}" for step in (10, 20, 30))]
+    result = opdgeo.track(runs / "base", steps, settings=opdgeo.Settings(nulls=1), cache=False)
+    said = locking.answer(result.summary["checkpoints"], result.summary["locking"])
+    text = "".join(part if isinstance(part, str) else number(*part) for part in said or ())
+    assert text.startswith("The final subspace, top 16 right: at checkpoint 2, the first that moved, "), text
 
 
 def test_every_checkpoint_is_listed_or_said_to_be_left_out(trajectory: tuple[Path, str]) -> None:

@@ -39,7 +39,11 @@ def run(args: argparse.Namespace) -> int:
     name = args.diagnostic.lower().replace("-", "_").replace(" ", "_")
     if name not in DIAGNOSTICS:
         near = difflib.get_close_matches(name, DIAGNOSTICS, n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]}?" if near else "`opdgeo explain` lists them."
+        hint = (
+            f"Did you mean {near[0]}?"
+            if near
+            else "Other words of the tables, such as null or excess: docs/reading.md."
+        )
         raise ConfigError(
             f"there is no diagnostic {args.diagnostic!r}; expected one of {', '.join(DIAGNOSTICS)}. {hint}"
         )

@@ -100,7 +100,9 @@ def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> lis
     `checkpoints` are those of one run in `summary.json`, `rows` what `measure` found of it.
     """
     unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
-    first = {d["variant"]: d for d in checkpoints[0]["diagnostics"] if d["diagnostic"] == SIMILARITY.name}
+    of = [{d["variant"]: d for d in c["diagnostics"] if d["diagnostic"] == SIMILARITY.name} for c in checkpoints]
+    place = next((i for i, known in enumerate(of[:-1]) if any(d["mean"] is not None for d in known.values())), 0)
+    first = of[place]
     why = None
     for row in sorted(rows, key=lambda r: -r["rank"]):
         if row["side"] != "right" or row["rank"] > SHOWN or not row.get("steps"):
@@ -115,9 +117,13 @@ def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> lis
             "The final subspace, top ",
             (row["rank"], "integer"),
             f" right: at {unit} ",
-            (row["steps"][0], "integer"),
+            (row["steps"][place], "integer"),
         ]
-        said += [", the first checkpoint, ", (entry["mean"], "share"), " of it is there"]
+        said += [
+            ", the first that moved, " if place else ", the first checkpoint, ",
+            (entry["mean"], "share"),
+            " of it is there",
+        ]
         said += [] if chance is None else [" (walk null: ", (chance, "share"), ")"]
         said += [", and at least ", (row["thresholds"][at], "share"), *_from(unit, row["step"][at])]
         said += [] if chance is None else [" (walk null:", *_from(unit, row["null_step"][at]), ")"]

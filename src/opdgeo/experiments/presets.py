@@ -223,7 +223,8 @@ def train_config(paradigm: str, preset: str, *, origin: str | None = None, **ove
     if "origin" not in values:
         raise ConfigError(
             f"the arm {paradigm!r} of preset {preset!r} starts from an SFT anchor and none was given; expected the folder of "
-            f"its last checkpoint. Run `opdgeo train sft --preset {preset}` first and pass its checkpoint as the origin."
+            f"its last checkpoint. Run `opdgeo train sft --preset {preset}` first and pass its checkpoint as the "
+            "origin, on the command line by --model."
         )
     values.setdefault("arm", paradigm)
     values.setdefault("data_seed", 2 * int(values.get("seed", 0)) + (paradigm != "sft"))
