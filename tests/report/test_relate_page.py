@@ -163,6 +163,23 @@ def test_two_updates_have_one_table_and_no_matrix(out: Path, tmp_path: Path) -> 
     assert "opd-0 and opd-1" in shown and "no null" in shown and "4/4" in shown
 
 
+def test_the_terminal_says_why_a_number_is_missing(tmp_path: Path) -> None:
+    """Two updates of two directions have no top 16."""
+    rng = np.random.default_rng(0)
+    name = NAMES[0]
+    base = planted.weights(rng, 48, 40)
+    made = [planted.write_checkpoint(tmp_path / "base", {name: base}, "float32")]
+    for which in ("a", "b"):
+        up = {name: base + planted.with_spectrum(rng, 48, 40, [0.05, 0.04])}
+        made.append(planted.write_checkpoint(tmp_path / which, up, "float32"))
+    result = opdgeo.relate(*made, cache=False, settings=opdgeo.Settings(nulls=0))
+    console = Console(file=io.StringIO(), width=80)
+    print_pairs(result.summary, console)
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "–: singular value 16 of the update is within the rounding of the stored weights" in said, said
+    assert "(Similarity of the top subspaces, Energy in the other's channel)." in said, said
+
+
 def test_the_terminal_says_a_line_a_pair(out: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     print_pairs(json.loads((out / "summary.json").read_text()), console)

@@ -216,9 +216,12 @@ def _print_one(pairs: Pairs, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reading", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
+    whys: dict[str, dict[str, None]] = {}
     for pair in ((first, other), (other, first)):
         for found in findings(pairs.by_names.get(pair, {"diagnostics": []})):
             cell = Cell(found)
+            if found.row["mean"] is None and found.row.get("reason"):
+                whys.setdefault(found.row["reason"], {})[found.title] = None
             said = Text(found.title)
             detail = ", ".join(
                 filter(None, (found.detail, pairs.short(pair[0], 24) if of_pairs()[found.diagnostic].directed else ""))
@@ -239,3 +242,5 @@ def _print_one(pairs: Pairs, console: Console) -> None:
             "all: all matrices together as one long vector; mean: over matrices, each once. chance: of all, else of the mean."
         )
     )
+    for why, titles in whys.items():
+        console.print(Text(f"–: {clean(why)} ({', '.join(titles)})."))
