@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 import opdgeo
 from opdgeo.diagnostics import DIAGNOSTICS
@@ -62,6 +63,18 @@ def test_the_reference_holds_the_front_door(site: Path) -> None:
     page = (site / "api.html").read_text()
     for name in opdgeo.__all__:
         assert f"<code>opdgeo.{name}</code>" in page or re.search(rf'id="opdgeo[\w.]*\.{name}"', page), name
+
+
+def test_lists_and_tables_are_those_that_github_shows(site: Path) -> None:
+    """The two dialects of Markdown differ in how far what lies in a list is indented."""
+    github = MarkdownIt("commonmark").enable("table")
+    for page in (ROOT / "docs").glob("*.md"):
+        ours = github.render(page.read_text())
+        theirs = (site / ("index.html" if page.stem == "README" else f"{page.stem}.html")).read_text()
+        theirs = theirs.partition("<article")[2].partition("</article>")[0]
+        for tag in ("li", "ol", "table", "tr", "pre", "em", "strong", "h2", "h3"):
+            found = [len(re.findall(rf"<{tag}[ >]", text)) for text in (ours, theirs)]
+            assert found[0] == found[1], f"{page.name}: {found} <{tag}>"
 
 
 def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
