@@ -78,7 +78,10 @@ def generate(folder: Path) -> None:
         shutil.copy(file, folder / "docs")
     listed = "".join(f"\n      - diagnostics/{name}.md" for name in ("README", *DIAGNOSTICS))
     settings = (DOCS / "site" / "mkdocs.yml").read_text()
-    (folder / "mkdocs.yml").write_text(settings.replace("- Diagnostics: []", f"- Diagnostics:{listed}"))
+    settings = settings.replace("SOURCES", str(DOCS.parent / "src")).replace(
+        "- Diagnostics: []", f"- Diagnostics:{listed}"
+    )
+    (folder / "mkdocs.yml").write_text(settings)
 
 
 def api_page() -> str:
@@ -109,7 +112,10 @@ def page_of(d: Diagnostic) -> str:
     average = "a matrix counts by its entries" if d.weighting == "entries" else "every matrix counts once"
     null = "The same value by construction: the null has the size of the update." if d.size else NULL[d.scope]
     figure, shown = charts.inline_svg(picture(d)), variant_label(d.name, shown_variant(d))
-    caption = SHOWN[d.scope] + (f" Of several variants it shows this one: {shown}." if shown else "")
+    unit = {"share": ", in per cent", "degrees": ", in degrees"}.get(d.unit, "") if d.scope != "run" else ", in steps"
+    caption = (
+        f"{d.title}{unit}. " + SHOWN[d.scope] + (f" Of several variants it shows this one: {shown}." if shown else "")
+    )
     lines = [
         f"# {d.title}",
         "",

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 
 import opdgeo
 from opdgeo.diagnostics import DIAGNOSTICS
+from program import run_python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.needs("mkdocs")
@@ -39,14 +40,12 @@ class Fetched(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `make docs` builds it."""
     folder = tmp_path_factory.mktemp("build")
-    environment = os.environ | {
-        "NO_MKDOCS_2_WARNING": "1",
-        "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    done = run_python(ROOT / "docs" / "site" / "generate.py", folder / "docs")
+    assert done.returncode == 0, done.stderr
     mkdocs = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(folder / "docs" / "mkdocs.yml")]
-    for command in ([sys.executable, str(ROOT / "docs" / "site" / "generate.py"), str(folder / "docs")], mkdocs):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-        assert done.returncode == 0, done.stdout + done.stderr
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(mkdocs, capture_output=True, text=True, env=environment, timeout=900)
+    assert built.returncode == 0, built.stdout + built.stderr
     return folder / "site"
 
 
