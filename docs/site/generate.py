@@ -155,9 +155,10 @@ def error_of(d: Diagnostic) -> str:
     if d.scope == "run":
         return "A step of a checkpoint has no error of its own. The similarity that it is read from has one."
     rows = example(d)
+    which = {"update": "largest update", "trajectory": "last checkpoint but one", "pair": "third pair"}[d.scope]
     lines = [
-        "Every row of `measurements.parquet` has a bound on |value − exact value|. It covers rounding and early stopping. Of the picture's "
-        + ("largest update:" if d.scope == "update" else "data:"),
+        "Every row of `measurements.parquet` has a bound on |value − exact value|. It covers rounding and early stopping. This is the picture's "
+        f"{which}:",
         "",
         "| variant | value, mean | error, at most | null, mean | computed by |",
         "|---|---|---|---|---|",
@@ -178,10 +179,9 @@ def example(d: Diagnostic) -> pl.DataFrame:
     result = measured(d.scope)
     rows = result.measurements.filter(diagnostic=d.name, status="computed")
     if d.scope == "pair":
-        rows = rows.filter(checkpoint=f"step-{0:06d}", other=f"step-{3:06d}")
+        rows = rows.filter(checkpoint="step-000000", other="step-000003")
     else:
-        last = rows["step"].max()
-        rows = rows.filter(step=last if d.scope == "update" else sorted(rows["step"].unique())[-2])
+        rows = rows.filter(step=sorted(rows["step"].unique())[-1 if d.scope == "update" else -2])
     return rows.group_by("variant", maintain_order=True).agg(
         pl.col("value").mean(),
         pl.col("error").max(),
@@ -243,7 +243,7 @@ def row_of(entry: dict[str, Any], diagnostic: str, variant: str) -> dict[str, An
 
 def pairs_of_first(result: opdgeo.Result) -> list[dict[str, Any]]:
     """The pairs of the update itself with each of the others."""
-    return [pair for pair in result.summary["pairs"] if pair["checkpoint"] == f"step-{0:06d}"]
+    return [pair for pair in result.summary["pairs"] if pair["checkpoint"] == "step-000000"]
 
 
 @cache

@@ -39,7 +39,7 @@ NOT_RUN = {
     r"^python (-m opdgeo\.experiments|tests/recompute)": "it trains for hours, or reads a finished study",
     r"\$BASE|^export |smollm2": "it needs the weights of SmolLM2 and minutes; tests/survey/test_smollm2.py reads them",
     r" noise/arms/": "it reads the runs of hours of training",
-    r"gradient_moments import signals": "it samples for minutes; tests/experiments/test_gradient_moments.py does so",
+    r"gradient_moments import signals": "it samples for minutes; tests/experiments/test_gradient_signals.py does so",
     r"read_parquet": "tests/docs/test_data_dictionary.py runs it",
 }
 QUICK = ("--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report", "--overwrite")
@@ -111,6 +111,8 @@ def test_every_reason_is_still_needed() -> None:
         t for p in PAGES for language, t in blocks(p) if language == "python"
     ]
     assert [p for p in NOT_RUN if not any(re.search(p, text, re.MULTILINE) for text in texts)] == []
+    named = [path for why in NOT_RUN.values() for path in re.findall(r"tests/[\w/]+(?:\.py)?", why)]
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
@@ -118,6 +120,10 @@ def test_the_options_exist(command: str) -> None:
     words = shlex.split(command)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable for this command alone
         words = words[1:]
+    if words[:1] == ["srun"]:  # … bash -c COMMAND
+        words = shlex.split(words[-1])
+    for file in re.findall(r"\$CONFIGS/([\w.]+)", command):
+        assert (ROOT / "src" / "opdgeo" / "assets" / "accelerate" / file).exists(), file
     if "opdgeo" in words:
         arguments = words[words.index("opdgeo") + 1 :]
         parsed = parser().parse_args(arguments)  # ends the test where it does not know an option
