@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from opdgeo.errors import ConfigError
-from opdgeo.report import charts, write_report
+from opdgeo.report import charts, data, write_report
 from opdgeo.report.data import load
 from opdgeo.report.glossary import clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
@@ -338,6 +338,29 @@ def test_verdict_separates_size_from_geometry(reports: dict[str, tuple[Path, Pag
 def test_page_is_small_and_labels_are_plain(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
     assert "mathdefault" not in (reports[kind][0] / "report.html").read_text(encoding="utf-8")
     assert (reports[kind][0] / "report.html").stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("kind", ["compare", "large"])
+def test_a_page_is_the_same_where_its_sections_read_the_file(
+    kind: str, reports: dict[str, tuple[Path, Page]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = reports[kind]
+    whole = (out / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(data, "AT_ONCE", 0)
+    write_report(out)
+    assert (out / "report.html").read_text(encoding="utf-8") == whole
+
+
+def test_a_damaged_table_is_told_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = build("single", tmp_path / "out")
+    file = out / "measurements.parquet"
+    content = bytearray(file.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    file.write_bytes(content)
+    for at_once in (data.AT_ONCE, 0):
+        monkeypatch.setattr(data, "AT_ONCE", at_once)
+        with pytest.raises(ConfigError, match=r"measurements\.parquet: unreadable"):
+            write_report(out)
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,8 +174,8 @@ def _maps(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[maps.
     if leading is None:
         return []
     known = of_pairs()[leading[0]]
-    table = view.everything.measurements.filter(
-        (pl.col("diagnostic") == leading[0]) & (pl.col("variant") == leading[1]) & pl.col("value").is_finite()
+    table = view.everything.rows(
+        pl.col("diagnostic") == leading[0], pl.col("variant") == leading[1], pl.col("value").is_finite()
     )
     if table["matrix"].n_unique() < 2:
         return []
