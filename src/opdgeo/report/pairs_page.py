@@ -51,6 +51,15 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     return page, view.charts
 
 
+def charts_of(results: Results) -> list[Chart]:
+    """The charts of the page alone, none of them drawn."""
+    view, pairs = View(results), Pairs(results.pairs)
+    ranked = pairs.by_likeness()
+    _curves(view, pairs, ranked)
+    _maps(view, pairs, ranked)
+    return view.charts
+
+
 def _stem(path: str) -> str:
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
 
