@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+import opdgeo
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
 from opdgeo.report.data import load
@@ -128,9 +130,8 @@ def is_rounding(text: str, value: float) -> bool:
     return any(abs(float(shown) - value * scale) <= half * 1.0001 for scale in scales.get(match[2], (1,)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
-    _, page = reports[kind]
+def check_inert(page: Page) -> None:
+    """Whole markup that neither runs nor fetches anything."""
     assert not page.stack
     for tag, attrs in page.tags:
         assert tag not in (
@@ -152,6 +153,12 @@ def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], k
                 assert value.startswith("#"), (tag, name, value)
             assert not re.search(r"url\((?!#)", value), (tag, value)
     assert not re.search(r"@import|url\(|expression\(|//", page.styles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    _, page = reports[kind]
+    check_inert(page)
     policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     ids = [a["id"] for _, a in page.tags if "id" in a and not a["id"].startswith(("m", "p"))]
@@ -571,6 +578,59 @@ def test_every_series_can_be_hidden_and_the_axis_made_linear(
         name = box.removeprefix("show-")
         after.pop("linear")
         assert after == before | {name: 0}, box
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_notebook_shows_the_means_beside_their_nulls(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, _ = reports[kind]
+    html = opdgeo.load(out)._repr_html_()
+    page, known = Page(html), numbers_in(out)
+    check_inert(page)
+    assert len(html) < 20_000 and len(page.numbers) >= 12
+    for exact, text in page.numbers:
+        assert float(exact) in known and is_rounding(text, float(exact)), (exact, text)
+    names = {m for block in re.findall(r"\.opdgeo \{([^}]*)\}", page.styles) for m in re.findall(r"(--\w+):", block)}
+    assert set(re.findall(r"var\((--[\w-]+)", page.styles)) <= names, "every colour has a value outside the page too"
+    if kind == "compare":
+        row = next(
+            d
+            for d in json.loads((out / "summary.json").read_text())["checkpoints"][-1]["diagnostics"]
+            if d["diagnostic"] == "stable_rank"
+        )
+        shown = [repr(row["mean"]), repr(row["null"]["mean"]), repr(row["null"]["excess"])]
+        assert [exact for exact, _ in page.numbers if exact in shown] == shown
+    if kind == "hostile":
+        assert clean(HOSTILE) + "2" in unescape(re.findall(r"<strong>(.*?)</strong>", html)[0])
+
+
+@pytest.mark.parametrize("kind", ["compare", "hostile"])
+def test_a_notebook_shows_the_charts_of_the_page(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, _ = reports[kind]
+    found = opdgeo.load(out).charts
+    svgs = set(re.findall(r"<svg.*?</svg>", (out / "report.html").read_text(encoding="utf-8"), re.S))
+    drawn = 0
+    for name in list(found)[::8]:
+        html = found[name]._repr_html_()
+        shown = Page(html)
+        check_inert(shown)
+        assert {t for t, _ in shown.tags} - {
+            "svg",
+            "g",
+            "path",
+            "text",
+            "title",
+            "use",
+            "defs",
+            "clippath",
+            "rect",
+            "tspan",
+        } == {"div", "style", "figure", "figcaption"}
+        drawn += re.findall(r"<svg.*?</svg>", html, re.S)[0] in svgs
+    assert drawn >= 2, "the same drawing as on the page; maps are tables there"
+    for chart in [c for c in found.values() if c.name.startswith(("heatmap-stable", "spectra-matrix"))]:
+        picture = io.BytesIO()
+        chart.figure().savefig(picture, format="png", dpi=40)  # names with dollar signs are no formulas
+        assert picture.getvalue().startswith(b"\x89PNG")
 
 
 def test_a_study_opens_with_what_it_can_and_cannot_decide(

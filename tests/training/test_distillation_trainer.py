@@ -67,7 +67,6 @@ def test_the_monitor_and_a_channel_work_in_it(tmp_path: Path) -> None:
     assert len(outside) == len(names) and all(share is not None and share < 1e-8 for share in outside.values())
 
 
-
 # One step of plain SGD by each trainer, on the tokens that TRL's own student wrote. What moved, over the rate, is the gradient.
 
 
