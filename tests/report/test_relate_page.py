@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -200,21 +199,3 @@ def test_the_page_is_rebuilt_from_the_data_files_with_figures(out: Path, tmp_pat
     write_report(copy, figures=True)
     assert (copy / "report.html").read_bytes() == before
     assert {p.suffix for p in (copy / "figures").iterdir()} == {".svg", ".pdf"}
-
-
-@pytest.mark.needs("chromium")
-def test_the_page_fits_a_phone(out: Path, tmp_path: Path) -> None:
-    """Nothing but what scrolls inside itself is wider than the window."""
-    text = (out / "report.html").read_text(encoding="utf-8")
-    probe = tmp_path / "probe.html"
-    policy = re.search(r"<meta http-equiv=[^>]*>", text)
-    assert policy
-    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + window.innerWidth</script>"
-    probe.write_text(text.replace(policy[0], "").replace("</body>", script + "</body>"), encoding="utf-8")
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}",
-        "--dump-dom", probe.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    width = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
-    assert width and int(width[1]) <= int(width[2]), width

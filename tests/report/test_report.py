@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from rich.console import Console
 
 import opdgeo
+from browser import Browser
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, write_report
 from opdgeo.report.data import load
@@ -510,65 +510,39 @@ def test_number(value: float | None, unit: str, text: str) -> None:
     assert number(value, unit) == text
 
 
-# What Chromium asks for by itself, now or some moments later.
-CHROMIUMS_OWN = {"accounts.google.com", "clients2.google.com", "update.googleapis.com"}
-
-
-def requested(page: Path, folder: Path) -> tuple[set[str], str]:
-    """The addresses, without query, that headless Chromium asked for with a page open, and the page as rendered.
-
-    Nothing may be said on the console meanwhile.
-    """
-    log = folder / f"{page.stem}.net.json"
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / page.stem}", f"--log-net-log={log}", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert "CONSOLE" not in done.stderr
-    asked = set(re.findall(r'"url":"https?://([^?"]+)', log.read_text()))
-    return {url for url in asked if url.partition("/")[0] not in CHROMIUMS_OWN}, done.stdout
-
-
 @pytest.mark.needs("chromium")
-def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
-    out, _ = reports["hostile"]
-    (tmp_path / "blank.html").write_text("")
-    own, _ = requested(tmp_path / "blank.html", tmp_path)  # what this version asks for besides, whatever is open
-    asked, rendered = requested(out / "report.html", tmp_path)
-    assert not asked - own
+def test_chromium_renders_without_requests(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path, browser: Browser
+) -> None:
+    page = reports["hostile"][0] / "report.html"
+    browser.open(page, width=1440)
+    assert browser.requested == [page.as_uri()] and browser.said == []
+    rendered = browser.value("document.documentElement.outerHTML")
     assert "Where the weights moved" in rendered
     assert "alert(2)>" not in re.sub(r"&\w+;", "", rendered).replace("alert(2)&gt;", "")
 
     # The same look at a page that does ask sees it.
     leak = tmp_path / "leak.html"
-    leak.write_text(
-        '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><img src="https://www.google.com/x.png">'
-    )
-    assert requested(leak, tmp_path)[0] - own == {"fonts.googleapis.com/css", "www.google.com/x.png"}
+    asked = ["https://fonts.googleapis.com/css", "https://www.google.com/x.png"]
+    leak.write_text(f'<link rel="stylesheet" href="{asked[0]}"><img src="{asked[1]}"><script>console.log(1)</script>')
+    browser.open(leak, width=1440)
+    assert set(browser.requested) == {leak.as_uri(), *asked} and browser.said
 
 
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize("kind", ["compare", "reproduce"])
 def test_every_series_can_be_hidden_and_the_axis_made_linear(
-    reports: dict[str, tuple[Path, Page]], tmp_path: Path, kind: str
+    reports: dict[str, tuple[Path, Page]], browser: Browser, kind: str
 ) -> None:
-    """The page holds no script. A copy of it gets one here that uses every box and says what is seen then."""
-    text = (reports[kind][0] / "report.html").read_text(encoding="utf-8")
-    script = """
+    """The page holds no script. One is run in it here that uses every box and says what is seen then."""
+    browser.open(reports[kind][0] / "report.html", width=1440)
+    found = browser.value("""(() => {
       const seen = c => [...document.querySelectorAll("." + c)].filter(e => getComputedStyle(e).display != "none").length;
       const boxes = [...document.querySelectorAll("fieldset.keys input")], names = boxes.map(b => b.id.replace("show-", "")).concat("log");
       const all = () => Object.fromEntries(names.map(n => [n, seen(n)]));
       const found = {before: all()};
       for (const b of boxes) { b.click(); found[b.id] = all(); b.click(); }
-      document.title = JSON.stringify(found);"""
-    page = tmp_path / f"{kind}.html"
-    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"<script>{script}</script></body>"))
-    _, rendered = requested(page, tmp_path)
-    title = re.search(r"<title>(\{.*?\})</title>", rendered)
-    assert title
-    found = json.loads(title[1])
+      return found; })()""")
     before = found.pop("before")
     assert before.pop("linear") == 0 < before["log"]
     assert all(count > 0 for count in before.values()) and len(found) > 4

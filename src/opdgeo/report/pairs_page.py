@@ -155,7 +155,7 @@ def _curves(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[Fig
                 text = curve.rpartition("_")[2]
                 lines.append(Series(text, x, shown, null=chance, style=style))  # type: ignore[arg-type]
         if lines:
-            title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}"
+            title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}{AXIS.get(named[0][0].unit, '')}"
             name = f"curve-{place + 1}-{slug(first)}-{slug(other)}"
             chart = charts.trajectory(name, title, Scale(named[0][0].unit), lines, "K")
             found.append(
