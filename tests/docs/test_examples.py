@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import opdgeo
@@ -76,6 +78,21 @@ def test_opd_in_one_file_writes_checkpoints_that_track_reads(tmp_path: Path) -> 
     options = ("--roles", "o_proj", "--nulls", 0, "--no-report", "--no-cache", "-o", "out")
     done = run_opdgeo("track", TINY / "base", "run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_example_of_the_monitors_page_runs_as_it_stands(origin: Path, teacher: Path, tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "monitor.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    short = f'"{tmp_path}", max_steps=2, max_completion_length=4, use_cpu=True, bf16=False, save_strategy="no"'
+    assert example.count('"runs/opd"') == 1
+    found: dict[str, Any] = {
+        "student": str(origin),
+        "teacher": str(teacher),
+        "prompts": Dataset.from_list([{"prompt": "1+2="}] * 16),
+    }
+    exec(example.replace('"runs/opd"', short), found)
+    (row,) = (row for row in found["trainer"].state.log_history if "geometry/norm" in row)
+    assert row["step"] == 2 and row["geometry/norm"] > 0
 
 
 @pytest.mark.parametrize("trainer", ["distillation", "sft"])
