@@ -33,9 +33,16 @@ def main() -> None:
 
     problems = Arithmetic().examples(args.steps * args.sequences, 0, held_out=False)
     settings = dict(
-        output_dir=args.out, max_steps=args.steps, per_device_train_batch_size=args.sequences, learning_rate=1e-4, report_to="none",
-        logging_steps=args.every, save_steps=args.every, save_only_model=True, bf16=False,
-    )  # fmt: skip
+        output_dir=args.out,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.sequences,
+        learning_rate=1e-4,
+        report_to="none",
+        logging_steps=args.every,
+        save_steps=args.every,
+        save_only_model=True,
+        bf16=False,
+    )
     # A model that is named by its folder is loaded in fp32, so that no update is lost to rounding.
     if args.trainer == "distillation":
         trainer = DistillationTrainer(

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any
 
 COMMAND = (
-    *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
-)  # fmt: skip
+    "chromium --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars "
+    "--disable-background-networking --disable-component-update --disable-sync --remote-debugging-pipe"
+).split()
 
 
 class Browser:
@@ -43,8 +43,12 @@ class Browser:
 
         self._process = subprocess.Popen(
             [*COMMAND, f"--user-data-dir={folder / 'chromium'}", "about:blank"],
-            preexec_fn=wire, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            preexec_fn=wire,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+        )
         os.close(theirs)
         os.close(answers)
         self._rest, self._count, self._session = b"", 0, None

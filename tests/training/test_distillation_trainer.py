@@ -31,13 +31,25 @@ RATE = 1024.0  # of one step of plain SGD: the weights' own rounding is then far
 def distillation(student: Path, teacher: Path, out: Path, **changes: Any) -> DistillationTrainer:
     """On eight prompts a step, in float32, as little else as possible."""
     settings: dict[str, Any] = dict(
-        output_dir=str(out), max_steps=1, per_device_train_batch_size=8, beta=1.0, max_completion_length=6, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=1,
+        per_device_train_batch_size=8,
+        beta=1.0,
+        max_completion_length=6,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        dataloader_pin_memory=False,
+    )
     return DistillationTrainer(
-        model=str(student), teacher_model=str(teacher), args=DistillationConfig(**settings | changes),
+        model=str(student),
+        teacher_model=str(teacher),
+        args=DistillationConfig(**settings | changes),
         train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS]),
-    )  # fmt: skip
+    )
 
 
 def test_the_monitor_and_a_channel_work_in_it(tmp_path: Path) -> None:
@@ -93,9 +105,16 @@ def by_us(config: Callable[..., TrainConfig], rows: list[dict[str, Any]], out: P
     out.mkdir(exist_ok=True)
     (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings: dict[str, Any] = dict(
-        credit=credit, rollouts=str(out / "rollouts.jsonl"), generations=2, steps=1, checkpoints=(1.0,), eval_prompts=0,
-        optimizer="sgd", learning_rate=RATE, weight_decay=0.0,
-    )  # fmt: skip
+        credit=credit,
+        rollouts=str(out / "rollouts.jsonl"),
+        generations=2,
+        steps=1,
+        checkpoints=(1.0,),
+        eval_prompts=0,
+        optimizer="sgd",
+        learning_rate=RATE,
+        weight_decay=0.0,
+    )
     asked = config("opd", **settings)
     return gradient(Path(asked.origin), train(asked, out / "run", progress=False))
 

@@ -19,9 +19,15 @@ Curve = dict[str, dict[int, float]]
 def run(origin: Path, out: Path, tracker: str) -> Curve:
     """Six steps of SFT, measured after every second one, in a process of its own. Returns what the trainer's own log has."""
     env = {
-        "TRACKIO_DIR": str(out / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(out), "WANDB_DATA_DIR": str(out),
-        "WANDB_CACHE_DIR": str(out), "WANDB_CONFIG_DIR": str(out), "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+        "TRACKIO_DIR": str(out / "trackio"),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(out),
+        "WANDB_DATA_DIR": str(out),
+        "WANDB_CACHE_DIR": str(out),
+        "WANDB_CONFIG_DIR": str(out),
+        "WANDB_SILENT": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
     cold = tracker == "trackio"  # it is imported by TRL, and reads its folder then
     done = run_python(monitor_worker.__file__, origin, out, tracker, libraries="training", cwd=out, env=env, cold=cold)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -48,9 +48,13 @@ _HERE = Path("summary")  # what messages name in place of a file
 def _results(result: Result) -> Results:
     summary = result.summary
     return Results(
-        result.measurements, result.curves.lazy(), summary_of(summary, _HERE), result.run, whole=whole_runs(summary, _HERE),
+        result.measurements,
+        result.curves.lazy(),
+        summary_of(summary, _HERE),
+        result.run,
+        whole=whole_runs(summary, _HERE),
         pairs=pairs_of(summary, _HERE),
-    )  # fmt: skip
+    )
 
 
 def _of_run(checkpoints: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
