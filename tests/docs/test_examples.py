@@ -97,7 +97,7 @@ def test_the_first_example_of_the_monitors_page_runs_as_it_stands(origin: Path, 
 
 @pytest.mark.parametrize("trainer", ["distillation", "sft"])
 def test_trls_own_trainers_log_the_geometry(trainer: str, tmp_path: Path) -> None:
-    few = ("--steps", 2, "--every", 1, "--sequences", 4, "--out", "run")
+    few = ("--steps", 2, "--every", 1, "--sequences", 2, "--out", "run")
     done = run_python(EXAMPLES / "monitor_in_trl.py", trainer, *few, cwd=tmp_path, libraries="training")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("geometry/stable_rank") == 2
