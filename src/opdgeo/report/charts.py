@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from opdgeo.report.glossary import clean, short_role
+from opdgeo.report.view import embedded
 
 INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
@@ -93,8 +94,19 @@ class Chart:
     name: str
     caption: str
     alt: str
-    draw: Callable[[], Figure]
-    marks: Mapping[str, Marks] = field(default_factory=dict)
+    draw: Callable[[], Figure] = field(repr=False)
+    marks: Mapping[str, Marks] = field(default_factory=dict, repr=False)
+
+    def figure(self) -> Figure:
+        """The chart as a matplotlib figure on white, to change and to save."""
+        with matplotlib.rc_context(_RC):
+            figure = self.draw()
+        figure.set_facecolor("white")
+        return figure
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the chart as on the page, with its tooltips."""
+        return embedded(f"<figure><figcaption>{_escaped(self.caption)}</figcaption>{inline_svg(self)}</figure>")
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,18 @@ def formula(text: str) -> Markup:
     return Markup(found)
 
 
+_DARK = ('[data-jp-theme-light="false"]', ".vscode-dark", '[theme="dark"]', '[data-theme="dark"]')
+"""How JupyterLab, VS Code, Colab and Sphinx mark a dark theme. It need not be that of the system, which a page goes by."""
+
+
+def embedded(content: str) -> str:
+    """HTML for the output of a notebook: in the page's colours and the notebook's theme, on a ground of its own."""
+    light, dark = re.findall(r":root \{([^}]*)\}", resource("style.css"))[:2]
+    hosts = ", ".join(f"{host} .opdgeo" for host in _DARK)
+    style = f".opdgeo {{{light}}}\n{hosts} {{{dark}}}\n{resource('notebook.css')}"
+    return f'<div class="opdgeo"><style>{style}</style>{content}</div>'
+
+
 def slug(text: str) -> str:
     """A part of a file's name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:40]

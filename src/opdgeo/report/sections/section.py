@@ -27,10 +27,17 @@ MAX_LISTED = 60
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as it stands in the page."""
+    """A chart as it stands in the page. It is drawn when a template asks for it."""
 
-    svg: Markup
-    caption: str
+    chart: Chart
+
+    @property
+    def svg(self) -> Markup:
+        return Markup(charts.inline_svg(self.chart))
+
+    @property
+    def caption(self) -> str:
+        return self.chart.caption
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class View:
 
     def draw(self, chart: Chart) -> Figure:
         self.charts.append(chart)
-        return Figure(Markup(charts.inline_svg(chart)), chart.caption)
+        return Figure(chart)
 
     def keep(self, chart: Chart) -> None:
         """Add a chart for figures/ only: the page shows the same as a table."""
