@@ -48,7 +48,7 @@ _HERE = Path("summary")  # what messages name in place of a file
 def _results(result: Result) -> Results:
     summary = result.summary
     return Results(
-        result.measurements,
+        result.measurements.lazy(),
         result.curves.lazy(),
         summary_of(summary, _HERE),
         result.run,
