@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -17,6 +18,7 @@ def resource(name: str) -> str:
     return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Templates of this package. What they print is escaped; a name that they do not know is an error."""
     made = jinja2.Environment(
