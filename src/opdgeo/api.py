@@ -6,11 +6,14 @@ The survey knows nothing of the report, so the two are joined here, above both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 from opdgeo import survey
+
+if TYPE_CHECKING:
+    from opdgeo.report.charts import Chart
 
 P = ParamSpec("P")
 
@@ -24,6 +27,19 @@ class Result(survey.Result):
 
         self.save(path)
         return write_report(Path(path))
+
+    @cached_property
+    def charts(self) -> dict[str, Chart]:
+        """The charts of the page by name, in its order. A notebook shows one as it is; `.figure()` makes a matplotlib figure of it."""
+        from opdgeo.report.notebook import charts
+
+        return charts(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a short table of the means beside their nulls."""
+        from opdgeo.report.notebook import table
+
+        return table(self)
 
 
 def _reporting(measure: Callable[P, survey.Result]) -> Callable[P, Result]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import opdgeo
@@ -75,3 +78,66 @@ def test_opd_in_one_file_writes_checkpoints_that_track_reads(tmp_path: Path) -> 
     options = ("--roles", "o_proj", "--nulls", 0, "--no-report", "--no-cache", "-o", "out")
     done = run_opdgeo("track", TINY / "base", "run", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_example_of_the_monitors_page_runs_as_it_stands(origin: Path, teacher: Path, tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "monitor.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    short = f'"{tmp_path}", max_steps=2, max_completion_length=4, use_cpu=True, bf16=False, save_strategy="no"'
+    assert example.count('"runs/opd"') == 1
+    found: dict[str, Any] = {
+        "student": str(origin),
+        "teacher": str(teacher),
+        "prompts": Dataset.from_list([{"prompt": "1+2="}] * 16),
+    }
+    exec(example.replace('"runs/opd"', short), found)
+    (row,) = (row for row in found["trainer"].state.log_history if "geometry/norm" in row)
+    assert row["step"] == 2 and row["geometry/norm"] > 0
+
+
+@pytest.mark.parametrize("trainer", ["distillation", "sft"])
+def test_trls_own_trainers_log_the_geometry(trainer: str, tmp_path: Path) -> None:
+    few = ("--steps", 2, "--every", 1, "--sequences", 2, "--out", "run")
+    done = run_python(EXAMPLES / "monitor_in_trl.py", trainer, *few, cwd=tmp_path, libraries="training")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("geometry/stable_rank") == 2
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    first, second = (row for row in state["log_history"] if "loss" in row)
+    assert 0 < first["geometry/norm"] < second["geometry/norm"] and 0 < second["geometry/similarity_first"] <= 1
+
+
+def test_a_plain_torch_loop_stays_in_the_channel(tmp_path: Path) -> None:
+    few = ("--steps", 3, "--sequences", 4)
+    done = run_python(EXAMPLES / "channel_in_a_torch_loop.py", *few, cwd=tmp_path, libraries="training")
+    assert done.returncode == 0, done.stderr
+    free, held = (float(line.rpartition(" ")[2]) for line in done.stdout.splitlines())
+    assert free > 0.3 and held < 1e-8, done.stdout
+
+
+def test_the_notebook_goes_from_two_checkpoints_to_three_pictures(tmp_path: Path) -> None:
+    """Its cells in IPython, which Jupyter's kernel is built on; what each shows is what a notebook would be sent."""
+    code = """if True:
+        import json, sys
+        from IPython.core.interactiveshell import InteractiveShell
+        from traitlets.config import Config
+        shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+        shown = []
+        for cell in json.load(open(sys.argv[1]))["cells"]:
+            if cell["cell_type"] == "code":
+                result = shell.run_cell("".join(cell["source"]))
+                result.raise_error()
+                shown.append(shell.display_formatter.format(result.result)[0])
+        print(json.dumps(shown))
+    """
+    notebook = EXAMPLES / "two_checkpoints_three_pictures.ipynb"
+    done = run_python("-c", code, notebook, cwd=tmp_path, env={"IPYTHONDIR": str(tmp_path / "ipython")})
+    assert done.returncode == 0, done.stderr
+    table, *pictures, numbers = (output["text/html"] for output in json.loads(done.stdout.splitlines()[-1]))
+    assert "Stable rank" in table and table.count("<tr>") > 8
+    assert len(pictures) == 3 and len(set(pictures)) == 3
+    assert all(re.search(r'<svg [^>]*role="img".*</svg>', picture, re.S) for picture in pictures)
+    assert "model.layers" in numbers and (tmp_path / "stable-rank.pdf").stat().st_size > 1000
+    cells = json.loads(notebook.read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), (
+        "kept without outputs: they would not be those of this version"
+    )

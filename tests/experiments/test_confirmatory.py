@@ -15,6 +15,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
+from scipy import stats
 
 import recompute_claims
 from opdgeo.errors import ConfigError
@@ -232,7 +234,36 @@ def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path
     assert len(wrong) == 2 and any("R1/main" in line for line in wrong), "all else is the same"
 
 
+def test_distances_from_the_null_are_means_over_seeds_with_t_intervals(tmp_path: Path) -> None:
+    study(tmp_path, sparsity(opd=0.5))
+    found = confirmatory.sizes(confirmatory.load(tmp_path / "units"))
+    files = [pl.read_parquet(units.file_of(tmp_path / "units", "hot", seed)) for seed in range(101, 106)]
+    for name, steps in ((SPARSITY.name, 5), (STABLE_RANK.name, 5)):
+        of_arm = found.filter(point="hot", arm=OPD, name=name)
+        assert of_arm.height == steps and set(of_arm["seeds"]) == {5}
+        row = of_arm.row(by_predicate=pl.col("step") == of_arm["step"].max(), named=True)
+        each = [file.filter(arm=OPD, name=name, step=row["step"]) for file in files]
+        values = np.array([one["excess"].item() for one in each])
+        values = np.log(values) if row["ratio"] else values
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), values.std(ddof=1) / len(values) ** 0.5)
+        expected = np.array([values.mean(), low, high])
+        expected = np.exp(expected) if row["ratio"] else expected
+        assert [row["excess"], row["low"], row["high"]] == pytest.approx(expected, rel=1e-9)
+        assert row["value"] == pytest.approx(np.mean([one["value"].item() for one in each]))
+    alone = confirmatory.sizes(confirmatory.Units(confirmatory.load(tmp_path / "units").rows.filter(seed=101), [], {}))
+    assert alone["low"].null_count() == alone.height and alone["excess"].null_count() == 0
+
+
 # What is frozen
+
+
+def test_the_page_in_docs_is_of_the_units_beside_it() -> None:
+    folder = ROOT / "docs/results"
+    kept = confirmatory.load(folder / "units")
+    again = "python -m opdgeo.experiments.confirmatory docs/results --page docs/results/confirmatory.md --sizes docs/results/sizes.parquet"
+    assert (folder / "confirmatory.md").read_text() == confirmatory.page(confirmatory.judged(kept)), again
+    table = pl.read_parquet(folder / "sizes.parquet")
+    assert_frame_equal(table, confirmatory.sizes(kept), rel_tol=1e-9)
 
 
 def test_the_protocol_states_the_rules_that_judge() -> None:

@@ -8,7 +8,7 @@ import math
 import random
 import re
 import shutil
-import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+import opdgeo
+from browser import Browser
 from opdgeo.errors import ConfigError
-from opdgeo.report import charts, write_report
+from opdgeo.report import charts, data, write_report
 from opdgeo.report.data import load
 from opdgeo.report.glossary import clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
@@ -128,9 +130,8 @@ def is_rounding(text: str, value: float) -> bool:
     return any(abs(float(shown) - value * scale) <= half * 1.0001 for scale in scales.get(match[2], (1,)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
-    _, page = reports[kind]
+def check_inert(page: Page) -> None:
+    """Whole markup that neither runs nor fetches anything."""
     assert not page.stack
     for tag, attrs in page.tags:
         assert tag not in (
@@ -152,6 +153,12 @@ def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], k
                 assert value.startswith("#"), (tag, name, value)
             assert not re.search(r"url\((?!#)", value), (tag, value)
     assert not re.search(r"@import|url\(|expression\(|//", page.styles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    _, page = reports[kind]
+    check_inert(page)
     policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     ids = [a["id"] for _, a in page.tags if "id" in a and not a["id"].startswith(("m", "p"))]
@@ -340,6 +347,29 @@ def test_page_is_small_and_labels_are_plain(reports: dict[str, tuple[Path, Page]
     assert (reports[kind][0] / "report.html").stat().st_size < 3_000_000
 
 
+@pytest.mark.parametrize("kind", ["compare", "large"])
+def test_a_page_is_the_same_where_its_sections_read_the_file(
+    kind: str, reports: dict[str, tuple[Path, Page]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = reports[kind]
+    whole = (out / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(data, "AT_ONCE", 0)
+    write_report(out)
+    assert (out / "report.html").read_text(encoding="utf-8") == whole
+
+
+def test_a_damaged_table_is_told_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = build("single", tmp_path / "out")
+    file = out / "measurements.parquet"
+    content = bytearray(file.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    file.write_bytes(content)
+    for at_once in (data.AT_ONCE, 0):
+        monkeypatch.setattr(data, "AT_ONCE", at_once)
+        with pytest.raises(ConfigError, match=r"measurements\.parquet: unreadable"):
+            write_report(out)
+
+
 def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = build("still", tmp_path / "out")
     (out / "report.html").write_text("old")
@@ -362,6 +392,13 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
 
 def test_figures_on_request(tmp_path: Path) -> None:
     out = build("single", tmp_path / "out")
+    few = ["relative_norm", "stable_rank", "update_sparsity"]  # a chart takes 0.1 s
+    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(few))
+    table.write_parquet(out / "measurements.parquet")
+    summary = json.loads((out / "summary.json").read_text())
+    for checkpoint in summary["checkpoints"]:
+        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in few]
+    (out / "summary.json").write_text(json.dumps(summary))
     write_report(out, figures=True)
     names = {p.stem for p in (out / "figures").glob("*.svg")}
     assert names == {p.stem for p in (out / "figures").glob("*.pdf")} and "distribution-stable-rank" in names
@@ -503,65 +540,39 @@ def test_number(value: float | None, unit: str, text: str) -> None:
     assert number(value, unit) == text
 
 
-# What Chromium asks for by itself, now or some moments later.
-CHROMIUMS_OWN = {"accounts.google.com", "clients2.google.com", "update.googleapis.com"}
-
-
-def requested(page: Path, folder: Path) -> tuple[set[str], str]:
-    """The addresses, without query, that headless Chromium asked for with a page open, and the page as rendered.
-
-    Nothing may be said on the console meanwhile.
-    """
-    log = folder / f"{page.stem}.net.json"
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={folder / page.stem}", f"--log-net-log={log}", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert "CONSOLE" not in done.stderr
-    asked = set(re.findall(r'"url":"https?://([^?"]+)', log.read_text()))
-    return {url for url in asked if url.partition("/")[0] not in CHROMIUMS_OWN}, done.stdout
-
-
 @pytest.mark.needs("chromium")
-def test_chromium_renders_without_requests(reports: dict[str, tuple[Path, Page]], tmp_path: Path) -> None:
-    out, _ = reports["hostile"]
-    (tmp_path / "blank.html").write_text("")
-    own, _ = requested(tmp_path / "blank.html", tmp_path)  # what this version asks for besides, whatever is open
-    asked, rendered = requested(out / "report.html", tmp_path)
-    assert not asked - own
+def test_chromium_renders_without_requests(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path, browser: Browser
+) -> None:
+    page = reports["hostile"][0] / "report.html"
+    browser.open(page, width=1440)
+    assert browser.requested == [page.as_uri()] and browser.said == []
+    rendered = browser.value("document.documentElement.outerHTML")
     assert "Where the weights moved" in rendered
     assert "alert(2)>" not in re.sub(r"&\w+;", "", rendered).replace("alert(2)&gt;", "")
 
     # The same look at a page that does ask sees it.
     leak = tmp_path / "leak.html"
-    leak.write_text(
-        '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><img src="https://www.google.com/x.png">'
-    )
-    assert requested(leak, tmp_path)[0] - own == {"fonts.googleapis.com/css", "www.google.com/x.png"}
+    asked = ["https://fonts.googleapis.com/css", "https://www.google.com/x.png"]
+    leak.write_text(f'<link rel="stylesheet" href="{asked[0]}"><img src="{asked[1]}"><script>console.log(1)</script>')
+    browser.open(leak, width=1440)
+    assert set(browser.requested) == {leak.as_uri(), *asked} and browser.said
 
 
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize("kind", ["compare", "reproduce"])
 def test_every_series_can_be_hidden_and_the_axis_made_linear(
-    reports: dict[str, tuple[Path, Page]], tmp_path: Path, kind: str
+    reports: dict[str, tuple[Path, Page]], browser: Browser, kind: str
 ) -> None:
-    """The page holds no script. A copy of it gets one here that uses every box and says what is seen then."""
-    text = (reports[kind][0] / "report.html").read_text(encoding="utf-8")
-    script = """
+    """The page holds no script. One is run in it here that uses every box and says what is seen then."""
+    browser.open(reports[kind][0] / "report.html", width=1440)
+    found = browser.value("""(() => {
       const seen = c => [...document.querySelectorAll("." + c)].filter(e => getComputedStyle(e).display != "none").length;
       const boxes = [...document.querySelectorAll("fieldset.keys input")], names = boxes.map(b => b.id.replace("show-", "")).concat("log");
       const all = () => Object.fromEntries(names.map(n => [n, seen(n)]));
       const found = {before: all()};
       for (const b of boxes) { b.click(); found[b.id] = all(); b.click(); }
-      document.title = JSON.stringify(found);"""
-    page = tmp_path / f"{kind}.html"
-    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</body>", f"<script>{script}</script></body>"))
-    _, rendered = requested(page, tmp_path)
-    title = re.search(r"<title>(\{.*?\})</title>", rendered)
-    assert title
-    found = json.loads(title[1])
+      return found; })()""")
     before = found.pop("before")
     assert before.pop("linear") == 0 < before["log"]
     assert all(count > 0 for count in before.values()) and len(found) > 4
@@ -571,6 +582,59 @@ def test_every_series_can_be_hidden_and_the_axis_made_linear(
         name = box.removeprefix("show-")
         after.pop("linear")
         assert after == before | {name: 0}, box
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_notebook_shows_the_means_beside_their_nulls(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, _ = reports[kind]
+    html = opdgeo.load(out)._repr_html_()
+    page, known = Page(html), numbers_in(out)
+    check_inert(page)
+    assert len(html) < 20_000 and len(page.numbers) >= 12
+    for exact, text in page.numbers:
+        assert float(exact) in known and is_rounding(text, float(exact)), (exact, text)
+    names = {m for block in re.findall(r"\.opdgeo \{([^}]*)\}", page.styles) for m in re.findall(r"(--\w+):", block)}
+    assert set(re.findall(r"var\((--[\w-]+)", page.styles)) <= names, "every colour has a value outside the page too"
+    if kind == "compare":
+        row = next(
+            d
+            for d in json.loads((out / "summary.json").read_text())["checkpoints"][-1]["diagnostics"]
+            if d["diagnostic"] == "stable_rank"
+        )
+        shown = [repr(row["mean"]), repr(row["null"]["mean"]), repr(row["null"]["excess"])]
+        assert [exact for exact, _ in page.numbers if exact in shown] == shown
+    if kind == "hostile":
+        assert clean(HOSTILE) + "2" in unescape(re.findall(r"<strong>(.*?)</strong>", html)[0])
+
+
+@pytest.mark.parametrize("kind", ["compare", "hostile"])
+def test_a_notebook_shows_the_charts_of_the_page(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
+    out, _ = reports[kind]
+    found = opdgeo.load(out).charts
+    svgs = set(re.findall(r"<svg.*?</svg>", (out / "report.html").read_text(encoding="utf-8"), re.S))
+    drawn = 0
+    for name in list(found)[::8]:
+        html = found[name]._repr_html_()
+        shown = Page(html)
+        check_inert(shown)
+        assert {t for t, _ in shown.tags} - {
+            "svg",
+            "g",
+            "path",
+            "text",
+            "title",
+            "use",
+            "defs",
+            "clippath",
+            "rect",
+            "tspan",
+        } == {"div", "style", "figure", "figcaption"}
+        drawn += re.findall(r"<svg.*?</svg>", html, re.S)[0] in svgs
+    assert drawn >= 2, "the same drawing as on the page; maps are tables there"
+    for chart in [c for c in found.values() if c.name.startswith(("heatmap-stable", "spectra-matrix"))]:
+        picture = io.BytesIO()
+        chart.figure().savefig(picture, format="png", dpi=40)  # names with dollar signs are no formulas
+        assert picture.getvalue().startswith(b"\x89PNG")
 
 
 def test_a_study_opens_with_what_it_can_and_cannot_decide(

@@ -68,7 +68,7 @@ def settings(kind: str, config: Make, **changes: Any) -> TrainConfig:
     # Adam divides by the root of the second moment: with the usual 1e-8, an entry whose gradient is zero but for rounding
     # moves by a whole step in the direction of that rounding.
     fixed: dict[str, Any] = dict(
-        steps=3, checkpoints=(0.3, 1.0), eval_prompts=5, eval_prompts_between=5, eval_batch=2, adam_epsilon=1e-4,
+        steps=3, checkpoints=(0.3, 1.0), eval_prompts=3, eval_prompts_between=3, eval_batch=2, adam_epsilon=1e-4,
         resume_every=1,
     )  # fmt: skip
     return config(kind, **fixed | changes)
@@ -85,6 +85,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory, config: Make) -> dict[str, P
     return {kind: folder / kind for kind in KINDS}
 
 
+def test_forked_ranks_have_the_environment_that_accelerate_launch_gives(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
+    )
+    given = {}
+    for cold in (True, False):
+        (out := tmp_path / str(cold)).mkdir()
+        launch("fsdp2", 2, script, out, cold=cold)
+        given[cold] = [json.loads((out / rank).read_text()) for rank in ("0", "1")]
+    for real, forked in zip(given[True], given[False], strict=True):
+        del forked["MASTER_PORT"]
+        assert {key: real.get(key) for key in forked} == forked
+        known = {key for key in real if key.startswith(("ACCELERATE_", "FSDP_"))}
+        assert known and known <= forked.keys()
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
     name: str,
@@ -96,8 +114,7 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
         changes = {} if kind == "sft" else {"rollouts": str(alone[kind] / rollouts.FILE)}
         (tmp_path / f"{kind}.json").write_text(settings(kind, config, micro_batch=2, **changes).to_json())
     (tmp_path / "script.py").write_text(SCRIPT)
-    # One of them by the real `accelerate launch`; for the other its environment alone (program.py).
-    launch(name, 2, tmp_path / "script.py", *(tmp_path / kind for kind in KINDS), cold=name == "fsdp2")
+    launch(name, 2, tmp_path / "script.py", *(tmp_path / kind for kind in KINDS))
 
     for kind in KINDS:
         last, first = weights(tmp_path / kind / "step-000003"), weights(Path(settings(kind, config).origin))

@@ -14,7 +14,7 @@ from program import run_opdgeo, run_python
 
 SMALL: dict[str, Any] = {
     "steps": 1,
-    "eval_prompts": 64,
+    "eval_prompts": 8,
     "eval_prompts_between": 0,
     "eval_batch": 64,
     "checkpoints": (1.0,),
@@ -23,7 +23,9 @@ MACHINE = resources.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
 
 
 def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
-    config = train_config("rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=256, **SMALL)
+    config = train_config(
+        "rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=256, max_tokens=32, **SMALL
+    )
     script = (
         "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.train import train\n"
         "train(TrainConfig.from_json(sys.argv[1]), sys.argv[2], progress=False)\n"

@@ -1,6 +1,6 @@
 """The confirmatory study's verdicts, map and page, from its units' files alone (`units.py`); nothing is trained.
 
-    python -m opdgeo.experiments.confirmatory docs/results [--json FILE] [--page FILE.md] [--figure FILE.svg]
+    python -m opdgeo.experiments.confirmatory docs/results [--json FILE] [--page FILE.md] [--figure FILE.svg] [--sizes FILE.parquet]
 
 reads docs/results/units/*.parquet. A file counts when it was made by the rules as they are (their hash is in it), with a planned seed, and
 is no rehearsal; every other file is named and left out. A claim is judged at a point when all planned seeds are there, and over
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import regime
 from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
@@ -30,26 +31,34 @@ from opdgeo.experiments.reduced import SCHEMA
 from opdgeo.experiments.regime import MAIN, Point
 from opdgeo.experiments.rules import (
     ACCURACY,
+    ANGLES,
     CLAIMS,
     COHERENCE,
     EXPLORATORY,
     FROZEN,
+    HILL,
+    LOW,
     NOISE,
     NORM,
     PERSISTENCE,
+    QUANTITIES,
     SFT,
+    SHIFT,
     SPARSITY,
     STABLE_RANK,
     VERSION,
     Claim,
+    Quantity,
 )
 from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
-from opdgeo.files import atomic_path
+from opdgeo.files import atomic_path, write_atomically
 
 UNITS = "units"
 PRIMARY = "matched SFT"
 """The control whose reading is the verdict where a claim is about SFT."""
 SHOWN = (NORM, SPARSITY, STABLE_RANK, PERSISTENCE, COHERENCE, ACCURACY)
+APART = (SPARSITY, ANGLES, SHIFT, LOW, STABLE_RANK, HILL)
+"""Quantities of the page's table of distances from the null; the parquet has all."""
 OWN = "as the paper compares"
 
 
@@ -121,6 +130,7 @@ def judged(units: Units) -> dict[str, Any]:
         "seeds": sorted({int(unit["seed"]) for unit in units.about}),
         "claims": claims,
         "arms": [row for point in regime.POINTS for row in _arms(point, data[point.name])],
+        "sizes": sizes(units).to_dicts(),
         "units": units.about,
         "left_out": units.left_out,
     }
@@ -226,6 +236,39 @@ def _arms(point: Point, data: Data) -> list[dict[str, Any]]:
     return rows
 
 
+def sizes(units: Units) -> pl.DataFrame:
+    """How far every arm is from the null of its own size, at every checkpoint that all its seeds share: the data of the chart over size.
+
+    Columns: `point`, `arm`, `step`, `name` (of the quantity), `seeds` (how many), `norm` (mean ‖ΔW‖_F), `value`, `null`, `excess` (value
+    over null where `ratio`, else value minus null), and `low` and `high`, the 95 % t interval of the excess over seeds, null for one seed.
+    """
+    compared = [q for q in QUANTITIES if q is not NORM]
+    rows = units.rows.filter(pl.col("excess").is_finite(), pl.col("name").is_in([q.name for q in compared]))
+    norms = units.rows.filter(pl.col("name") == NORM.name).select("point", "arm", "seed", "step", norm="value")
+    together = rows.join(norms, on=["point", "arm", "seed", "step"]).group_by(
+        "point", "arm", "step", "name", maintain_order=True
+    )
+    means = together.agg(pl.len().alias("seeds"), pl.col("norm", "value", "null").mean(), each=pl.col("excess")).filter(
+        pl.col("seeds") == pl.col("seeds").max().over("point", "arm", "name")
+    )
+    log = {q.name: q.ratio for q in compared}
+    found = []
+    for name, each in means.select("name", "each").iter_rows():
+        values = np.log(each) if log[name] else np.array(each)
+        ends = [x if np.isfinite(x) else None for x in (values.mean(), *t_interval(values))]
+        found.append([x if x is None else float(np.exp(x) if log[name] else x) for x in ends])
+    columns = {
+        key: pl.Series([one[place] for one in found], dtype=pl.Float64)
+        for place, key in enumerate(("excess", "low", "high"))
+    }
+    order = {point.name: place for place, point in enumerate(regime.POINTS)}
+    return (
+        means.drop("each")
+        .with_columns(ratio=pl.col("name").replace_strict(log, return_dtype=pl.Boolean), **columns)
+        .sort(pl.col("point").replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
+    )
+
+
 def void(found: dict[str, Any]) -> list[str]:
     """Noise arms that gained accuracy, more than NOISE_GAINS by their whole interval: a protocol whose noise learns is void until that is explained."""
     return [
@@ -287,11 +330,33 @@ def page(found: dict[str, Any]) -> str:
     for row in found["arms"]:
         cells = [_number(row.get(q.name)) for q in SHOWN]
         lines.append(f"| {row['point']} | {row['arm']} | " + " | ".join(cells) + f" | {_number(row.get('gain'))} |")
+    lines += [
+        "",
+        "## How far every arm is from the null of its size",
+        "",
+        "At its last checkpoint: the value over the isotropic null of the same size for ratios, else minus it, with the 95 % interval over "
+        "seeds. An arm at 1, or at 0, is what its size alone explains.",
+        "",
+        "| point | arm | " + " | ".join(_short(q) for q in APART) + " |",
+        "|---" * (2 + len(APART)) + "|",
+    ]
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found["sizes"]:
+        at = last.setdefault((row["point"], row["arm"]), {})
+        if row["step"] >= at.get(row["name"], row)["step"]:
+            at[row["name"]] = row
+    for (point, arm), at in last.items():
+        cells = [_number((row := at.get(q.name)) and {**row, "mean": row["excess"]}) for q in APART]
+        lines.append(f"| {point} | {arm} | " + " | ".join(cells) + " |")
     minutes = sum(sum(unit["minutes"].values()) for unit in found["units"])
     lines += ["", f"{len(found['units'])} units, {minutes:.0f} minutes of processor time."]
     if found["left_out"]:
         lines += ["", "Not counted: " + "; ".join(f"{name} ({why})" for name, why in found["left_out"].items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _short(q: Quantity) -> str:
+    return f"{DIAGNOSTICS[q.diagnostic].title.lower()}, {'value / null' if q.ratio else 'value − null'}"
 
 
 def _over(claim: dict[str, Any]) -> str:
@@ -392,9 +457,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where the verdicts go")
     parser.add_argument("--page", type=Path, help="where the results page goes (Markdown)")
     parser.add_argument("--figure", type=Path, help="where the map goes (SVG, PNG or PDF)")
+    parser.add_argument("--sizes", type=Path, help="where the arms' distances from the null of their size go (parquet)")
     options = parser.parse_args(arguments)
     try:
-        found = judged(load(options.results / UNITS))
+        units = load(options.results / UNITS)
+        found = judged(units)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     for path, text in ((options.json, json.dumps(found, indent=1) + "\n"), (options.page, page(found))):
@@ -402,6 +469,8 @@ def main(arguments: list[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as partial:
                 partial.write_text(text, encoding="utf-8")
+    if options.sizes:
+        write_atomically(options.sizes, lambda path: sizes(units).write_parquet(path))
     if options.figure:
         figure(found, options.figure)
     print("\n".join(table(found)))

@@ -1,9 +1,10 @@
 """The study: models and anchors → arms → trajectories → claims → page, for every seed.
 
 A seed is an independent repetition from the shared base: its own anchor, prompts and sampling. The SFT arm is the anchor's own
-training, base → anchor, as in the paper. Runs go one to a process, as many at a time as there are cores (at most two by
-default), each as soon as what it starts from is there, the longest way to the end first. Arms share the anchor and what was
-measured of it; every finished model, arm and measurement is kept, so the same command goes on after an interruption.
+training, base → anchor, as in the paper. Runs go one to a process, each as soon as what it starts from is there, the longest way
+to the end first. One more runs than there are cores (at most three by default), so that no core waits while the last one trains.
+Arms share the anchor and what was measured of it; every finished model, arm and measurement is kept, so the same command goes on
+after an interruption.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def reproduce(
 
     started, clock = datetime.now(UTC), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    workers = workers or min(2, cpu_cores())
+    workers = workers or min(2, cpu_cores()) + 1
     for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
         make_teacher(teacher, progress=sys.stderr.isatty())
     with _alone(out):

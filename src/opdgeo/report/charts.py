@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from opdgeo.report.glossary import clean, short_role
+from opdgeo.report.view import embedded
 
 INK, MUTED, GRID, NULL, PAPER = "#1b1f24", "#59626c", "#e4e7eb", "#99a2ac", "#fefefe"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
@@ -93,8 +94,19 @@ class Chart:
     name: str
     caption: str
     alt: str
-    draw: Callable[[], Figure]
-    marks: Mapping[str, Marks] = field(default_factory=dict)
+    draw: Callable[[], Figure] = field(repr=False)
+    marks: Mapping[str, Marks] = field(default_factory=dict, repr=False)
+
+    def figure(self) -> Figure:
+        """The chart as a matplotlib figure on white, to change and to save."""
+        with matplotlib.rc_context(_RC):
+            figure = self.draw()
+        figure.set_facecolor("white")
+        return figure
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the chart as on the page, with its tooltips."""
+        return embedded(f"<figure><figcaption>{_escaped(self.caption)}</figcaption>{inline_svg(self)}</figure>")
 
 
 @dataclass(frozen=True)
@@ -152,36 +164,43 @@ def distribution(
     """One dot a matrix, and their mean as a black tick. Beneath in grey: the null of each matrix, and the span of the nulls with two
     standard deviations. Of more than `DOTS` matrices in a row their quantiles stand for the dots."""
 
+    # Gathered here, so that a chart of very many matrices keeps a few numbers of them until it is drawn.
+    log = (
+        scale.log
+        and min((float(np.min(v)) for g in groups for v in (g.values, g.null_means) if len(v)), default=0.0) > 0
+    )
+    labels, styles = [g.label for g in groups], [g.style for g in groups]
+    spans, ticks, means, dots, bars = [], [], [], [], []
+    for row, group in enumerate(groups):
+        values, nulls = np.asarray(group.values, float), np.asarray(group.null_means, float)
+        if len(nulls):
+            wide = 2 * np.asarray(group.null_stds, float)
+            low = np.maximum(nulls - wide, nulls * 0.1) if log else nulls - wide
+            spans.append((row + 0.2, low.min(), (nulls + wide).max()))
+            few = nulls if len(nulls) <= DOTS else np.quantile(nulls, np.linspace(0, 1, 21))
+            ticks += [(v, row + 0.2) for v in few]
+        if len(values) > DOTS:
+            bars.append((row, np.quantile(values, [0, 0.1, 0.9, 1])))
+        else:
+            dots.append((row, values))
+        if len(values) > 1:
+            means.append((values.mean(), row - 0.36, row + 0.04))
+
     def draw() -> Figure:
-        figure, axes = _frame(0.62 + 0.29 * len(groups), [g.label for g in groups])
-        everything = [v for g in groups for v in (*g.values, *g.null_means)]
-        log = scale.log and bool(everything) and min(everything) > 0
-        spans, ticks, means = [], [], []
-        for row, group in enumerate(groups):
-            values, nulls = np.asarray(group.values, float), np.asarray(group.null_means, float)
-            if len(nulls):
-                wide = 2 * np.asarray(group.null_stds, float)
-                low = np.maximum(nulls - wide, nulls * 0.1) if log else nulls - wide
-                spans.append((row + 0.2, low.min(), (nulls + wide).max()))
-                few = nulls if len(nulls) <= DOTS else np.quantile(nulls, np.linspace(0, 1, 21))
-                ticks += [(v, row + 0.2) for v in few]
-            colour = SERIES[group.style]
-            if len(values) > DOTS:
-                ends = np.quantile(values, [0, 0.1, 0.9, 1])
-                axes.hlines(row - 0.14, ends[0], ends[3], color=colour, linewidth=1)
-                axes.hlines(row - 0.14, ends[1], ends[2], color=colour, linewidth=6, alpha=0.6)
-            else:
-                at = np.full(len(values), row - 0.14)
-                axes.plot(values, at, "o", markersize=4.2, alpha=0.6, markeredgewidth=0, color=colour)
-            if len(values) > 1:
-                means.append((values.mean(), row - 0.36, row + 0.04))
+        figure, axes = _frame(0.62 + 0.29 * len(labels), labels)
+        for row, ends in bars:
+            axes.hlines(row - 0.14, ends[0], ends[3], color=SERIES[styles[row]], linewidth=1)
+            axes.hlines(row - 0.14, ends[1], ends[2], color=SERIES[styles[row]], linewidth=6, alpha=0.6)
+        for row, values in dots:
+            at = np.full(len(values), row - 0.14)
+            axes.plot(values, at, "o", markersize=4.2, alpha=0.6, markeredgewidth=0, color=SERIES[styles[row]])
         if spans:
             axes.hlines(*zip(*spans, strict=True), color=NULL, linewidth=4, alpha=0.4)
             axes.plot(*zip(*ticks, strict=True), linestyle="", marker="|", markersize=6, color=NULL, markeredgewidth=1)
         if means:
             axes.vlines(*zip(*means, strict=True), color=INK, linewidth=1.4)
-        axes.set_yticks(range(len(groups)), [clean(g.label, 22) for g in groups])
-        axes.set_ylim(len(groups) - 0.45, -0.55)
+        axes.set_yticks(range(len(labels)), [clean(name, 22) for name in labels])
+        axes.set_ylim(len(labels) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
         if log:
             axes.set_xscale("log")

@@ -28,6 +28,8 @@ _TYPES = {
     **{"layer": pl.Int32, "reason": pl.String, "values": pl.List(pl.Float64)},
 }
 
+AT_ONCE = 2**18  # rows of measurements: above, a section reads the part that it shows
+
 _NUMBER, _COUNT, _TEXT = (int, float), int, str
 _STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
 _BESIDE = dict.fromkeys(("mean", "excess"), (_NUMBER, None)) | dict.fromkeys(
@@ -92,14 +94,14 @@ _RUN = {
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the page may show. The curves, which are large, are read when they are asked for.
+    """Everything the page may show. Curves, and measurements of very many matrices, are read when they are asked for (`rows`).
 
     `summary` is the list under `checkpoints` of summary.json; `claims` is None except for `reproduce`;
     `logs` maps a folder under arms/ to its rows, in file order; `whole` maps a diagnostic of whole runs to its list in summary.json;
     `pairs` is the list of pairs of updates there, empty where none were compared.
     """
 
-    measurements: pl.DataFrame
+    measurements: pl.LazyFrame
     curves: pl.LazyFrame
     summary: list[dict[str, Any]]
     run: dict[str, Any]
@@ -116,6 +118,14 @@ class Results:
         if self.claims is not None:
             return "reproduce"
         return "track" if len(self.summary) > 1 else "compare"
+
+    def rows(self, *which: pl.Expr) -> pl.DataFrame:
+        """The measurements for which all of `which` hold, in the order of the file.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        return _collected(self.measurements.filter(*which), "measurements.parquet")
 
     def runs(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
         """Checkpoints of the summary by (arm, seed), each in order of training; one run under ("", 0) without arms."""
@@ -145,7 +155,9 @@ def load(out: Path) -> Results:
             f"{out} is not a folder; expected the output folder of a run. "
             "Try `opdgeo compare BASE TUNED -o OUT` first, then `opdgeo report OUT`."
         )
-    measurements = _table(out / "measurements.parquet", MEASUREMENTS)
+    measurements = _scan(out / "measurements.parquet", MEASUREMENTS)
+    if _collected(measurements.select(pl.len()), out / "measurements.parquet").item() <= AT_ONCE:
+        measurements = _collected(measurements, out / "measurements.parquet").lazy()
     curves = _scan(out / "curves.parquet", CURVES)
     stored = _json(out / "summary.json")
     summary, whole = summary_of(stored, out / "summary.json"), whole_runs(stored, out / "summary.json")
@@ -257,7 +269,7 @@ def claims_of(data: Any, path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _broken(path: Path, arrived: str, expected: str) -> ConfigError:
+def _broken(path: Path | str, arrived: str, expected: str) -> ConfigError:
     return ConfigError(
         f"{path}: {arrived}; expected {expected}. The file is not one that this version of opdgeo wrote: run the command again that made it."
     )
@@ -271,7 +283,10 @@ def _missing(path: Path) -> ConfigError:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    table = _scan(path, columns)
+    return _collected(_scan(path, columns), path)
+
+
+def _collected(table: pl.LazyFrame, path: Path | str) -> pl.DataFrame:
     try:
         return table.collect()
     except Exception as problem:
@@ -296,7 +311,7 @@ def _scan(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     return table
 
 
-def _unreadable(path: Path, problem: Exception) -> ConfigError:
+def _unreadable(path: Path | str, problem: Exception) -> ConfigError:
     return _broken(path, f"unreadable ({str(problem).splitlines()[0]})", "a parquet table")
 
 

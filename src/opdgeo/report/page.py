@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +52,29 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     """The page as HTML text and the charts in it, in the order of the page."""
     view, templates = View(results), environment()
     shown = []
+    for section, data in _sections(view):
+        template = templates.get_template(f"sections/{section.id}.html.j2")
+        shown.append((section, Markup(template.render(data=data, view=view))))
+    page = templates.get_template("page.html.j2")
+    style = Markup(resource("style.css"))
+    return page.render(title=_title(results), sections=shown, style=style), view.charts
+
+
+def charts_of(results: Results) -> list[Chart]:
+    """The charts of the page alone, none of them drawn."""
+    view = View(results)
+    for _ in _sections(view):
+        pass
+    return view.charts
+
+
+def _sections(view: View) -> Iterator[tuple[Section[Any], Any]]:
+    """The sections that apply, in the order of the page, and what each shows."""
     opening = (sizes.FIRST,) if view.kind == "reproduce" else ()  # the picture of a study comes before its words
     for section in dict.fromkeys((*opening, *SECTIONS)):
         data = section.find(view)
         if data is not None:
-            template = templates.get_template(f"sections/{section.id}.html.j2")
-            shown.append((section, Markup(template.render(data=data, view=view))))
-    page = templates.get_template("page.html.j2")
-    style = Markup(resource("style.css"))
-    return page.render(title=_title(results), sections=shown, style=style), view.charts
+            yield section, data
 
 
 def _title(results: Results) -> Title:

@@ -51,6 +51,15 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     return page, view.charts
 
 
+def charts_of(results: Results) -> list[Chart]:
+    """The charts of the page alone, none of them drawn."""
+    view, pairs = View(results), Pairs(results.pairs)
+    ranked = pairs.by_likeness()
+    _curves(view, pairs, ranked)
+    _maps(view, pairs, ranked)
+    return view.charts
+
+
 def _stem(path: str) -> str:
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
 
@@ -146,7 +155,7 @@ def _curves(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[Fig
                 text = curve.rpartition("_")[2]
                 lines.append(Series(text, x, shown, null=chance, style=style))  # type: ignore[arg-type]
         if lines:
-            title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}"
+            title = f"{pairs.short(first, 26)} and {pairs.short(other, 26)}{AXIS.get(named[0][0].unit, '')}"
             name = f"curve-{place + 1}-{slug(first)}-{slug(other)}"
             chart = charts.trajectory(name, title, Scale(named[0][0].unit), lines, "K")
             found.append(
@@ -174,8 +183,8 @@ def _maps(view: View, pairs: Pairs, ranked: list[tuple[str, str]]) -> list[maps.
     if leading is None:
         return []
     known = of_pairs()[leading[0]]
-    table = view.everything.measurements.filter(
-        (pl.col("diagnostic") == leading[0]) & (pl.col("variant") == leading[1]) & pl.col("value").is_finite()
+    table = view.everything.rows(
+        pl.col("diagnostic") == leading[0], pl.col("variant") == leading[1], pl.col("value").is_finite()
     )
     if table["matrix"].n_unique() < 2:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -17,6 +18,7 @@ def resource(name: str) -> str:
     return resources.files("opdgeo.report").joinpath(name).read_text(encoding="utf-8")
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Templates of this package. What they print is escaped; a name that they do not know is an error."""
     made = jinja2.Environment(
@@ -97,6 +99,18 @@ def formula(text: str) -> Markup:
         str(escape(text)),
     )
     return Markup(found)
+
+
+_DARK = ('[data-jp-theme-light="false"]', ".vscode-dark", '[theme="dark"]', '[data-theme="dark"]')
+"""How JupyterLab, VS Code, Colab and Sphinx mark a dark theme. It need not be that of the system, which a page goes by."""
+
+
+def embedded(content: str) -> str:
+    """HTML for the output of a notebook: in the page's colours and the notebook's theme, on a ground of its own."""
+    light, dark = re.findall(r":root \{([^}]*)\}", resource("style.css"))[:2]
+    hosts = ", ".join(f"{host} .opdgeo" for host in _DARK)
+    style = f".opdgeo {{{light}}}\n{hosts} {{{dark}}}\n{resource('notebook.css')}"
+    return f'<div class="opdgeo"><style>{style}</style>{content}</div>'
 
 
 def slug(text: str) -> str:

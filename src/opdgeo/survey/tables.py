@@ -52,9 +52,10 @@ class Tables:
                 tables.append(pl.concat(parts, rechunk=True) if parts else empty)
             return Result(tables[0], tables[1], summarise(tables[0], null), run)
         self._to_files()
-        for name, files in zip(OnDisk.NAMES, self.files, strict=True):
+        # A reader of one matrix's curves takes a group's: they are lists, and hold most of the numbers.
+        for name, files, group in zip(OnDisk.NAMES, self.files, (GROUP, CHUNK), strict=True):
             scans = [pl.scan_parquet(file) for place in sorted(files) for file in files[place]]
-            pl.concat(scans).sink_parquet(self.folder / name, row_group_size=GROUP)
+            pl.concat(scans).sink_parquet(self.folder / name, row_group_size=group)
             for file in (file for of_place in files.values() for file in of_place):
                 file.unlink()
         return OnDisk(self.folder, summarise(pl.scan_parquet(self.folder / OnDisk.NAMES[0]), null), run)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from opdgeo.report.glossary import about, expert_of, is_primary, label
-from opdgeo.report.sections.section import Section, View
+from opdgeo.report.sections.section import Section, View, which
 
 FURTHEST = 20
 """Experts of an arm that are listed; the charts and maps show how all are distributed."""
@@ -36,18 +36,20 @@ class Block:
 
 def find(view: View) -> list[Block] | None:
     blocks = []
-    experts = view.final.filter(pl.col("matrix").str.contains(r"\.experts\.\d+\."))
-    pairs = [p for p in experts.select("diagnostic", "variant").unique(maintain_order=True).rows() if is_primary(*p)]
-    size = next((p for p in pairs if about(p[0]).size), None)
+    experts = pl.col("matrix").str.contains(r"\.experts\.\d+\.")
     for arm, checkpoint in view.last.items():
-        table = experts.filter(pl.col("checkpoint") == checkpoint)
-        names = table["matrix"].unique(maintain_order=True)
-        if size is not None:
-            sizes = table.filter((pl.col("diagnostic") == size[0]) & (pl.col("variant") == size[1]))
-            names = sizes.sort("value", descending=True, nulls_last=True, maintain_order=True)["matrix"]
+        table = view.results.measurements.filter(pl.col("checkpoint") == checkpoint, experts)
+        pairs = [pair for pair in view.measured if is_primary(*pair)]
+        size = next((p for p in pairs if about(p[0]).size), None)
+        if size is None:
+            names = table.select("matrix").unique(maintain_order=True).collect()["matrix"]
+        else:
+            sizes = table.filter(*which(*size)).select("matrix", "value")
+            ranked = sizes.sort("value", descending=True, nulls_last=True, maintain_order=True)
+            names = ranked.collect()["matrix"]
         first = names.head(FURTHEST).to_list()
         found: dict[str, Expert] = {}
-        for row in table.filter(pl.col("matrix").is_in(first)).iter_rows(named=True):
+        for row in table.filter(pl.col("matrix").is_in(first)).collect().iter_rows(named=True):
             expert = Expert(row["layer"], expert_of(row["matrix"]), row["role"], {})
             found.setdefault(row["matrix"], expert).values[row["diagnostic"], row["variant"]] = row["value"]
         if found:

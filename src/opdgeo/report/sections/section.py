@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -27,10 +27,17 @@ MAX_LISTED = 60
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as it stands in the page."""
+    """A chart as it stands in the page. It is drawn when a template asks for it."""
 
-    svg: Markup
-    caption: str
+    chart: Chart
+
+    @property
+    def svg(self) -> Markup:
+        return Markup(charts.inline_svg(self.chart))
+
+    @property
+    def caption(self) -> str:
+        return self.chart.caption
 
 
 @dataclass(frozen=True)
@@ -85,20 +92,25 @@ class View:
         """Arm → its last checkpoint."""
         return {s.arm: s.name for s in self.subjects}
 
-    @cached_property
-    def final(self) -> pl.DataFrame:
-        """The measurements of these last checkpoints."""
-        return self.results.measurements.filter(pl.col("checkpoint").is_in(list(self.last.values())))
+    def final(self, *wanted: pl.Expr) -> pl.DataFrame:
+        """The measurements of these last checkpoints for which all of `wanted` hold."""
+        return self.results.rows(pl.col("checkpoint").is_in(list(self.last.values())), *wanted)
 
     @cached_property
-    def parts(self) -> list[tuple[str, str, pl.DataFrame]]:
-        """`final` by diagnostic and variant, in the order of tables and charts."""
-        found = self.final.partition_by("diagnostic", "variant", as_dict=True, maintain_order=True)
-        return [(*pair, rows) for pair, rows in sorted(found.items(), key=lambda item: position(item[0][0]))]
+    def measured(self) -> list[tuple[str, str]]:
+        """Every diagnostic and variant, in the order of tables and charts."""
+        pairs = self.results.measurements.select("diagnostic", "variant").unique(maintain_order=True).collect()
+        return sorted(pairs.rows(), key=lambda pair: position(pair[0]))
+
+    @property
+    def parts(self) -> Iterator[tuple[str, str, pl.DataFrame]]:
+        """`final` by diagnostic and variant, one after the other."""
+        for pair in self.measured:
+            yield *pair, self.final(*which(*pair))
 
     def draw(self, chart: Chart) -> Figure:
         self.charts.append(chart)
-        return Figure(Markup(charts.inline_svg(chart)), chart.caption)
+        return Figure(chart)
 
     def keep(self, chart: Chart) -> None:
         """Add a chart for figures/ only: the page shows the same as a table."""
@@ -135,6 +147,11 @@ def _main_arms(results: Results) -> Results:
         summary=[c for c in results.summary if arm_of(c["checkpoint"])[0] in kept],
         logs={folder: rows for folder, rows in results.logs.items() if split_seed(folder)[0] in kept},
     )
+
+
+def which(diagnostic: str, variant: str) -> tuple[pl.Expr, pl.Expr]:
+    """The rows of one diagnostic and variant."""
+    return pl.col("diagnostic") == diagnostic, pl.col("variant") == variant
 
 
 def with_values(rows: pl.DataFrame) -> pl.DataFrame:

@@ -26,7 +26,7 @@ from opdgeo.report.glossary import (
     position,
     role_order,
 )
-from opdgeo.report.sections.section import AXIS, Figure, Section, View, compares_itself, scale_of, with_values
+from opdgeo.report.sections.section import AXIS, Figure, Section, View, compares_itself, scale_of, which, with_values
 from opdgeo.report.verdict import find as finding
 from opdgeo.report.view import slug
 
@@ -85,15 +85,14 @@ def find(view: View, leads: bool) -> Sizes | None:
 
 def _of_matrices(view: View, leads: bool) -> Sizes | None:
     """Of one update: every matrix a point, coloured by role."""
-    table = with_values(view.final)
-    of_size = (pl.col("diagnostic") == SIZE[0].name) & (pl.col("variant") == SIZE[1]) & (pl.col("value") > 0)
-    table = table.join(table.filter(of_size).select("matrix", x="value"), on="matrix", maintain_order="left")
-    roles = role_order(set(table["role"].to_list()))
-    deepest, many = table["layer"].max(), table["matrix"].n_unique() > ONE_BY_ONE
-    parts = table.partition_by("diagnostic", "variant", as_dict=True, maintain_order=True)
+    sizes = with_values(view.final(*which(SIZE[0].name, SIZE[1])))
+    sizes = sizes.filter(pl.col("value") > 0)
+    roles = role_order(set(sizes["role"].to_list()))
+    deepest, many = sizes["layer"].max(), sizes.height > ONE_BY_ONE
     charts_of = {}
-    for diagnostic, variant in _pairs(parts, leads):
-        rows = parts[diagnostic, variant]
+    for diagnostic, variant in _pairs(view.measured, leads):
+        rows = with_values(view.final(*which(diagnostic, variant)))
+        rows = rows.join(sizes.select("matrix", x="value"), on="matrix", maintain_order="left")
         if rows["null_mean"].is_finite().any():
             rows = rows.filter(pl.col("null_mean").is_finite())
         if not rows.is_empty() and not compares_itself(diagnostic, rows):

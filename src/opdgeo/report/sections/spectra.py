@@ -8,7 +8,8 @@ from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.report import charts
 from opdgeo.report.charts import style_of
 from opdgeo.report.glossary import arm_label, clean
-from opdgeo.report.sections.section import Figure, Section, View
+from opdgeo.report.sections.section import Figure, Section, View, which
+from opdgeo.report.sections.sizes import SIZE
 from opdgeo.report.view import slug
 
 DRAWN = 40
@@ -18,13 +19,11 @@ DRAWN = 40
 def find(view: View) -> list[Figure] | None:
     groups = []
     for arm, checkpoint in view.last.items():
-        curves = view.results.curves.filter(pl.col("checkpoint") == checkpoint)
-        moved = curves.filter((pl.col("curve") == "sigma_update") & (pl.col("values").list.max() > 0))
-        measured = view.final.filter(pl.col("checkpoint") == checkpoint)
-        shapes = {m: (rows, cols) for m, rows, cols in measured.select("matrix", "rows", "cols").unique().iter_rows()}
-        names = [m for m in moved.select("matrix").collect()["matrix"] if m in shapes]
-        names = names[:: -(-len(names) // DRAWN) or 1]
-        part = moved.filter(pl.col("matrix").is_in(names)).select("matrix", "values").collect()
+        moved = view.final(pl.col("checkpoint") == checkpoint, *which(SIZE[0].name, SIZE[1]), pl.col("value") > 0)
+        some = moved[:: -(-len(moved) // DRAWN) or 1]
+        shapes = {m: (rows, cols) for m, rows, cols in some.select("matrix", "rows", "cols").iter_rows()}
+        curves = view.results.curves.filter(pl.col("checkpoint") == checkpoint, pl.col("curve") == "sigma_update")
+        part = curves.filter(pl.col("matrix").is_in(list(shapes))).select("matrix", "values").collect()
         if len(part):
             groups.append(
                 (
@@ -45,8 +44,8 @@ def find(view: View) -> list[Figure] | None:
 def _typical_matrix(arm: str, view: View) -> list[Figure]:
     """Of the matrix whose singular values moved by the median amount."""
     moved = next(name for name, d in DIAGNOSTICS.items() if "sigma_tuned" in d.curves)
-    rows = view.final.filter(
-        (pl.col("checkpoint") == view.last[arm]) & (pl.col("diagnostic") == moved) & pl.col("value").is_finite()
+    rows = view.final(
+        pl.col("checkpoint") == view.last[arm], pl.col("diagnostic") == moved, pl.col("value").is_finite()
     ).sort("value", "matrix")
     if rows.is_empty():
         return []

@@ -57,7 +57,7 @@ def find(view: View) -> Verdict:
 
 def skipped(results: Results) -> pl.DataFrame:
     """Matrices skipped as a whole, with the reason, in the order of the table."""
-    rows = results.measurements.filter(pl.col("status") == "skipped")
+    rows = results.rows(pl.col("status") == "skipped")
     return rows.select("checkpoint", "matrix", "reason").unique(maintain_order=True)
 
 
