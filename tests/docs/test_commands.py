@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
     ROOT / "tests" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -64,7 +65,9 @@ for name in others:
     save_file(weights, name / "model.safetensors", metadata={"format": "pt"})
 """
 PRELUDE = """
+from functools import partial
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -76,8 +79,12 @@ trainer = SFTTrainer(
     args=SFTConfig(output_dir="trained", max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"),
     train_dataset=Dataset.from_list([{"text": "1+1=2"}] * 8),
 )
+student, teacher, prompts = "anchor", "BASE", Dataset.from_list([{"prompt": "1+1="}] * 8)
+trl.DistillationConfig = partial(
+    trl.DistillationConfig, max_steps=1, max_completion_length=4, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+)
 """
-"""What the pages take for granted: a trainer, a model, an optimizer."""
+"""What the pages take for granted: a trainer, models, an optimizer, prompts; and one step where a page would train for long."""
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), ROOT / "tests" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    ROOT / "examples" / "README.md",
+    ROOT / "tests" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
 
 
 def anchors(page: Path) -> set[str]:
