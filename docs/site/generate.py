@@ -143,7 +143,8 @@ def cost_of(d: Diagnostic) -> str:
             "the singular values and leading vectors of W₀, and of W₊ or of what is built from them: most of a measurement"
         )
     if "top_k" in d.reads or d.directions:
-        asks.append("the leading singular triplets of ΔW: a small part of a measurement")
+        one = "the leading singular triplets of ΔW: a small part of a measurement"
+        asks.append("the leading singular triplets of both updates: most of a `relate`" if d.scope == "pair" else one)
     if "eta" in d.reads or not asks:
         asks.append("one pass over the entries: the cheapest part")
     settings = ", ".join(f"`--{name.replace('_', '-')}`" for name in d.reads)
