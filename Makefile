@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 ## The site, in build/site: a warning is an error.
 docs: .venv/.installed-docs
 	$(BIN)/python docs/site/generate.py build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f build/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f build/docs/mkdocs.yml
 	@echo "site: build/site/index.html"
 
 # The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,

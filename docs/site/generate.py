@@ -9,6 +9,7 @@ example are measured here: planted updates of the packaged model, four matrices,
 from __future__ import annotations
 
 import inspect
+import posixpath
 import re
 import shutil
 import sys
@@ -30,8 +31,7 @@ from opdgeo.report.glossary import is_listed, is_primary, number, variant_label
 from opdgeo.report.view import formula
 
 DOCS = Path(__file__).parents[1]
-OUTSIDE = re.compile(r"\]\(\.\./([^)#]+)(#[^)]*)?\)")
-"""A link to a file of the repository that is no page."""
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
 LANGUAGES = {".py": "python", ".cff": "yaml", ".md": "markdown"}
 ROLE = "o_proj"
 SIZES = (0.001, 0.01, 0.03, 0.1, 1.0)
@@ -59,14 +59,24 @@ NULL = {
 def generate(folder: Path) -> None:
     """Write everything. `folder` is replaced."""
     shutil.rmtree(folder, ignore_errors=True)
-    pages, linked = {}, set()
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text()
-        linked |= set(OUTSIDE.findall(text))
-        pages[page.name] = OUTSIDE.sub(r"](files/\1.md\2)", text)
-    for path, _ in linked:
-        language = LANGUAGES.get(Path(path).suffix, "text")
-        pages[f"files/{path}.md"] = f"# {path}\n\n````{language}\n{(DOCS.parent / path).read_text()}\n````\n"
+    pages: dict[str, str] = {}
+    files = {"site.css": DOCS / "site" / "site.css"}
+
+    for page in sorted(DOCS.rglob("*.md")):
+        here = page.parent.relative_to(DOCS)
+
+        def link(match: re.Match[str], page: Path = page, here: Path = here) -> str:
+            """A file of the repository that is no page of these gets a page that shows it."""
+            to = (page.parent / match[1]).resolve()
+            if to.is_relative_to(DOCS):
+                if to.suffix != ".md":
+                    files[str(to.relative_to(DOCS))] = to
+                return match[0]
+            shown = f"files/{to.relative_to(DOCS.parent)}.md"
+            pages[shown] = f"# {to.name}\n\n````{LANGUAGES.get(to.suffix, 'text')}\n{to.read_text()}\n````\n"
+            return f"]({posixpath.relpath(shown, here.as_posix())}{match[2] or ''})"
+
+        pages[str(page.relative_to(DOCS))] = LINK.sub(link, page.read_text())
     pages["api.md"] = api_page()
     pages["diagnostics/README.md"] = index_page()
     pages |= {f"diagnostics/{name}.md": page_of(d) for name, d in DIAGNOSTICS.items()}
@@ -74,8 +84,9 @@ def generate(folder: Path) -> None:
         page = folder / "docs" / name
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text)
-    for file in (*DOCS.glob("*.png"), *DOCS.glob("*.json"), DOCS / "site" / "site.css"):
-        shutil.copy(file, folder / "docs")
+    for name, file in files.items():
+        (folder / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "docs" / name)
     listed = "".join(f"\n      - diagnostics/{name}.md" for name in ("README", *DIAGNOSTICS))
     settings = (DOCS / "site" / "mkdocs.yml").read_text()
     settings = settings.replace("SOURCES", str(DOCS.parent / "src")).replace(

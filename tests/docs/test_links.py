@@ -12,7 +12,7 @@ PAGES = [
     *ROOT.glob("*.md"),
     ROOT / "examples" / "README.md",
     ROOT / "tests" / "README.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
 ]
 
 

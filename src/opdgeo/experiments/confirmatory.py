@@ -287,7 +287,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# What the confirmatory study found", "",
         f"Written by `python -m opdgeo.experiments.confirmatory docs/results --page FILE` from the units in docs/results/units, by protocol "
-        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {FROZEN}; [protocol.md](protocol.md)). "
+        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {FROZEN}; [protocol.md](../protocol.md)). "
         "`python tests/recompute_claims.py --units docs/results/units FILE.json` computes every effect and verdict once more.", "",
         "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in regime.POINTS) + ". "
         "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.", "",
