@@ -46,9 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from opdgeo.report.terminal import print_claims
 
     claims = reproduce(
-        args.preset, args.out, seeds=args.seeds, first_seed=args.first_seed, workers=args.workers, study=args.study,
+        args.preset,
+        args.out,
+        seeds=args.seeds,
+        first_seed=args.first_seed,
+        workers=args.workers,
+        study=args.study,
         rehearse=args.rehearse,
-    )  # fmt: skip
+    )
     print_claims(claims)
     print(f"report: {args.out / 'report.html'}")
     return DONE

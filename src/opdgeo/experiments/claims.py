@@ -268,8 +268,12 @@ def _control(claim: Claim, control: Control, content: Content) -> dict[str, Any]
     out: dict[str, Any] = {"control": f"{control.name}: {control.text}{how}", "name": control.name}
     if content.unmatched:
         return out | {
-            "verdict": OPEN, "explanation": content.unmatched, "comparisons": [], "seeds": content.seeds, "measured": {},
-        }  # fmt: skip
+            "verdict": OPEN,
+            "explanation": content.unmatched,
+            "comparisons": [],
+            "seeds": content.seeds,
+            "measured": {},
+        }
     found, comparisons = compare(tests, content.samples(), content.seeds)
     out |= {
         "verdict": found,
@@ -314,7 +318,8 @@ def _entry(
             name for name, said in named.items() if name.startswith("noise in") and said == found != OPEN
         ],
         "after_matching": _after(found, [named.get(name, OPEN) for name in claim.after]),
-        "after_matching_rule": "Still holds when the claim holds and holds under: " + "; ".join(claim.after)
+        "after_matching_rule": "Still holds when the claim holds and holds under: "
+        + "; ".join(claim.after)
         + ". Does not when one of these is reversed or shows no difference; else inconclusive.",
         "diagnostic": claim.quantity.diagnostic,
         "variants": list(claim.quantity.variants),
@@ -322,7 +327,7 @@ def _entry(
         "excess_as": "ratio" if claim.quantity.ratio else "difference",
         "at": claim.at,
         "controls": controls,
-    }  # fmt: skip
+    }
 
 
 def _after(found: str, others: list[str]) -> str:
@@ -337,15 +342,25 @@ def _with_r5(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return claims
     values, after = ([part[key] for part in parts] for key in ("verdict", "after_matching"))
     whole = {
-        "id": "R5", "claim": R5, "paper": "; ".join(p["paper"] for p in parts),
+        "id": "R5",
+        "claim": R5,
+        "paper": "; ".join(p["paper"] for p in parts),
         "rule": "Holds if R5a and R5b both hold; reversed, or no difference, if one of them is; else open.",
         "verdict": HOLDS if values == [HOLDS, HOLDS] else next((kind for kind in AGAINST if kind in values), OPEN),
-        "explanation": "; ".join(f"{p['id']} {p['verdict']}" for p in parts), "comparisons": [],
-        "after_matching": "does not" if "does not" in after else "still holds" if set(after) == {"still holds"} else "inconclusive",
+        "explanation": "; ".join(f"{p['id']} {p['verdict']}" for p in parts),
+        "comparisons": [],
+        "after_matching": "does not"
+        if "does not" in after
+        else "still holds"
+        if set(after) == {"still holds"}
+        else "inconclusive",
         "after_matching_rule": "Still holds if both still hold, does not if one does not, else inconclusive.",
-        "parts": [p["id"] for p in parts], "unit": "share", "seeds": parts[0]["seeds"], "controls": [],
+        "parts": [p["id"] for p in parts],
+        "unit": "share",
+        "seeds": parts[0]["seeds"],
+        "controls": [],
         "measured": {},
-    }  # fmt: skip
+    }
     at = claims.index(parts[0])
     return [*claims[:at], whole, *claims[at:]]
 
@@ -368,11 +383,14 @@ def compared_again(comparisons: Sequence[dict[str, Any]]) -> list[Compared]:
     """What `compare` judged, from its comparisons for claims.json; all of them have to be defined."""
     return [
         Compared(
-            tuple(e), math.log(c["required"]) if c["log"] else c["required"], sameness=c["asks"] == "same",
+            tuple(e),
+            math.log(c["required"]) if c["log"] else c["required"],
+            sameness=c["asks"] == "same",
             either=c["asks"] == "other",
         )
-        for c in comparisons for e in c["effects"]
-    ]  # fmt: skip
+        for c in comparisons
+        for e in c["effects"]
+    ]
 
 
 def compare(
@@ -400,12 +418,21 @@ def _described(test: Comparison, effects: np.ndarray, here: list[Compared]) -> d
         return scale(value) if math.isfinite(value) else None
 
     return {
-        "text": test.text, "value": scaled(float(x.mean())), "low": scaled(low), "high": scaled(high),
-        "required": test.margin, "below": test.of.asks == "same", "outcome": verdict(here) if here else OPEN,
-        "asks": test.of.asks, "log": test.of.log, "effects": [[_known(v) for v in row] for row in effects.tolist()],
-        "p": {kind: max(c.p(kind) for c in here) if kind == HOLDS else min(c.p(kind) for c in here) for kind in SHOWN} if here else {},
+        "text": test.text,
+        "value": scaled(float(x.mean())),
+        "low": scaled(low),
+        "high": scaled(high),
+        "required": test.margin,
+        "below": test.of.asks == "same",
+        "outcome": verdict(here) if here else OPEN,
+        "asks": test.of.asks,
+        "log": test.of.log,
+        "effects": [[_known(v) for v in row] for row in effects.tolist()],
+        "p": {kind: max(c.p(kind) for c in here) if kind == HOLDS else min(c.p(kind) for c in here) for kind in SHOWN}
+        if here
+        else {},
         "sign_flip": sign_flip(x) if here and 1 < len(x) <= MOST_FLIPPED else None,
-    }  # fmt: skip
+    }
 
 
 def _explain(comparisons: list[dict[str, Any]]) -> str:
@@ -461,9 +488,14 @@ def _own_control(own: OwnControl, data: Data, used: list[str]) -> dict[str, Any]
     seeds = data.seeds(used, ACCURACY.name)
     found, comparisons = compare(own.comparisons, accuracy_samples(data, used, seeds), seeds)
     return {
-        "control": f"{own.name}: {own.text}", "name": own.name, "verdict": found, "explanation": _explain(comparisons),
-        "comparisons": comparisons, "seeds": seeds, "measured": {arm: _accuracy_measured(data, arm) for arm in used},
-    }  # fmt: skip
+        "control": f"{own.name}: {own.text}",
+        "name": own.name,
+        "verdict": found,
+        "explanation": _explain(comparisons),
+        "comparisons": comparisons,
+        "seeds": seeds,
+        "measured": {arm: _accuracy_measured(data, arm) for arm in used},
+    }
 
 
 def _last(data: Data, arm: str, name: str, seed: int) -> float:
@@ -498,9 +530,11 @@ def _recoveries(data: Data, arms: list[str]) -> dict[str, dict[str, Any]]:
             three = [np.array([_last(data, a, ACCURACY.name, s) for s in seeds]) for a in (arm, free, frozen)]
             (whole,) = _share_recovered(*(x.mean(keepdims=True) for x in three))
             out.setdefault(paradigm, {})[what] = {
-                "mean": _known(float(whole)), "low": None, "high": None,
+                "mean": _known(float(whole)),
+                "low": None,
+                "high": None,
                 "seeds": [_known(float(x)) for x in _share_recovered(*three)],
-            }  # fmt: skip
+            }
     return out
 
 

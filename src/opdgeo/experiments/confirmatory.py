@@ -156,14 +156,19 @@ def _claim(claim: Claim, data: dict[str, Data]) -> dict[str, Any] | None:
     main = found.get(MAIN) or next(iter(found.values()))
     complete = len(whole) == len(found)
     return {
-        "id": claim.id, "claim": claim.claim, "paper": claim.paper, "rule": claim.rule, "quantity": claim.quantity.name,
-        "unit": claim.quantity.unit, "at": claim.at,
+        "id": claim.id,
+        "claim": claim.claim,
+        "paper": claim.paper,
+        "rule": claim.rule,
+        "quantity": claim.quantity.name,
+        "unit": claim.quantity.unit,
+        "at": claim.at,
         "verdict": over if complete else OPEN,
         "so_far": over,
         "points_complete": [len(whole), len(found)],
         "measured": main["measured"],
         "points": found,
-    }  # fmt: skip
+    }
 
 
 def _at(claim: Claim, point: Point, data: Data) -> dict[str, Any]:
@@ -172,9 +177,15 @@ def _at(claim: Claim, point: Point, data: Data) -> dict[str, Any]:
     name = ACCURACY.name if claim.quantity is ACCURACY else NORM.name
     seeds = data.seeds(point.all_arms, name)  # a unit is kept whole, and an arm that is borrowed may still be missing
     out: dict[str, Any] = {
-        "seeds": seeds, "planned": len(planned), "complete": seeds == planned, "defined": False, "comparisons": [], "noise": {}, "others": {},
+        "seeds": seeds,
+        "planned": len(planned),
+        "complete": seeds == planned,
+        "defined": False,
+        "comparisons": [],
+        "noise": {},
+        "others": {},
         "measured": {},
-    }  # fmt: skip
+    }
     if not seeds:
         return out
     if claim.quantity is ACCURACY:
@@ -272,9 +283,13 @@ def sizes(units: Units) -> pl.DataFrame:
 def void(found: dict[str, Any]) -> list[str]:
     """Noise arms that gained accuracy, more than NOISE_GAINS by their whole interval: a protocol whose noise learns is void until that is explained."""
     return [
-        f"{row['arm']} at {row['point']}" for row in found["arms"]
-        if row["arm"] in NOISE and row.get("gain") and row["gain"]["low"] is not None and row["gain"]["low"] > regime.NOISE_GAINS
-    ]  # fmt: skip
+        f"{row['arm']} at {row['point']}"
+        for row in found["arms"]
+        if row["arm"] in NOISE
+        and row.get("gain")
+        and row["gain"]["low"] is not None
+        and row["gain"]["low"] > regime.NOISE_GAINS
+    ]
 
 
 # As text
@@ -285,13 +300,16 @@ def page(found: dict[str, Any]) -> str:
     shown = [point for point in regime.POINTS if point.name != regime.S1]
     counts = {p.name: len({u["seed"] for u in found["units"] if u["point"] == p.name}) for p in regime.POINTS}
     lines = [
-        "# What the confirmatory study found", "",
+        "# What the confirmatory study found",
+        "",
         f"Written by `python -m opdgeo.experiments.confirmatory docs/results --page FILE` from the units in docs/results/units, by protocol "
         f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {FROZEN}; [protocol.md](../protocol.md)). "
-        "`python tests/recompute_claims.py --units docs/results/units FILE.json` computes every effect and verdict once more.", "",
+        "`python tests/recompute_claims.py --units docs/results/units FILE.json` computes every effect and verdict once more.",
+        "",
         "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in regime.POINTS) + ". "
-        "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.", "",
-    ]  # fmt: skip
+        "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.",
+        "",
+    ]
     if wrong := void(found):
         lines += [
             f"**A noise arm gained accuracy ({', '.join(wrong)}): no verdict below counts until that is explained.**",
@@ -444,9 +462,11 @@ def table(found: dict[str, Any]) -> Sequence[str]:
     """The verdicts as lines for a terminal."""
     return [
         f"{claim['id']:>4}  {_over(claim):<40}  "
-        + "; ".join(f"{name}: {at['verdict']} ({len(at['seeds'])}/{at['planned']})" for name, at in claim["points"].items())
+        + "; ".join(
+            f"{name}: {at['verdict']} ({len(at['seeds'])}/{at['planned']})" for name, at in claim["points"].items()
+        )
         for claim in found["claims"]
-    ]  # fmt: skip
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

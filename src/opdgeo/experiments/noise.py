@@ -61,13 +61,22 @@ RUNS = (
 )
 """Arm, learning rate, sequences a step (0: the arm's own)."""
 COLUMNS = {
-    "norm": NORM, "unchanged": SPARSITY, "stable_rank": STABLE_RANK, "angle": ANGLES, "shift": SHIFT,
-    "low_magnitude": LOW, "similarity": SIMILARITY,
-}  # fmt: skip
+    "norm": NORM,
+    "unchanged": SPARSITY,
+    "stable_rank": STABLE_RANK,
+    "angle": ANGLES,
+    "shift": SHIFT,
+    "low_magnitude": LOW,
+    "similarity": SIMILARITY,
+}
 """Read at the last checkpoint; similarity at the first, which is compared with the last."""
 SMALL: dict[str, Any] = {
-    "eval_prompts": 256, "eval_prompts_between": 0, "eval_kl_origin": False, "monitor": 0, "checkpoints": (0.2, 1.0),
-}  # fmt: skip
+    "eval_prompts": 256,
+    "eval_prompts_between": 0,
+    "eval_kl_origin": False,
+    "monitor": 0,
+    "checkpoints": (0.2, 1.0),
+}
 SOURCE = "an early check on the finished study's anchor, runs not kept; its coin was a fixed function of prompt and completion"
 EARLY = tuple(
     {"name": name_of(arm, rate, 0 if sequences in (None, 64, 128) else sequences), "arm": arm, "seeds": [], "learning_rate": rate,
@@ -143,10 +152,17 @@ def beside(
     for name, _, seed in (folder.partition("-seed") for folder in folders):
         seeds.setdefault(name, []).append(int(seed or 0))
     runs = [
-        {"name": arm, "arm": arm, "seeds": seeds[arm], "learning_rate": configs[arm].learning_rate,
-         "steps": configs[arm].steps, "sequences": configs[arm].sequences_per_step}
-        for arm in (*NOISE, OPD, RLVR, MATCHED) if arm in seeds
-    ]  # fmt: skip
+        {
+            "name": arm,
+            "arm": arm,
+            "seeds": seeds[arm],
+            "learning_rate": configs[arm].learning_rate,
+            "steps": configs[arm].steps,
+            "sequences": configs[arm].sequences_per_step,
+        }
+        for arm in (*NOISE, OPD, RLVR, MATCHED)
+        if arm in seeds
+    ]
     lent = preset == "tiny" and not set(NOISE) & seeds.keys()
     return {"rows": table(measurements, runs), "exploratory": packaged()["rows"] if lent else []}
 
@@ -183,10 +199,16 @@ def train_all(out: Path) -> Iterator[tuple[pl.DataFrame, list[dict[str, Any]]]]:
         evals = [row["accuracy_sampled"] for row in read_log(folder) if row["event"] == "eval"]
         runs.append(
             {
-                "name": name, "arm": arm, "seeds": [SEED], "learning_rate": rate, "steps": config.steps,
-                "sequences": config.sequences_per_step, "accuracy": [evals[0], evals[-1]], "prompts": config.eval_prompts,
+                "name": name,
+                "arm": arm,
+                "seeds": [SEED],
+                "learning_rate": rate,
+                "steps": config.steps,
+                "sequences": config.sequences_per_step,
+                "accuracy": [evals[0], evals[-1]],
+                "prompts": config.eval_prompts,
             }
-        )  # fmt: skip
+        )
         print(f"{name}: done", flush=True)
         wanted = pl.any_horizontal(
             (pl.col("diagnostic") == q.diagnostic) & pl.col("variant").is_in(q.variants) for q in COLUMNS.values()

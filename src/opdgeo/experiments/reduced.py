@@ -23,9 +23,15 @@ from opdgeo.experiments.rules import COHERENCE, NORM, PERSISTENCE, QUANTITIES, Q
 from opdgeo.training.config import TrainConfig
 
 SCHEMA = {
-    "arm": pl.String, "seed": pl.Int32, "step": pl.Int32, "name": pl.String, "value": pl.Float64, "null": pl.Float64,
-    "excess": pl.Float64, "right": pl.Binary,
-}  # fmt: skip
+    "arm": pl.String,
+    "seed": pl.Int32,
+    "step": pl.Int32,
+    "name": pl.String,
+    "value": pl.Float64,
+    "null": pl.Float64,
+    "excess": pl.Float64,
+    "right": pl.Binary,
+}
 EVALUATED = ("accuracy_greedy", "accuracy_sampled", "kl_teacher", "kl_origin", "completion_length", "prompts")
 RIGHT = {"accuracy_greedy": "right_greedy", "accuracy_sampled": "right_sampled"}
 OUTSIDE = "channel_outside"
@@ -69,12 +75,16 @@ def _means(table: pl.DataFrame, q: Quantity) -> pl.DataFrame:
     found = (
         rows.with_columns(value=compared, null=pl.when(value.is_not_null()).then(null))
         .group_by("arm", "seed", "step", "matrix", maintain_order=True)
-        .agg(value.mean(), pl.col("null").mean(), (pl.col("rows") * pl.col("cols")).first().cast(pl.Float64).alias("entries"))
+        .agg(
+            value.mean(),
+            pl.col("null").mean(),
+            (pl.col("rows") * pl.col("cols")).first().cast(pl.Float64).alias("entries"),
+        )
         .with_columns(excess=pl.col("value") / pl.col("null") if q.ratio else pl.col("value") - pl.col("null"))
         .with_columns(pl.col("excess").replace([math.inf, -math.inf], None).fill_nan(None))
         .group_by("arm", "seed", "step", maintain_order=True)
         .agg(mean("value"), mean("null"), mean("excess"))
-    )  # fmt: skip
+    )
     return _rows(found.with_columns(name=pl.lit(q.name)))
 
 
@@ -141,6 +151,7 @@ def walk(folder: Path, base: Path, config: TrainConfig, arm: str, seed: int) -> 
         [
             {"arm": arm, "seed": seed, "step": step, "name": q.name, "value": sum(found) / len(found)}
             for q, by_step in ((PERSISTENCE, persistence), (COHERENCE, coherence))
-            for step, found in by_step.items() if found
+            for step, found in by_step.items()
+            if found
         ]
-    )  # fmt: skip
+    )

@@ -75,8 +75,12 @@ POINTS = (
 BY_NAME = {point.name: point for point in POINTS}
 
 EVALUATED: dict[str, Any] = {
-    "eval_prompts": 1024, "eval_prompts_between": 256, "eval_samples": 1, "eval_kl_origin": True, "monitor": 0,
-}  # fmt: skip
+    "eval_prompts": 1024,
+    "eval_prompts_between": 256,
+    "eval_samples": 1,
+    "eval_kl_origin": True,
+    "monitor": 0,
+}
 """Of a point's paradigms and noise arms; accuracy and KL are read between checkpoints there, and decide nothing. The other arms are
 not evaluated: their claims are about the stable rank."""
 NOISE_GAINS = 0.02
@@ -86,9 +90,14 @@ EARLY_ANCHOR = 24
 LEG_FROM = 10
 """Steps after which S1 takes its channels; its arms go on from there with fresh moments and fresh prompts."""
 S1_EVALUATED: dict[str, Any] = {
-    "eval_prompts": 2048, "eval_prompts_between": 0, "eval_start": False, "eval_samples": 4, "eval_kl_origin": False, "monitor": 0,
+    "eval_prompts": 2048,
+    "eval_prompts_between": 0,
+    "eval_start": False,
+    "eval_samples": 4,
+    "eval_kl_origin": False,
+    "monitor": 0,
     "checkpoints": (1.0,),
-}  # fmt: skip
+}
 
 
 def units() -> Iterator[tuple[Point, int]]:
@@ -105,13 +114,18 @@ def planned(point: Point) -> list[int]:
 def as_data() -> dict[str, Any]:
     """Everything that a confirmatory verdict depends on, as JSON can hold it."""
     return {
-        "version": VERSION, "alpha": ALPHA, "exploratory": sorted(EXPLORATORY), "first_seed": FIRST,
+        "version": VERSION,
+        "alpha": ALPHA,
+        "exploratory": sorted(EXPLORATORY),
+        "first_seed": FIRST,
         "kinds": {name: [kind.says, kind.asks, kind.log] for name, kind in KINDS.items()},
         "claims": [asdict(claim) for claim in CLAIMS],
         "controls": [asdict(control) for control in CONTROLS],
         "points": [asdict(point) for point in POINTS],
-        "evaluated": EVALUATED, "noise_gains": NOISE_GAINS, "s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM},
-    }  # fmt: skip
+        "evaluated": EVALUATED,
+        "noise_gains": NOISE_GAINS,
+        "s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM},
+    }
 
 
 def rules_hash() -> str:

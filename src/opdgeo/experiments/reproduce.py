@@ -57,9 +57,15 @@ class Job:
 
 
 def reproduce(
-    preset: str, out: Path, *, seeds: int = 1, first_seed: int = 0, workers: int | None = None, study: str = "small",
+    preset: str,
+    out: Path,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    workers: int | None = None,
+    study: str = "small",
     rehearse: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run (or finish) the study in the folder `out` and return the content of `claims.json`.
 
     `rehearse` gives every arm a few steps and prompts: whether the whole study runs, not what it finds.

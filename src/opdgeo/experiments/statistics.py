@@ -261,9 +261,7 @@ def _log_ratio(rng: np.random.Generator, count: int, n: int) -> np.ndarray:
 def _accuracies(rng: np.random.Generator, count: int, n: int, means: Sequence[float]) -> list[np.ndarray]:
     """Accuracies (count, n) of arms tested on the same 1,024 prompts: correlated between arms, different by seed."""
     hard = rng.normal(0, 0.05, (count, n))  # what a seed's anchor makes easier for all its arms
-    return [
-        rng.binomial(1024, np.clip(m + hard + rng.normal(0, 0.01, (count, n)), 0, 1)) / 1024 for m in means
-    ]  # fmt: skip
+    return [rng.binomial(1024, np.clip(m + hard + rng.normal(0, 0.01, (count, n)), 0, 1)) / 1024 for m in means]
 
 
 def _difference(rng: np.random.Generator, count: int, n: int) -> np.ndarray:

@@ -91,8 +91,12 @@ BF16 = {key: {"weights": "bfloat16"} for key in SGD}
 CLIP = {key: {"max_grad_norm": 1.0} for key in SGD}
 SMALL: dict[str, Any] = {}
 DIGITS = {
-    "task": "digits", "task_options": {}, "teacher": "digits-teacher", "max_prompt_tokens": 16, "max_tokens": 12,
-}  # fmt: skip
+    "task": "digits",
+    "task_options": {},
+    "teacher": "digits-teacher",
+    "max_prompt_tokens": 16,
+    "max_tokens": 12,
+}
 AXES = {SFT: (DEMOS, ONE), MATCHED: (DEMOS, ONE), OPD: (STUDENT, GAP), RLVR: (STUDENT, REWARD)}
 
 
@@ -196,9 +200,19 @@ def configure(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool = F
     if arm.where is not None:
         values |= {"channel": str(channel_path(out, arm, seed)), "constrain": arm.where.mode}
     return train_config(
-        arm.like, preset, seed=seed, origin=str(origin(arm, seed, preset, out, rehearse=rehearse)), arm=arm.name,
-        **{**(FEWER if arm.part != 1.0 else {}), **(REHEARSAL if rehearse else {}), "rollouts": arm.tokens, **arm.credit, **values},
-    )  # fmt: skip
+        arm.like,
+        preset,
+        seed=seed,
+        origin=str(origin(arm, seed, preset, out, rehearse=rehearse)),
+        arm=arm.name,
+        **{
+            **(FEWER if arm.part != 1.0 else {}),
+            **(REHEARSAL if rehearse else {}),
+            "rollouts": arm.tokens,
+            **arm.credit,
+            **values,
+        },
+    )
 
 
 def origin(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool = False) -> str | Path:
@@ -257,6 +271,11 @@ def make_channel(arm: Arm, seed: int, preset: str, out: Path, *, rehearse: bool 
 BY_NAME = {arm.name: arm for arm in ARMS}
 # Every arm for a few steps: whether the whole study runs, not what it finds.
 REHEARSAL: dict[str, Any] = {
-    "steps": 5, "sequences_per_step": 8, "eval_prompts": 8, "eval_prompts_between": 4, "checkpoints": (0.2, 0.6, 1.0),
-    "max_tokens": 3, "resume_every": 1000,
-}  # fmt: skip
+    "steps": 5,
+    "sequences_per_step": 8,
+    "eval_prompts": 8,
+    "eval_prompts_between": 4,
+    "checkpoints": (0.2, 0.6, 1.0),
+    "max_tokens": 3,
+    "resume_every": 1000,
+}

@@ -44,8 +44,12 @@ from opdgeo.files import write_atomically
 from opdgeo.training.config import TrainConfig
 
 SHORT: dict[str, Any] = {
-    "sequences_per_step": 8, "eval_prompts": 8, "eval_prompts_between": 4, "max_tokens": 3, "resume_every": 1000,
-}  # fmt: skip
+    "sequences_per_step": 8,
+    "eval_prompts": 8,
+    "eval_prompts_between": 4,
+    "max_tokens": 3,
+    "resume_every": 1000,
+}
 """What a rehearsal changes, beside the steps: whether a unit runs, not what it finds."""
 SHORT_STEPS = 10
 YOUNGER: dict[str, Any] = {"autocast": False}
@@ -92,7 +96,7 @@ def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = Fals
     )
     return replace(
         plain, arm=arm, origin=str(early.resolve()), data_seed=1000 + seed, **changes | held | {"steps": steps - taken}
-    )  # fmt: skip
+    )
 
 
 def _s1_parts(arm: str) -> tuple[str, str]:
@@ -179,11 +183,19 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
             flush=True,
         )
     metadata = {
-        "point": point.name, "seed": str(seed), "protocol": str(VERSION), "frozen": FROZEN, "rules": regime.rules_hash(),
-        "begun": begun.read_text(), "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": json.dumps(hashes), "minutes": json.dumps(minutes), "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "versions": json.dumps({p: version(p) for p in ("opdgeo", "torch", "transformers", "trl")}), "rehearsal": str(short),
-    }  # fmt: skip
+        "point": point.name,
+        "seed": str(seed),
+        "protocol": str(VERSION),
+        "frozen": FROZEN,
+        "rules": regime.rules_hash(),
+        "begun": begun.read_text(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": json.dumps(hashes),
+        "minutes": json.dumps(minutes),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "versions": json.dumps({p: version(p) for p in ("opdgeo", "torch", "transformers", "trl")}),
+        "rehearsal": str(short),
+    }
     table = pl.concat(tables).with_columns(pl.col("value", "null", "excess").cast(pl.Float64))
     keep.mkdir(parents=True, exist_ok=True)
     write_atomically(
@@ -283,9 +295,10 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := [name for name in wanted if name not in regime.BY_NAME]:
         parser.error(f"no point {unknown[0]!r}; expected some of {', '.join(regime.BY_NAME)}")
     chosen = [
-        (point, seed - regime.FIRST + options.first_seed) for point, seed in regime.units()
+        (point, seed - regime.FIRST + options.first_seed)
+        for point, seed in regime.units()
         if point.name in wanted and (options.seeds is None or seed - regime.FIRST < options.seeds)
-    ]  # fmt: skip
+    ]
     run_all(chosen, options.o.resolve(), options.keep, options.workers, short=options.rehearse)
 
 

@@ -88,9 +88,15 @@ def complete(
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if sample else {}
     settings = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=sample, **sampling, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, disable_compile=True, return_dict_in_generate=True, output_logits=keep_logits,
-    )  # fmt: skip
+        max_new_tokens=max_tokens,
+        do_sample=sample,
+        **sampling,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        output_logits=keep_logits,
+    )
     output = model.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
     )
@@ -134,9 +140,18 @@ def evaluate(
                 sums = _text_loss(model, tokenizer, share, counted, max_tokens, batch)
             else:
                 sums, right = _accuracies(
-                    model, tokenizer, task, share, counted, teacher=teacher, max_tokens=max_tokens, batch=batch,
-                    longest=longest, origin=origin, samples=samples,
-                )  # fmt: skip
+                    model,
+                    tokenizer,
+                    task,
+                    share,
+                    counted,
+                    teacher=teacher,
+                    max_tokens=max_tokens,
+                    batch=batch,
+                    longest=longest,
+                    origin=origin,
+                    samples=samples,
+                )
             total = torch.tensor(sums, dtype=torch.float64)
             if accelerator is not None:
                 total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
@@ -149,11 +164,16 @@ def evaluate(
     divergence, drift, tokens = total.tolist()
     bits = {name: np.array(rows, dtype=bool) for name, rows in right.items()}  # (prompts, samples)
     return Evaluation(
-        accuracy_greedy=float(bits["greedy"].mean()), accuracy_sampled=float(bits["sampled"].mean()),
-        kl_teacher=divergence / tokens if teacher is not None else None, completion_length=tokens / len(examples),
-        prompts=len(examples), loss=None, kl_origin=drift / tokens if origin is not None else None,
-        right_greedy=np.packbits(bits["greedy"]).tobytes().hex(), right_sampled=np.packbits(bits["sampled"]).tobytes().hex(),
-    )  # fmt: skip
+        accuracy_greedy=float(bits["greedy"].mean()),
+        accuracy_sampled=float(bits["sampled"].mean()),
+        kl_teacher=divergence / tokens if teacher is not None else None,
+        completion_length=tokens / len(examples),
+        prompts=len(examples),
+        loss=None,
+        kl_origin=drift / tokens if origin is not None else None,
+        right_greedy=np.packbits(bits["greedy"]).tobytes().hex(),
+        right_sampled=np.packbits(bits["sampled"]).tobytes().hex(),
+    )
 
 
 def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], int]:
@@ -166,9 +186,19 @@ def _share(examples: list[Example], accelerator: Any) -> tuple[list[Example], in
 
 
 def _accuracies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], counted: int, *,
-    teacher: PreTrainedModel | None, max_tokens: int, batch: int, longest: int, origin: PreTrainedModel | None, samples: int,
-) -> tuple[list[float], dict[str, list[list[bool]]]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: list[Example],
+    counted: int,
+    *,
+    teacher: PreTrainedModel | None,
+    max_tokens: int,
+    batch: int,
+    longest: int,
+    origin: PreTrainedModel | None,
+    samples: int,
+) -> tuple[list[float], dict[str, list[list[bool]]]]:
     """Over the first `counted` examples: sums of the KL to the teacher and to the start and of tokens; which were right."""
     right: dict[str, list[list[bool]]] = {"greedy": [], "sampled": []}
     tokens, divergence, drift = 0, 0.0, 0.0
@@ -207,8 +237,10 @@ def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Complet
     for start in range(0, len(done.ids_BL), rows):
         part = slice(start, start + rows)
         inputs: dict[str, Any] = {
-            "input_ids": done.ids_BL[part], "attention_mask": done.attention_BL[part], "use_cache": False,
-        }  # fmt: skip
+            "input_ids": done.ids_BL[part],
+            "attention_mask": done.attention_BL[part],
+            "use_cache": False,
+        }
         # logits at position i predict token i + 1
         teacher_BTV = teacher(**inputs).logits[:, done.start - 1 : -1].float().log_softmax(-1)
         if done.logits_BTV is None:
@@ -221,9 +253,13 @@ def reverse_kl(student: PreTrainedModel, teacher: PreTrainedModel, done: Complet
 
 
 def _text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], counted: int, max_tokens: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    counted: int,
+    max_tokens: int,
     batch: int,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Sums over the first `counted` examples: cross-entropy over tokens, tokens."""
     rows = [tokenized(example, tokenizer, max_tokens) for example in examples]
     batch = max(1, min(batch, LOGITS_AT_ONCE // (max_tokens * model.config.vocab_size)))
@@ -265,10 +301,19 @@ def require_short_prompts(examples: list[Example], tokenizer: PreTrainedTokenize
 
 
 def average_at(
-    k: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, examples: list[Example], *,
-    temperature: float, top_p: float, max_tokens: int, batch: int, seed: int = SEED,
+    k: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: list[Example],
+    *,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    batch: int,
+    seed: int = SEED,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """`k` samples of every prompt, verified: one row a problem with its completions, rewards and their mean.
 
     The mean over problems is avg@k. Temperature 0 is greedy decoding, of which one sample is enough.
@@ -286,9 +331,14 @@ def average_at(
         torch.manual_seed(seed)
         for start, part in _batches([i for i in range(len(examples)) for _ in range(k)], batch):
             done = complete(
-                model, tokenizer, [examples[i].prompt for i in part], max_tokens, sample=temperature > 0,
-                temperature=temperature, top_p=top_p,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                [examples[i].prompt for i in part],
+                max_tokens,
+                sample=temperature > 0,
+                temperature=temperature,
+                top_p=top_p,
+            )
             for i, text, count in zip(part, done.texts(tokenizer), done.mask_BT.sum(1).tolist(), strict=True):
                 rows[i]["completions"].append(text)
                 rows[i]["tokens"].append(count)

@@ -108,9 +108,13 @@ def load_model(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     refuse_kernels(folder)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             use_kernels=False,
-        )  # fmt: skip
+        )
     except Exception as error:  # transformers raises what it meets
         raise _not_loaded("model", folder, error) from error
     for module in model.modules():
