@@ -45,10 +45,23 @@ NOT_RUN = {
 }
 QUICK = ("--roles", "o_proj", "--workers", "1", "--no-cache", "--no-report", "--overwrite")
 SHORT = dict.fromkeys(("compare", "track", "relate"), QUICK)
-MODELS = """
-    BASE TUNED A B C RUN_DIR/step-000001 RUN_DIR/step-000002 anchor runs/opd/step-000020 runs/opd/step-000100 runs/sft/step-000060
-    runs/opd-seed0/step-000100 runs/opd-seed1/step-000100 my-run/checkpoint-500 Qwen3-8B-Base
-""".split()
+MODELS = [
+    "BASE",
+    "TUNED",
+    "A",
+    "B",
+    "C",
+    "RUN_DIR/step-000001",
+    "RUN_DIR/step-000002",
+    "anchor",
+    "runs/opd/step-000020",
+    "runs/opd/step-000100",
+    "runs/sft/step-000060",
+    "runs/opd-seed0/step-000100",
+    "runs/opd-seed1/step-000100",
+    "my-run/checkpoint-500",
+    "Qwen3-8B-Base",
+]
 MAKE_MODELS = """
 import shutil, sys
 from pathlib import Path
