@@ -14,6 +14,8 @@ import polars as pl
 from opdgeo.survey.results import GROUP, OnDisk, Result, frames, summarise
 
 CHUNK = 1 << 13  # rows
+WRITTEN = (1 << 16, CHUNK)
+"""Rows of a group in the files of measurements and of curves. Writer and reader hold a few groups; curves are lists, and longer."""
 
 Place = tuple[int, int]
 
@@ -52,8 +54,7 @@ class Tables:
                 tables.append(pl.concat(parts, rechunk=True) if parts else empty)
             return Result(tables[0], tables[1], summarise(tables[0], null), run)
         self._to_files()
-        # A reader of one matrix's curves takes a group's: they are lists, and hold most of the numbers.
-        for name, files, group in zip(OnDisk.NAMES, self.files, (GROUP, CHUNK), strict=True):
+        for name, files, group in zip(OnDisk.NAMES, self.files, WRITTEN, strict=True):
             scans = [pl.scan_parquet(file) for place in sorted(files) for file in files[place]]
             pl.concat(scans).sink_parquet(self.folder / name, row_group_size=group)
             for file in (file for of_place in files.values() for file in of_place):
