@@ -146,7 +146,7 @@ def open_or_fetch(text: str) -> Checkpoint | Path:
         return _by_ranges(listing, weights, cached)
     except OSError as error:
         raise CheckpointError(
-            f"{_home(repo)} cannot be written ({error.strerror or error}). Make room, or set HF_HOME to another folder."
+            f"{home(repo)} cannot be written ({error.strerror or error}). Make room, or set HF_HOME to another folder."
         ) from error
 
 
@@ -172,7 +172,7 @@ def _described(repo: str, revision: str | None) -> _Repository:
 
 def _by_ranges(listing: _Repository, weights: Sequence[str], cached: Mapping[str, Path | None]) -> Checkpoint:
     """Fetch what is not here of the small files and the headers, and open what they describe."""
-    folder = _home(listing.repo) / listing.commit
+    folder = home(listing.repo) / listing.commit
     folder.mkdir(parents=True, exist_ok=True)
     small = [name for name in (_CONFIG, INDEX) if name in listing.files]
     for name in small:
@@ -281,7 +281,7 @@ def _stated(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _home(repo: str) -> Path:
+def home(repo: str) -> Path:
     """Where the ranges of a repository lie: beside the hub's own cache, which knows whole files only."""
     from huggingface_hub import constants
 
@@ -290,7 +290,7 @@ def _home(repo: str) -> Path:
 
 def _remember(repo: str, revision: str | None, commit: str) -> None:
     """Which commit a revision is, for when there is no network."""
-    path = _home(repo) / _REFS
+    path = home(repo) / _REFS
     known = _revisions(path)
     if known.get(revision or "main") != commit:
         with suppress(OSError):
@@ -314,8 +314,8 @@ def _offline(text: str, repo: str, revision: str | None, error: Exception) -> Ch
             folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
             if _is_whole(folder, patterns):
                 return folder
-    commit = _revisions(_home(repo) / _REFS).get(revision or "main", revision or "")
-    folder = _home(repo) / commit
+    commit = _revisions(home(repo) / _REFS).get(revision or "main", revision or "")
+    folder = home(repo) / commit
     if _COMMIT.fullmatch(commit) and (folder / _FILES).is_file():
         listed = list(shards(folder / INDEX, ".safetensors")) if (folder / INDEX).is_file() else [_SAFETENSORS[0]]
         cached = {name: file for name in listed if (file := _in_the_hubs_cache(repo, commit, name))}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opdgeo.checkpoints import transport
+from opdgeo.checkpoints.huggingface import is_plain
 from opdgeo.checkpoints.stored import Raw
 from opdgeo.errors import CheckpointError
 from opdgeo.files import Journal, atomic_path, remove_orphans
@@ -210,16 +211,27 @@ def _checksums(folder: Path) -> dict[str, str]:
         for line in (folder / JOURNAL).read_bytes().splitlines():
             with suppress(ValueError, TypeError, KeyError):  # cut short
                 entry = json.loads(line)
-                found[str(entry["file"])] = str(entry["sha256"])
+                if is_plain(entry["file"]):
+                    found[entry["file"]] = str(entry["sha256"])
     return found
 
 
-def drop(ranges: Iterable[Range]) -> int:
-    """Remove tensors from the cache; returns the bytes freed. Headers stay, so that results can be recognised."""
-    freed = 0
-    for one in ranges:
+def held(folder: Path) -> int:
+    """The bytes of the tensors that a folder of the cache holds."""
+    found = 0
+    for name in _checksums(folder):
         with suppress(OSError):
-            size = one.file.stat().st_size
-            one.file.unlink()
+            found += (folder / name).stat().st_size
+    return found
+
+
+def drop(folder: Path) -> int:
+    """Remove the tensors of a folder of the cache; returns the bytes freed. The headers stay: they say which results are of it."""
+    freed = 0
+    for name in _checksums(folder):
+        with suppress(OSError):
+            size = (folder / name).stat().st_size
+            (folder / name).unlink()
             freed += size
+    (folder / JOURNAL).unlink(missing_ok=True)
     return freed

@@ -16,6 +16,7 @@ from opdgeo.commands import (
     demo,
     evaluate,
     explain,
+    published,
     relate,
     report,
     reproduce,
@@ -27,7 +28,21 @@ from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
 from opdgeo.commands.streams import forgiving_output
 from opdgeo.errors import OpdgeoError
 
-COMMANDS = (demo, compare, track, relate, train, evaluate, reproduce, signals, channel, cache, report, explain)
+COMMANDS = (
+    demo,
+    compare,
+    track,
+    relate,
+    published,
+    train,
+    evaluate,
+    reproduce,
+    signals,
+    channel,
+    cache,
+    report,
+    explain,
+)
 
 EPILOG = """\
 examples:

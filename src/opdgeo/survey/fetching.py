@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from opdgeo.checkpoints import Checkpoint, Matrix, hub, ranges, transport
 from opdgeo.survey.progress import Fetching
@@ -24,22 +24,34 @@ def account(checkpoints: Sequence[Checkpoint], work: Sequence[Matrix]) -> list[s
     return lines
 
 
-def fetch(checkpoints: Sequence[Checkpoint], work: Sequence[Matrix], *, progress: bool) -> None:
+def fetch(
+    checkpoints: Sequence[Checkpoint],
+    work: Sequence[Matrix],
+    *,
+    progress: bool = False,
+    before: Callable[[Sequence[ranges.Range]], None] | None = None,
+) -> None:
     """Fetch what `work` needs. Standard error says how much that is, from where and into which folder.
+
+    Args:
+        before: called with all that is needed, before anything is fetched.
 
     Raises:
         CheckpointError: the hub cannot be reached, gives something else than it said, or the disk is full.
     """
-    lacking = [r for _, found in _lacking(checkpoints, work) for r in found]
+    needed = list({r.file: r for c in checkpoints if isinstance(c, hub.Remote) for r in c.needed(work)}.values())
+    if not needed:
+        return
+    if before is not None:
+        before(needed)
+    lacking = ranges.missing(needed)
     if lacking:
         for line in account(checkpoints, work):
             print(f"opdgeo: fetching {line}", file=sys.stderr)
         homes = dict.fromkeys(str(r.shard.folder.parents[1]) for r in lacking)
         print(f"opdgeo: into {', '.join(homes)}; what is there is not fetched again", file=sys.stderr, flush=True)
-    needed = [r for c in checkpoints if isinstance(c, hub.Remote) for r in c.needed(work)]
-    if needed:
-        with Fetching(progress and bool(lacking), sum(r.length for r in lacking)) as bar:
-            ranges.fetch(needed, bar.advance)
+    with Fetching(progress and bool(lacking), sum(r.length for r in lacking)) as bar:
+        ranges.fetch(needed, bar.advance)
 
 
 def _lacking(checkpoints: Sequence[Checkpoint], work: Sequence[Matrix]) -> list[tuple[int, list[ranges.Range]]]:

@@ -209,7 +209,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         elif m.name in parts.finished:  # its tables go while the new ones are written
             parts.save(m, known)
 
-    fetching.fetch(request.every, [m for m, _ in rest], progress=execution.progress)
+    fetching.fetch(request.every, [m for m, _ in rest], progress=execution.progress, before=execution.before_fetching)
     runs = engines.ENGINES[execution.engine](job, rest, execution)
     beside = ThreadPoolExecutor(1)
     try:
