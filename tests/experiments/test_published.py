@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from hub_server import Answer, Hub
-from opdgeo.experiments.published import PAIRS
+from opdgeo.experiments.released import PAIRS
 from opdgeo.report import write_report
 from opdgeo.report.published import load
 from program import run_opdgeo

@@ -14,7 +14,7 @@ from opdgeo.commands.common import DONE, INCOMPLETE, REFUSED, execution, setting
 from opdgeo.errors import ConfigError
 
 if TYPE_CHECKING:  # --help imports no torch
-    from opdgeo.experiments.published import Published
+    from opdgeo.experiments.released import Published
     from opdgeo.survey import Result
 
 EPILOG = """\
@@ -50,9 +50,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from opdgeo.experiments import published
+    from opdgeo.experiments import released
 
-    pairs = published.chosen(args.names)
+    pairs = released.chosen(args.names)
     disk = _bytes(args.disk)
     if args.plan:
         return _plan(args, pairs)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     def tell(text: str) -> None:
         print(f"opdgeo: {text}", file=sys.stderr, flush=True)
 
-    rows = published.measure(
+    rows = released.measure(
         pairs,
         args.out,
         execution(args),
@@ -78,17 +78,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace, pairs: list[Published]) -> int:
-    from opdgeo.experiments import published
+    from opdgeo.experiments import released
     from opdgeo.survey.run import plan_text
 
     for pair in pairs:
-        asked = published.request_of(pair, roles=args.roles, settings=settings(args))
+        asked = released.request_of(pair, roles=args.roles, settings=settings(args))
         print(f"{pair.name}\n{plan_text(asked, args.workers)}\n")
     return DONE
 
 
 def _list(args: argparse.Namespace, pairs: list[Published]) -> None:
-    from opdgeo.experiments.published import IDS
+    from opdgeo.experiments.released import IDS
 
     if args.json:
         print(json.dumps({"format": 1, "pairs": [asdict(pair) | {"ids": IDS} for pair in pairs]}))
