@@ -37,7 +37,7 @@ def test_every_diagnostic_is_explained(name: str, capsys: pytest.CaptureFixture[
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{DIAGNOSTICS[name].title} ({name})"
-    assert {"formula", "meaning", "source"} <= {line.split()[0] for line in lines[2:]}
+    assert {"formula", "meaning", "caveat", "null", "example", "source"} <= {line.split()[0] for line in lines[2:]}
     assert max(map(len, lines)) <= 80
 
 
