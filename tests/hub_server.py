@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+LARGE = (".safetensors", ".bin", ".gguf")
+
 
 @dataclass
 class Answer:
@@ -103,9 +105,9 @@ class Hub:
         return Answer(where, 401, {"X-Error-Code": "RepoNotFound"})
 
     def _file(self, at: str, path: str, name: str, content: bytes, commit: str, wanted: str | None) -> Answer:
-        etag, size = hashlib.sha256(content).hexdigest(), len(content)
+        etag, size = etag_of(name, content), len(content)
         facts = {"X-Repo-Commit": commit}
-        if at == "hub" and name.endswith((".safetensors", ".bin", ".gguf")):
+        if at == "hub" and name.endswith(LARGE):
             storage = f"http://127.0.0.1:{self.servers[1].server_address[1]}{path}"
             facts |= {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size), "Location": storage}
             return Answer(path, 302, facts)
@@ -120,10 +122,16 @@ def _json(value: Any) -> Answer:
     return Answer("", 200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
+def etag_of(name: str, content: bytes) -> str:
+    """As the hub has it: the SHA-256 of a large file, git's own hash of a small one."""
+    if name.endswith(LARGE):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _sibling(name: str, content: bytes) -> dict[str, Any]:
-    digest = hashlib.sha256(content).hexdigest()
-    large = {"lfs": {"sha256": digest, "size": len(content)}} if name.endswith((".safetensors", ".bin")) else {}
-    return {"rfilename": name, "size": len(content), "blobId": digest, **large}
+    large = {"lfs": {"sha256": etag_of(name, content), "size": len(content)}} if name.endswith(LARGE) else {}
+    return {"rfilename": name, "size": len(content), "blobId": etag_of("", content), **large}
 
 
 def _handler(hub: Hub, at: str) -> type[BaseHTTPRequestHandler]:

@@ -22,6 +22,7 @@ from opdgeo.checkpoints import hub as hub_module
 from opdgeo.checkpoints import open_checkpoint, ranges, transport
 from opdgeo.errors import CheckpointError
 from opdgeo.survey import fetching
+from opdgeo.survey.kinship import remarks
 from opdgeo.survey.request import Request
 from program import run_opdgeo, start_opdgeo
 
@@ -227,6 +228,18 @@ def test_a_server_that_lies_is_an_error_that_says_so(lie: str, inside: Hub) -> N
     assert torch.equal(open_checkpoint("org/base").read(matrix), local)  # and nothing of the lie was kept
 
 
+def test_a_configuration_that_is_not_the_one_the_hub_names_is_not_kept(inside: Hub) -> None:
+    def other(answer: Answer) -> None:
+        if answer.path.endswith("config.json"):
+            answer.body = b'{"model_type": "gpt2"}'
+
+    inside.bend = other
+    with pytest.raises(CheckpointError, match=r"what came as config.json of org/base.* is not the file whose hash"):
+        open_checkpoint("org/base")
+    inside.bend = None
+    assert open_checkpoint("org/base").config["model_type"] == "qwen3"
+
+
 def test_a_file_that_changes_in_between_is_an_error(inside: Hub) -> None:
     matrix = Request.of_update(TINY / "base", TINY / "teacher").work[0]
     checkpoint = open_checkpoint("org/base")
@@ -299,6 +312,16 @@ def test_names_revisions_and_what_is_not_there(hub: Hub, tmp_path: Path) -> None
     assert "the hub cannot be reached" in ask("org/other", HF_HUB_OFFLINE="1")
     (tmp_path / "org").mkdir()
     assert "does not exist" in ask("org/tuned@step-20", HF_HUB_OFFLINE="1")
+
+
+def test_a_base_is_known_by_its_name_on_the_hub(inside: Hub) -> None:
+    """Both configurations name the base, as transformers writes them: nothing is swapped, and the two are no siblings."""
+    config = json.loads((TINY / "base" / "config.json").read_text()) | {"_name_or_path": "org/base"}
+    named = {repo: {**files, "config.json": json.dumps(config).encode()} for repo, files in inside.repositories.items()}
+    inside.repositories, inside.revisions = named, ("step-20",)
+    base, tuned, later = map(open_checkpoint, ("org/base", "org/tuned", "org/base@step-20"))
+    assert remarks(base, [tuned]) == remarks(base, [later]) == []
+    assert remarks(tuned, [base]) == ["tuned was trained from base: BASE and TUNED look swapped."]
 
 
 def test_other_formats_come_whole_and_it_is_said_before(hub: Hub, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ measured. Files of other formats cannot be read in parts and come whole, into th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -177,8 +178,7 @@ def _by_ranges(listing: _Repository, weights: Sequence[str], cached: Mapping[str
     small = [name for name in (_CONFIG, INDEX) if name in listing.files]
     for name in small:
         if not (folder / name).is_file():
-            content = _get(lambda name=name: transport.small(transport.address(listing.repo, listing.commit, name)))  # type: ignore[misc]
-            write_atomically(folder / name, lambda p, content=content: p.write_bytes(content))  # type: ignore[misc]
+            _bring(folder / name, listing)
     names = list(shards(folder / INDEX, ".safetensors")) if INDEX in small else [_SAFETENSORS[0]]
     if absent := [name for name in names if name not in listing.files]:
         raise CheckpointError(
@@ -192,6 +192,23 @@ def _by_ranges(listing: _Repository, weights: Sequence[str], cached: Mapping[str
     if stated != known:  # its time says which results are of it
         write_atomically(folder / _FILES, lambda p: p.write_text(json.dumps({"files": stated}, indent=1)))
     return _open(folder, listing.repo, listing.commit, {name: file for name, file in cached.items() if file})
+
+
+def _bring(file: Path, listing: _Repository) -> None:
+    """Fetch a small JSON file. It comes whole, so its content is held against the hash that the hub states."""
+    content = _get(lambda: transport.small(transport.address(listing.repo, listing.commit, file.name)))
+    etag = listing.files[file.name][1]
+    hashes = hashlib.sha256(content), hashlib.sha1(b"blob %d\0" % len(content) + content)  # as git names a file
+    if etag is not None and etag not in [h.hexdigest() for h in hashes]:
+        raise CheckpointError(
+            f"what came as {file.name} of {listing.name} is not the file whose hash the hub states, {printable(etag)[:80]}. Give the command again."
+        )
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(content)
+        read_json(partial)  # what is damaged is not kept
+
+    write_atomically(file, write)
 
 
 def _header(folder: Path, listing: _Repository, name: str, known: dict[str, Any] | None) -> tuple[int, str]:
@@ -242,8 +259,9 @@ def _open(folder: Path, repo: str, commit: str, cached: Mapping[str, Path]) -> R
     config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     index = folder / INDEX
     listed = shards(index, ".safetensors") if index.is_file() else {_SAFETENSORS[0]: None}
-    stated, stored, ranges = _stated(folder), {}, {}
-    ours: list[Shard] = []
+    stated, ours = _stated(folder), list[Shard]()
+    stored: dict[str, Stored] = {}
+    ranges: dict[Path, Range] = {}
     for name, names in listed.items():
         found: Mapping[str, Stored]
         if name in cached:

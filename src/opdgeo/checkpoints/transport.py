@@ -146,7 +146,7 @@ _WRONG = "Is it the hub, or something between? Give the command again, or fetch 
 def _answer(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, dict[str, str]]]:
     """The answer that a chain of redirects ends in, its body not read yet, and what the hub itself said of the file on the way."""
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     own = build_hf_headers(library_name="opdgeo") | {"accept-encoding": "identity"} | headers
     others = {name: value for name, value in own.items() if name.lower() != "authorization"}
