@@ -92,33 +92,37 @@ def test_only_the_measured_bytes_come_and_the_numbers_are_those_of_local_folders
     )
     wanted = spans(hub.repositories["org/base"]["model.safetensors"], *roles)
     assert sorted(hub.ranges("org/base")) == wanted
-    local = run_opdgeo(
-        "compare", TINY / "base", TINY / "teacher", "--roles", ",".join(roles), *FAST, "-o", "local", cwd=tmp_path
-    )
-    assert local.returncode == 0, local.stderr
-    assert pl.read_parquet(tmp_path / "out/measurements.parquet").equals(
-        pl.read_parquet(tmp_path / "local/measurements.parquet")
-    )
+    settings = opdgeo.Settings(nulls=0, rank=8)
+    local = opdgeo.compare(TINY / "base", TINY / "teacher", roles=",".join(roles), settings=settings, cache=False)
+    assert pl.read_parquet(tmp_path / "out/measurements.parquet").equals(local.measurements)
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["base"]["path"] == f"org/base@{hub.commit('org/base')}"
-    at_home = json.loads((tmp_path / "local/run.json").read_text())
-    assert run["base"]["files"] == at_home["base"]["files"]  # the hub's hash of the shard is the file's
+    assert run["base"]["files"] == local.run["base"]["files"]  # the hub's hash of the shard is the file's
 
-    # Nothing comes twice, also without a network; of another role only that.
-    before = len(hub.asked)
-    again = run_opdgeo(*there, "-o", "again", cwd=tmp_path, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert again.returncode == 0, again.stderr
-    assert len(hub.asked) == before
-    assert "fetching" not in again.stderr
-    more = [*there[:4], "q_proj,v_proj", *there[5:]]
-    offline = run_opdgeo(*more, "-o", "more", cwd=tmp_path, env=env | {"HF_HUB_OFFLINE": "1"})
-    assert offline.returncode == 2
-    assert "4 tensors of org/base (0.00 GB) are not here" in offline.stderr
-    assert "HF_HUB_OFFLINE is set" in offline.stderr
-    done = run_opdgeo(*more, "-o", "more", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    new = spans(hub.repositories["org/base"]["model.safetensors"], "v_proj")
-    assert sorted(hub.ranges("org/base")) == sorted(wanted + new)
+
+def test_nothing_comes_twice_and_without_a_network_what_is_here_is_used(
+    inside: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(roles: str) -> list[tuple[int, int]]:
+        before = len(inside.ranges("org/base"))
+        request = Request.of_update("org/base", TINY / "teacher", roles=roles)
+        fetching.fetch(request.every, request.work)
+        return sorted(inside.ranges("org/base")[before:])
+
+    content = inside.repositories["org/base"]["model.safetensors"]
+    assert fetch("q_proj,o_proj") == spans(content, "q_proj", "o_proj")
+    assert "fetching" in capsys.readouterr().err
+    asked = len(inside.asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch("q_proj,o_proj") == []
+    assert len(inside.asked) == asked  # of anything
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        CheckpointError, match=r"4 tensors of org/base .0.15 MB. are not here, and .* cannot be reached .HF_HUB_OFFLINE"
+    ):
+        fetch("q_proj,v_proj")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert fetch("q_proj,v_proj") == spans(content, "v_proj")
 
 
 def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:
@@ -296,22 +300,23 @@ def test_shards_are_read_by_their_index_and_what_the_hubs_own_cache_holds_is_not
     assert all(torch.equal(request.checkpoints[0].read(m), local.read(m)) for m in request.work)
 
 
-def test_names_revisions_and_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
-    hub.revisions = ("step-20",)
-    env = hub.environment(tmp_path / "hf")
-
-    def ask(name: str, **more: str) -> str:
-        done = run_opdgeo("compare", TINY / "base", name, "--plan", cwd=tmp_path, env=env | more)
-        return done.stderr if done.returncode else done.stdout
-
-    assert f"org/tuned@{hub.commit('org/tuned')}" in ask("org/tuned@step-20")
-    assert "gives no such model (RevisionNotFound)" in ask("org/tuned@none")
-    assert "gives no such model (RepoNotFound)" in ask("org/other")
-    # A folder of the owner's name makes it a path here, though the cache has such a model.
-    assert f"org/tuned@{hub.commit('org/tuned')}" in ask("org/tuned@step-20", HF_HUB_OFFLINE="1")
-    assert "the hub cannot be reached" in ask("org/other", HF_HUB_OFFLINE="1")
-    (tmp_path / "org").mkdir()
-    assert "does not exist" in ask("org/tuned@step-20", HF_HUB_OFFLINE="1")
+def test_names_revisions_and_what_is_not_there(inside: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside.revisions = ("step-20",)
+    found = open_checkpoint("org/tuned@step-20")
+    assert (found.name, found.step) == ("tuned@step-20", 20)
+    assert found.place == f"org/tuned@{inside.commit('org/tuned')}"
+    with pytest.raises(CheckpointError, match=r"gives no such model \(RevisionNotFound\)"):
+        open_checkpoint("org/tuned@none")
+    with pytest.raises(CheckpointError, match=r"gives no such model \(RepoNotFound\)"):
+        open_checkpoint("org/other")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert open_checkpoint("org/tuned@step-20").place == found.place
+    with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+        open_checkpoint("org/other")
+    (tmp_path / "org").mkdir()  # which makes it a path here, though the cache has such a model
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_checkpoint("org/tuned@step-20")
 
 
 def test_a_base_is_known_by_its_name_on_the_hub(inside: Hub) -> None:
@@ -325,15 +330,18 @@ def test_a_base_is_known_by_its_name_on_the_hub(inside: Hub) -> None:
 
 
 def test_other_formats_come_whole_and_it_is_said_before(hub: Hub, tmp_path: Path) -> None:
-    state = load_file(TINY / "teacher" / "model.safetensors")
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    content = (tmp_path / "pytorch_model.bin").read_bytes()
-    config = (TINY / "teacher" / "config.json").read_bytes()
+    """Through the hub's own client, which reads its environment when it is imported: in a program of its own."""
+    torch.save(load_file(TINY / "teacher" / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    content, config = (tmp_path / "pytorch_model.bin").read_bytes(), (TINY / "teacher" / "config.json").read_bytes()
     hub.repositories = {"org/old": {"pytorch_model.bin": content, "config.json": config, "README.md": b"-"}}
     env = hub.environment(tmp_path / "hf")
-    done = run_opdgeo("compare", TINY / "base", "org/old", "--plan", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert f"fetching 0.00 GB: 1 files of org/old@{hub.commit('org/old')[:8]} from {hub.url}, whole" in done.stderr
+    said = []
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = run_opdgeo("compare", TINY / "base", "org/old", "--plan", cwd=tmp_path, env=env | more)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+    assert f"fetching 3.28 MB: 1 files of org/old@{hub.commit('org/old')[:8]} from {hub.url}, whole" in said[0]
+    assert "fetching" not in said[1]
     assert not any(a.path.endswith("README.md") for a in hub.asked)
 
 

@@ -33,10 +33,11 @@ from opdgeo.checkpoints.huggingface import (
     stored_bytes,
 )
 from opdgeo.checkpoints.names import Matrix
-from opdgeo.checkpoints.ranges import CONNECTIONS, Range, Shard, missing, name_of
+from opdgeo.checkpoints.ranges import CONNECTIONS, NOT_STATED, Range, Shard, missing, name_of
 from opdgeo.checkpoints.stored import Stored
 from opdgeo.errors import CheckpointError, printable
 from opdgeo.files import write_atomically
+from opdgeo.machine import volume
 
 _NAME = re.compile(r"(?P<repo>(?P<org>\w[\w.-]*)/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -240,7 +241,7 @@ def _header(folder: Path, listing: _Repository, name: str, known: dict[str, Any]
     text = get(8, 8 + length)
     parse_header(Path(f"{listing.name}/{name}"), text, int(expected["size"]))  # what is damaged is not kept
     write_atomically(file, lambda p: p.write_bytes(start + text))
-    return int(expected["size"]), expected.get("etag", "not stated by the hub")
+    return int(expected["size"]), expected.get("etag", NOT_STATED)
 
 
 def _get(fetch: Any) -> bytes:
@@ -326,13 +327,14 @@ def _offline(text: str, repo: str, revision: str | None, error: Exception) -> Ch
     """The whole copy in the hub's cache, else what was fetched by ranges."""
     from huggingface_hub import snapshot_download
 
-    for patterns in _WEIGHTS:
-        with suppress(Exception):  # not cached
-            wanted = [*patterns, _CONFIG]
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
-            if _is_whole(folder, patterns):
-                return folder
     commit = _revisions(home(repo) / _REFS).get(revision or "main", revision or "")
+    for patterns in _WEIGHTS:
+        for at in dict.fromkeys((commit or None, revision)):
+            with suppress(Exception):  # not cached
+                wanted = [*patterns, _CONFIG]
+                folder = Path(snapshot_download(repo, revision=at, allow_patterns=wanted, local_files_only=True))
+                if _is_whole(folder, patterns):
+                    return folder
     folder = home(repo) / commit
     if _COMMIT.fullmatch(commit) and (folder / _FILES).is_file():
         listed = list(shards(folder / INDEX, ".safetensors")) if (folder / INDEX).is_file() else [_SAFETENSORS[0]]
@@ -368,7 +370,7 @@ def _whole(listing: _Repository, weights: Sequence[str], absent: Sequence[str]) 
     if absent:
         size = sum(listing.files[name][0] or 0 for name in absent)
         print(
-            f"opdgeo: fetching {size / 1e9:.2f} GB: {len(absent)} files of {listing.name} from {transport.endpoint()}, whole, since their "
+            f"opdgeo: fetching {volume(size)}: {len(absent)} files of {listing.name} from {transport.endpoint()}, whole, since their "
             "format is not read in parts",
             file=sys.stderr,
         )

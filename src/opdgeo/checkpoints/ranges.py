@@ -24,6 +24,7 @@ from opdgeo.checkpoints.huggingface import is_plain
 from opdgeo.checkpoints.stored import Raw
 from opdgeo.errors import CheckpointError
 from opdgeo.files import Journal, atomic_path, remove_orphans
+from opdgeo.machine import volume
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CONNECTIONS = 4  # at a time
 RUN = 64 << 20  # bytes of tensors side by side that one request asks for
 JOURNAL = "ranges.jsonl"
+NOT_STATED = "not stated by the hub"
 
 Advance = Callable[[int], None]
 
@@ -58,7 +60,9 @@ class Shard:
 
     @property
     def facts(self) -> dict[str, str]:
-        return {"size": str(self.size), "commit": self.commit, "etag": self.etag}
+        """What an answer about it has to say, where it says anything."""
+        known = {"size": str(self.size), "commit": self.commit, "etag": self.etag}
+        return {key: value for key, value in known.items() if value != NOT_STATED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +121,13 @@ def fetch(ranges: Iterable[Range], advance: Advance = lambda _: None) -> None:
 def _fetch(folder: Path, wanted: Sequence[Range], advance: Advance) -> None:
     from filelock import FileLock
 
+    if not missing(wanted) and not _changed(folder, wanted):  # also where the folder may not be written
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # another program that fetches the same waits, and then finds it
         remove_orphans(folder)
-        _drop_what_changed(folder, wanted)
+        for file in _changed(folder, wanted):
+            file.unlink(missing_ok=True)
         lacking = missing(wanted)
         if not lacking:
             return
@@ -128,13 +135,13 @@ def _fetch(folder: Path, wanted: Sequence[Range], advance: Advance) -> None:
             transport.reach()
         except OSError as error:
             raise CheckpointError(
-                f"{len(lacking)} tensors of {lacking[0].shard.repo} ({sum(r.length for r in lacking) / 1e9:.2f} GB) are not here, and "
+                f"{len(lacking)} tensors of {lacking[0].shard.repo} ({volume(sum(r.length for r in lacking))}) are not here, and "
                 f"{transport.endpoint()} cannot be reached ({error}). Give the command again where there is a network."
             ) from error
         free, needed = shutil.disk_usage(folder).free, sum(r.length for r in lacking)
         if free < needed:
             raise CheckpointError(
-                f"{needed / 1e9:.2f} GB are to be fetched and the disk of {folder} has {free / 1e9:.2f} GB free. Measure less (--roles), "
+                f"{volume(needed)} are to be fetched and the disk of {folder} has {volume(free)} free. Measure less (--roles), "
                 "make room, or set HF_HOME to a folder on another disk."
             )
         journal, lock, stop = Journal(folder / JOURNAL), threading.Lock(), threading.Event()
@@ -190,18 +197,17 @@ def _download(run: Sequence[Range], kept: Callable[[Path, str], None], told: Adv
         kept(one.file, digest.hexdigest())
 
 
-def _drop_what_changed(folder: Path, wanted: Sequence[Range]) -> None:
-    """Remove the files whose content is not what was fetched."""
+def _changed(folder: Path, wanted: Sequence[Range]) -> list[Path]:
+    """The files whose content is not what was fetched."""
     known = _checksums(folder)
 
-    def check(file: Path) -> None:
+    def same(file: Path) -> bool:
         with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != known[file.name]:
-                file.unlink()
+            return hashlib.file_digest(stream, "sha256").hexdigest() == known[file.name]
 
+    here = sorted({r.file for r in wanted if r.file.name in known and r.file.is_file()})
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        here = {r.file for r in wanted if r.file.name in known and r.file.is_file()}
-        list(pool.map(check, here))
+        return [file for file, kept in zip(here, pool.map(same, here), strict=True) if not kept]
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from opdgeo.checkpoints import hub, ranges
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError, OpdgeoError
 from opdgeo.files import write_atomically
+from opdgeo.machine import volume
 from opdgeo.report.published import TABLE
 from opdgeo.survey import Result
 from opdgeo.survey.request import Execution, Request
@@ -122,7 +123,7 @@ class Weights:
         here = sum(ranges.held(home) for home in ours & homes)
         if size + here > self.limit:
             raise ConfigError(
-                f"its weights take {(size + here) / 1e9:.2f} GB and --disk allows {self.limit / 1e9:.2f} GB. Raise it, or measure less (--roles)."
+                f"its weights take {volume(size + here)} and --disk allows {volume(self.limit)}. Raise it, or measure less (--roles)."
             )
         for other in sorted(ours - homes):
             if size + sum(ranges.held(home) for home in ours) > self.limit:
@@ -186,7 +187,7 @@ def measure(
         if not keep:
             later = [name for other in pairs[place + 1 :] for name in (other.base, other.tuned)]
             if freed := weights.keep_only(later):
-                tell(f"{freed / 1e9:.2f} GB of weights removed")
+                tell(f"{volume(freed)} of weights removed")
     return rows
 
 

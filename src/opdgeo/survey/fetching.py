@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from opdgeo.checkpoints import Checkpoint, Matrix, hub, ranges, transport
+from opdgeo.machine import volume
 from opdgeo.survey.progress import Fetching
 
 
@@ -17,7 +18,7 @@ def account(checkpoints: Sequence[Checkpoint], work: Sequence[Matrix]) -> list[s
         if isinstance(one, hub.Remote):
             found = lacking.get(id(one), [])
             lines.append(
-                f"{_bytes(sum(r.length for r in found))} of {_bytes(one.size)} of {one.place} ({len(found)} tensors), from {transport.endpoint()}"
+                f"{volume(sum(r.length for r in found))} of {volume(one.size)} of {one.place} ({len(found)} tensors), from {transport.endpoint()}"
                 if found
                 else f"nothing of {one.place}: what is measured is here"
             )
@@ -63,13 +64,3 @@ def _lacking(checkpoints: Sequence[Checkpoint], work: Sequence[Matrix]) -> list[
         seen.update(r.file for r in fresh)
         found.append((id(checkpoint), fresh))
     return found
-
-
-def _bytes(count: int) -> str:
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 10_000_000
-        else f"{count / 1e6:.2f} MB"
-        if count >= 10_000
-        else f"{count} bytes"
-    )
