@@ -85,7 +85,7 @@ class Fetching:
             self.bar.advance(self.task, count)
         elif (now := time.monotonic()) - self.said >= EVERY:
             self.said = now
-            left = (now - self.begun) * (self.total - self.done) / self.done
+            left = (now - self.begun) * max(0, self.total - self.done) / self.done
             print(
                 f"opdgeo: fetched {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, about {duration(left)} left",
                 file=sys.stderr,
