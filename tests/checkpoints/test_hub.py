@@ -319,6 +319,20 @@ def test_names_revisions_and_what_is_not_there(inside: Hub, tmp_path: Path, monk
         open_checkpoint("org/tuned@step-20")
 
 
+def test_track_and_relate_take_names_as_compare_does(inside: Hub) -> None:
+    """What two checkpoints share is fetched once."""
+    inside.repositories = {**inside.repositories, "org/other": inside.repositories["org/base"]}
+    inside.revisions = ("step-20",)
+    for request in (
+        Request.of_run("org/base", ["org/tuned@step-20", "org/other"], roles="k_proj"),
+        Request.of_pairs("org/base", ["org/tuned", "org/other"], roles="k_proj"),
+    ):
+        fetching.fetch(request.every, request.work)
+        local = open_checkpoint(TINY / "teacher")
+        assert all(torch.equal(request.checkpoints[0].read(m), local.read(m)) for m in request.work)
+    assert [len(inside.ranges(repo)) for repo in ("org/base", "org/other")] == [4, 4]
+
+
 def test_a_base_is_known_by_its_name_on_the_hub(inside: Hub) -> None:
     """Both configurations name the base, as transformers writes them: nothing is swapped, and the two are no siblings."""
     config = json.loads((TINY / "base" / "config.json").read_text()) | {"_name_or_path": "org/base"}
