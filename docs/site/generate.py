@@ -135,6 +135,7 @@ def page_of(d: Diagnostic) -> str:
         f"`{d.name}` is measured {SCOPES[d.scope]}. " + (f"In a mean, {average}." if d.scope != "run" else ""),
         *("", "## What it means", "", d.meaning),
         *("", f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"),
+        *("", "## Example", "", d.example),
         *("", "## Traps", "", d.caveat),
         *("", "## Null", "", null),
         *("", "## Error", "", error_of(d)),

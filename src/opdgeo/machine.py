@@ -31,3 +31,14 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def volume(count: int) -> str:
+    """Bytes in words.
+
+    >>> volume(4096), volume(590_000), volume(16_400_000_000)
+    ('4096 bytes', '0.59 MB', '16.40 GB')
+    """
+    if count >= 10_000_000:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} bytes"

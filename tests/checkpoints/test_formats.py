@@ -8,10 +8,7 @@ import os
 import pickle
 import shutil
 import struct
-import threading
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -630,95 +627,3 @@ def test_an_open_checkpoint_can_be_sent_to_another_process(pair: Path, ranks: Pa
         sent = pickle.dumps(open_checkpoint(place))
         assert len(sent) < 100_000
         assert torch.equal(pickle.loads(sent).tensors[name][:, :], state[name]), place
-
-
-# The hub -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(pair: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """A server that speaks as much of the hub's protocol as its own client needs, and the names of the files it gave."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    files = {f.name: f.read_bytes() for f in (pair / "tuned").iterdir()} | {"optimizer.pt": b"-", "README.md": b"-"}
-    files["consolidated.safetensors"] = files["model.safetensors"]
-    given: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, content: bytes, **headers: str) -> None:
-            self.send_response(200)
-            for key, value in headers.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            where = self.path.partition("?")[0]
-            siblings = [{"rfilename": name} for name in files]
-            if where in (f"/api/models/org/tuned/revision/{r}" for r in ("step-20", commit)):
-                info = {"id": "org/tuned", "sha": commit, "siblings": siblings, "private": False, "tags": []}
-                self.answer(json.dumps(info).encode(), Content_Type="application/json")
-            elif where in (f"/api/models/org/tuned/tree/{r}" for r in ("step-20", commit)):
-                tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
-                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
-            elif where.startswith(f"/org/tuned/resolve/{commit}/") and (name := where.rpartition("/")[2]) in files:
-                given.extend([name] if self.command == "GET" else [])
-                etag = hashlib.sha256(files[name]).hexdigest()
-                self.answer(files[name], ETag=f'"{etag}"', X_Repo_Commit=commit)
-            else:
-                code = "RevisionNotFound" if "/org/tuned/" in where else "RepoNotFound"
-                self.send_response(404)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}, given
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_of_the_hub(pair: Path, hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
-    """Fetched once, only what is read; measured from the cache when offline; and what is said when it is not there."""
-    online, given = hub
-    code = """
-import json, os, sys
-from opdgeo.errors import CheckpointError
-from opdgeo.checkpoints import open_checkpoint
-for name in sys.argv[1:]:
-    if name == "mkdir org":
-        os.mkdir("org")
-        continue
-    try:
-        c = open_checkpoint(name)
-        print(json.dumps([c.name, c.step, c.manifest()["path"], str(c.path)]))
-    except CheckpointError as error:
-        print(json.dumps(str(error)))
-"""
-
-    def ask(names: list[str], **environment: str) -> list[Any]:
-        # The hub's client reads its environment when it is imported.
-        env = {"HF_HOME": str(tmp_path / "hf"), **environment}
-        done = run_python("-c", code, *names, env=env, cwd=tmp_path, cold=True)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    found, no_revision, no_model = ask(["org/tuned@step-20", "org/tuned@none", "org/other"], **online)
-    assert found[:3] == ["tuned@step-20", 20, "org/tuned@0123456789abcdef0123456789abcdef01234567"]
-    assert sorted(given) == ["config.json", "model.safetensors"]
-    assert "RevisionNotFoundError" in no_revision
-    assert "RepositoryNotFoundError" in no_model
-    check(pair, Path(found[3]))
-    # A folder of the owner's name makes it a path here, though the hub's cache has such a model.
-    cached, absent, here = ask(["org/tuned@step-20", "org/other", "mkdir org", "org/tuned@step-20"], HF_HUB_OFFLINE="1")
-    assert cached == found
-    assert "the hub cannot be reached" in absent
-    assert len(given) == 2
-    assert "does not exist" in here

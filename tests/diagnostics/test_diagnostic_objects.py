@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import opdgeo
 import planted
@@ -26,7 +27,7 @@ OUTSIDE = ("survey", "report", "training")
 def test_every_diagnostic_tells_a_reader_what_it_is(name: str) -> None:
     d = DIAGNOSTICS[name]
     assert d.name == name
-    for text in (d.title, d.formula, d.meaning, d.caveat, d.source):
+    for text in (d.title, d.formula, d.meaning, d.caveat, d.source, d.example):
         assert text and text == text.strip()
     assert d.meaning.endswith(".") and d.caveat.endswith(".")
     assert set(d.reads) <= {field.name for field in fields(Settings)}
@@ -35,6 +36,50 @@ def test_every_diagnostic_tells_a_reader_what_it_is(name: str) -> None:
     assert all(d.label(variant) for variant in names if variant)
     assert any(d.listed(variant) for variant in names)
     assert all(any(v == start or v.startswith(start) for v in names) for start in d.charted)
+
+
+def _svd(*values: float) -> np.ndarray:
+    return np.asarray(values, float)
+
+
+# Every example's number once more, from its own figures.
+EXAMPLES = {
+    "update_sparsity": lambda: "0.5005 is {:g} in bf16, whose next number is {:.4f}: unchanged. 0.5 → 0.503".format(
+        *torch.tensor([0.5005, 0.503]).bfloat16().tolist()
+    ),
+    "frobenius_norm": lambda: f"= {np.linalg.norm([[3, 0], [0, 4]]):g}.",
+    "relative_norm": lambda: f"{0.5 / 50:g}",
+    "operator_norm": lambda: f"{np.linalg.norm([[3, 0], [0, 4]], 2):g}, for",
+    "stable_rank": lambda: f"= {(_svd(2, 1, 1) ** 2).sum() / 4:g}",
+    "effective_rank": lambda: f"= {np.exp(-sum(p * np.log(p) for p in _svd(2, 1, 1) ** 2 / 6)):.2f}",
+    "hill_exponent": lambda: f"= {1 / np.log(_svd(4, 2)).mean():.2f}",
+    "principal_angles": lambda: f"{np.degrees(np.arccos(np.dot([1, 0], [0.8, 0.6]))):.1f}°",
+    "spectral_shift": lambda: f"= {np.linalg.norm(_svd(4.3, 3.4) - _svd(4, 3)) / np.linalg.norm(_svd(4, 3)):g}",
+    "mask_overlap": lambda: f"{60 / 100:.0%}",
+    "principal_energy": lambda: f"{np.linalg.norm(_DELTA @ [1, 0]) ** 2 / 25:.0%}",
+    "subspace_similarity": lambda: _shared(),
+    "channel_energy": lambda: f"{np.linalg.norm(_DELTA @ [0, 1]) ** 2 / 25:.0%}",
+    "locking": lambda: "from step 20 on, above 0.8 from step 40 on",
+    "bound_ratio": lambda: f"{0.1 / 0.5:g}",
+    "update_cosine": lambda: f"= {np.dot([3, 4], [4, 3]) / 25:g}",
+    "update_multiple": lambda: f"= {np.dot([2, 0], [1, 1]) / 2:g}. The other way round 2 / 4 = {2 / 4:g}",
+    "sign_agreement": lambda: f"{150 / 200:.0%}",
+    "visible_jaccard": lambda: f"{100 / (300 + 200 - 100):.0%}",
+    "visible_lift": lambda: f"= {0.1 / (0.3 * 0.2):.2f}",
+    "shared_subspace": lambda: _shared(),
+    "shared_channel": lambda: f"{np.linalg.norm(_DELTA @ [0, 1]) ** 2 / 25:.0%}",
+}
+_DELTA = np.asarray([[3, 0], [0, 4]])
+
+
+def _shared() -> str:
+    unit = np.eye(3)
+    return f"{np.linalg.norm(unit[:, [0, 1]].T @ unit[:, [0, 2]]) ** 2 / 2:.0%}"
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_the_number_of_every_example_is_right(name: str) -> None:
+    assert EXAMPLES[name]() in DIAGNOSTICS[name].example.replace(" %", "%")
 
 
 def test_the_scopes_are_those_of_updates_trajectories_pairs_and_runs() -> None:

@@ -33,6 +33,7 @@ NOT_RUN = {
     r"^git |^pip ": "it needs the network",
     r"^make |pytest": "it is this suite, or holds it",
     r"^ray |--engine ray": "it needs a cluster; tests/survey/test_ray.py starts one",
+    r" (Qwen|Kwai-Klear)/|^opdgeo published": "it needs the hub; tests/checkpoints/test_hub.py and tests/experiments/test_published.py have one of their own",
     r"--device cuda|device=cuda|gpu\.sh": "it needs a GPU",
     r"^CONFIGS=|^accelerate |^srun |^vllm ": "it needs several GPUs or machines; tests/training/test_processes.py starts two processes",
     r"^opdgeo demo": "tests/cli/test_first_minutes.py runs it",

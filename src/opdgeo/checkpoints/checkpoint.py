@@ -189,7 +189,24 @@ def open_weights(path: Path) -> Checkpoint:
     homes = (folder, folder.parent, path) if folder.name in PLACES else (folder, path)
     configs = (at / name for at in dict.fromkeys(homes) if at.is_dir() for name in _CONFIGS)
     config = next((read_json(c) for c in configs if c.is_file()), {}) if path.is_dir() else {}
-    tensors = dequantised(chosen.read(place, config), config)
+    notes = tuple(
+        f"{path} also holds {other.name} weights ({where.relative_to(path).as_posix()}), which were not read; give "
+        "them as the checkpoint to measure those"
+        for other, where in others
+    )
+    tensors, more = understood(chosen.read(place, config), config, place, path)
+    return Checkpoint(path, tensors, config, notes + more, chosen.name)
+
+
+def understood(
+    stored: Mapping[str, Stored], config: dict[str, Any], place: Path, path: Path
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The tensors of `place` in the checkpoint `path`, as numbers and by their canonical names, and what is to be noted of them.
+
+    Raises:
+        CheckpointError: none is stored as plain numbers.
+    """
+    tensors = dequantised(stored, config)
     if not tensors:
         raise CheckpointError(f"{place} holds no tensors; expected a model's weights.")
     if not any(stored.dtype in SIZES for stored in tensors.values()):
@@ -198,14 +215,9 @@ def open_weights(path: Path) -> Checkpoint:
             f"{place} holds no plain weights: {first} is stored as {tensors[first].dtype}; expected some of {', '.join(SIZES)}. "
             "Convert it, or load it and save it again as safetensors."
         )
-    notes = tuple(
-        f"{path} also holds {other.name} weights ({where.relative_to(path).as_posix()}), which were not read; give "
-        "them as the checkpoint to measure those"
-        for other, where in others
-    )
-    if kinds := sorted({stored.quantised for stored in tensors.values() if stored.quantised}):
-        notes += (f"{path} is quantised ({', '.join(kinds)}): what is measured includes its rounding",)
-    return Checkpoint(path, canonical(tensors), config, notes, chosen.name)
+    kinds = sorted({stored.quantised for stored in tensors.values() if stored.quantised})
+    notes = (f"{path} is quantised ({', '.join(kinds)}): what is measured includes its rounding",) if kinds else ()
+    return canonical(tensors), notes
 
 
 def step_folders(run: Path) -> dict[int, Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -65,27 +65,46 @@ def _find(path: Path, names: tuple[str, ...], suffix: str) -> Path | None:
 def _read(place: Path, suffix: str, each: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     if place.suffix != ".json":
         return each(place)
-    listed, folder = read_json(place).get("weight_map"), place.parent
+    folder = place.parent
+    tensors: dict[str, Stored] = {}
+    for shard, names in shards(place, suffix).items():
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{place} names {shard}, which is missing from {folder}. Download it again.")
+        tensors |= in_shard(place, shard, names, each(folder / shard))
+    return tensors
+
+
+def shards(place: Path, suffix: str) -> dict[str, list[str]]:
+    """The names of the tensors in every shard that an index lists.
+
+    Raises:
+        CheckpointError: damaged, or a shard that is no plain file name.
+    """
+    listed = read_json(place).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{place} has no weight_map; expected tensor names mapped to shard files.")
-    tensors: dict[str, Stored] = {}
     names: dict[str, list[str]] = {}
     for name, shard in listed.items():
         if not isinstance(shard, str):
             raise CheckpointError(f"{place} places {name} in a {type(shard).__name__}; expected the name of a file.")
         names.setdefault(shard, []).append(name)
-    for shard in sorted(names):
+    for shard in names:
         # An index is untrusted input: a shard is a plain file name in this folder.
         if not is_plain(shard) or not shard.endswith(suffix):
             raise CheckpointError(f"{place} names the shard {shard!r}; expected a {suffix} file in the folder.")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{place} names {shard}, which is missing from {folder}. Download it again.")
-        found = each(folder / shard)
-        for name in names[shard]:
-            if name not in found:
-                raise CheckpointError(f"{place} places {name} in {shard}, which does not hold it.")
-            tensors[name] = found[name]
-    return tensors
+    return {shard: names[shard] for shard in sorted(names)}
+
+
+def in_shard(place: Path, shard: str, names: Sequence[str], found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Those of a shard's tensors that the index `place` lists.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
+    for name in names:
+        if name not in found:
+            raise CheckpointError(f"{place} places {name} in {shard}, which does not hold it.")
+    return {name: found[name] for name in names}
 
 
 def headers(file: Path) -> dict[str, Stored]:
@@ -104,12 +123,33 @@ def read_header(file: Path) -> tuple[dict[str, Raw], dict[str, str]]:
     """
     try:
         with opened(file) as source:
-            (length,) = struct.unpack("<Q", source.read(0, min(8, source.size)))
-            if length > LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes; expected at most {LONGEST_HEADER}")
-            if 8 + length > source.size:
-                raise ValueError("it ends early")
-            text, begin, size = source.read(8, length), 8 + length, source.size
+            length = header_length(source.read(0, min(8, source.size)), source.size)
+            text, size = source.read(8, length), source.size
+    except ValueError as error:
+        raise _damaged(file, error) from error
+    return parse_header(file, text, size)
+
+
+def header_length(start: bytes, size: int) -> int:
+    """The bytes of a header, from the first eight of a file of `size` bytes.
+
+    Raises:
+        ValueError: no safetensors file begins so.
+    """
+    if len(start) < 8:
+        raise ValueError("it ends early")
+    (length,) = struct.unpack("<Q", start)
+    if length > LONGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes; expected at most {LONGEST_HEADER}")
+    if 8 + length > size:
+        raise ValueError("it ends early")
+    return length
+
+
+def parse_header(file: Path, text: bytes, size: int) -> tuple[dict[str, Raw], dict[str, str]]:
+    """The tensors of a file of `size` bytes with the header `text`, and its metadata. Errors are those of `read_header`."""
+    begin = 8 + len(text)
+    try:
         if not text.startswith(b"{"):
             raise ValueError("its header is no JSON object")
         listed = json.loads(text, object_pairs_hook=_once)
@@ -118,10 +158,8 @@ def read_header(file: Path) -> tuple[dict[str, Raw], dict[str, str]]:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is no text")
         found = {name: _header(file, name, entry, begin) for name, entry in listed.items()}
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        raise CheckpointError(
-            f"{file} is not a readable safetensors file ({error}). Copy or download it again."
-        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, error) from error
     end = begin
     for raw, after in sorted(found.values(), key=lambda item: (item[0].offset, item[1])):
         if raw.offset != end:
@@ -132,6 +170,10 @@ def read_header(file: Path) -> tuple[dict[str, Raw], dict[str, str]]:
     if end != size:
         raise CheckpointError(f"{file} has {size} bytes; its header promises {end}. Copy or download it again.")
     return {name: raw for name, (raw, _) in found.items()}, metadata
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is not a readable safetensors file ({error}). Copy or download it again.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,6 +197,12 @@ def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[R
         raise ValueError(f"{name} takes {after - first} bytes; its shape and dtype take {bits / 8:g}")
     dtype = DTYPES.get(entry["dtype"], entry["dtype"])
     return Raw(file, begin + first, tuple(shape), contiguous(shape), dtype), begin + after
+
+
+def stored_bytes(raw: Raw) -> int:
+    """The bytes of a tensor of a safetensors file, in the file."""
+    kind = next((known for known, name in DTYPES.items() if name == raw.dtype), raw.dtype)
+    return math.prod(raw.shape) * BITS[kind] // 8
 
 
 def bin_headers(file: Path) -> dict[str, Stored]:

@@ -38,7 +38,8 @@ def _open(path: str | Path, base: Checkpoint | None) -> Checkpoint:
     if not path.exists() and name in PACKAGED:
         path = packaged(name)
     if not path.exists() and hub.is_name(name):
-        return replace(open_checkpoint(hub.fetch(name), base), repository=name)
+        found = hub.open_or_fetch(name)
+        return replace(found if isinstance(found, Checkpoint) else open_checkpoint(found, base), repository=name)
     if is_adapter(path):
         if base is None:
             raise CheckpointError(

@@ -13,9 +13,11 @@ from opdgeo.commands import (
     cache,
     channel,
     compare,
+    completion,
     demo,
     evaluate,
     explain,
+    published,
     relate,
     report,
     reproduce,
@@ -27,7 +29,21 @@ from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
 from opdgeo.commands.streams import forgiving_output
 from opdgeo.errors import OpdgeoError
 
-COMMANDS = (demo, compare, track, relate, train, evaluate, reproduce, signals, channel, cache, report, explain)
+COMMANDS = (
+    demo,
+    compare,
+    track,
+    relate,
+    published,
+    train,
+    evaluate,
+    reproduce,
+    signals,
+    channel,
+    cache,
+    report,
+    explain,
+)
 
 EPILOG = """\
 examples:
@@ -35,6 +51,7 @@ examples:
   opdgeo compare Qwen3-8B-Base/ my-sft-run/checkpoint-500 -o update
   opdgeo track anchor/ runs/opd -o trajectory
   opdgeo relate anchor/ runs/sft/step-000100 runs/opd/step-000100 -o alike
+  opdgeo published -o published
   opdgeo train opd --steps 100 -o runs/opd
   opdgeo reproduce --seeds 3 -o study
 
@@ -51,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     main.add_argument("--version", action="store_true", help="print the version and exit")
+    main.add_argument(
+        "--completion",
+        choices=completion.SHELLS,
+        metavar="SHELL",
+        help="print a script that makes bash, zsh or fish complete this command line, and exit",
+    )
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
@@ -76,6 +99,9 @@ def _run(argv: list[str] | None) -> int:
         from opdgeo import __version__
 
         print(f"opdgeo {__version__}")
+        return DONE
+    if args.completion:
+        print(completion.script(command_line, args.completion))
         return DONE
     if args.command is None:
         command_line.print_help()

@@ -15,13 +15,19 @@ SCOPES = {
     "pair": "of two updates of one base, matrix by matrix",
     "run": "of a whole run",
 }
+NULLS = {
+    "update": "an isotropic Gaussian ΔW of the same Frobenius norm, added to the same W₀",
+    "trajectory": "a walk of independent isotropic increments with the observed norms",
+    "pair": "two independent isotropic updates of the same sizes, on the same W₀",
+    "run": "the same of the curve of a walk of independent isotropic increments with the observed norms",
+}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "explain",
         help="what a diagnostic is, and what it does not mean",
-        description="Formula, meaning, caveat and source of a diagnostic; without a name, the list of all.",
+        description="Formula, meaning, caveat, null, source and an example of a diagnostic; without a name, the list of all.",
         epilog="example: opdgeo explain stable_rank",
     )
     command.add_argument("diagnostic", metavar="DIAGNOSTIC", nargs="?", help="a name of the list, such as stable_rank")
@@ -57,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
         "variants": ", ".join(variants),
         "meaning": found.meaning,
         "caveat": found.caveat,
+        "null": NULLS[found.scope] + (", which has the same value by construction." if found.size else "."),
+        "example": found.example,
         "source": found.source,
     }
     print(f"{found.title} ({name})\n")
     for title, text in parts.items():
         if text:
+            text = text.replace(" %", "\u00a0%")  # a number and its unit stay on one line
             print(textwrap.fill(text, 78, initial_indent=f"  {title:9} ", subsequent_indent=" " * 12))
     return DONE

@@ -111,6 +111,7 @@ DIAGNOSTIC: OfTrajectory = Diagnostic(
     meaning="The share of the update that lies in the top-K right subspace of an earlier checkpoint's update.",
     caveat="This is what training held in that channel would have kept. The null is a walk of independent increments with the "
     "observed norms. It keeps what it had, and gains chance, K/cols, in every new increment.",
+    example="ΔW_t = [[3, 0], [0, 4]] and the earlier channel (0, 1): 16 / 25 = 64 %.",
     source=f"this program; the subspaces are those of {PAPER}, §2, subspace similarity",
     label=label,
     listed=lambda variant: ".left." not in variant,

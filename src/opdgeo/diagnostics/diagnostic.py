@@ -264,7 +264,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
             increments; that of a pair, always in closed form, two independent isotropic ones.
 
     What a reader is told, in plain text (`_x` and `_{xy}` are subscripts, `^x` and `^{xy}` superscripts):
-        title, formula, meaning, caveat, source.
+        title, formula, meaning, caveat, source. example: a case small enough for mental arithmetic.
 
     How it is shown:
         log: on a logarithmic axis.
@@ -307,6 +307,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     meaning: str
     caveat: str
     source: str
+    example: str = ""
 
     log: bool = False
     size: bool = False

@@ -148,6 +148,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     caveat="Unlike the stable rank it sees the whole spectrum, not the largest singular value alone. Of a large matrix only the top "
     "singular values are known. The value is then the middle between two certified bounds, and the column “error” of the data "
     "file says how far apart they are. The null is read off in the same way.",
+    example="Singular values 2, 1, 1: shares 2/3, 1/6, 1/6 of the energy, exp(0.868) = 2.38.",
     source=f"Roy and Vetterli, The effective rank, EUSIPCO 2007, with shares of the energy for their shares of Σσ; the stable "
     f"rank is that of {PAPER}, §2",
     charted=("",),

@@ -29,6 +29,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     formula="‖ΔW‖_F, ΔW = W₊ − W₀",
     meaning="The length of the update of one matrix, in the units of the weights.",
     caveat="This is the size itself. The null has the same value by construction.",
+    example="ΔW = [[3, 0], [0, 4]]: √(9 + 16) = 5.",
     source=f"{PAPER}, §2",
     log=True,
     size=True,

@@ -64,6 +64,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     "stand far above the rest.",
     caveat="The paper does not give its k; the k used here is in the variant. A flat spectrum, as the null has, gives a large "
     "exponent.",
+    example="Singular values 4, 2, 1 and k = 3: log 4 and log 2 have the mean 1.04, and 1 / 1.04 = 0.96.",
     source=f"{PAPER}, §2, Hill exponent",
     label=lambda variant: f"top {variant}",
     charted=("",),

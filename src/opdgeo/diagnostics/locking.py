@@ -152,6 +152,7 @@ DIAGNOSTIC: OfRun = Diagnostic(
     "mean over matrices. The last checkpoint is left out, as it equals itself.",
     caveat="The null is the same step of the walk's curve, for a walk locks too. Only a lock well before the walk's says that the "
     "channel was found early. The threshold is a choice, so the step is given for all of them.",
+    example="Similarities 0.4, 0.7, 0.6, 0.9 at steps 10, 20, 30, 40 of 50: locked above 0.5 from step 20 on, above 0.8 from step 40 on.",
     source=f"this program; {PAPER}, §1, L4, reads it off the curve of the similarity",
     answer=answer,
     label=label,

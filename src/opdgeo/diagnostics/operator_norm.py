@@ -39,6 +39,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     formula="‖ΔW‖₂ = σ₁(ΔW)",
     meaning="The largest factor by which the update stretches any input.",
     caveat="At a fixed Frobenius norm, a larger operator norm means that the update is concentrated in fewer directions.",
+    example="ΔW = [[3, 0], [0, 4]]: 4, for the input (0, 1).",
     source=f"this program; {PAPER}, §3, uses it in its bounds",
     log=True,
     curves={"sigma_update": sigma},

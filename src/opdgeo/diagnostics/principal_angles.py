@@ -89,6 +89,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     meaning="How far the leading singular subspaces of the matrix turned, left (outputs) and right (inputs).",
     caveat="The largest angle depends on the gap between the singular values at the cut. So an isotropic update turns it too. "
     "The column “error” of the data file says how well the angle is determined.",
+    example="k = 1, v₀ = (1, 0) and v₊ = (0.8, 0.6): cos θ = 0.8, so θ = 36.9°.",
     source=f"{PAPER}, §2, principal-angle rotation",
     log=True,
     label=label,

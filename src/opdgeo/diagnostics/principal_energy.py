@@ -88,6 +88,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     meaning="The share of the update inside the top-k left, right and both singular subspaces of the matrix it started from.",
     caveat="Chance is k/rows, k/cols and their product, which is what the null gives. Above chance the update follows the principal "
     "directions; below it, it avoids them.",
+    example="ΔW = [[3, 0], [0, 4]] and the right subspace of (1, 0): 9 / 25 = 36 %.",
     source=f"this program; it puts the off-principal claim of {PAPER}, §2, in terms of energy",
     label=label,
     charted=("both",),

@@ -36,6 +36,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     formula="‖ΔW‖_F / ‖W₀‖_F",
     meaning="The length of the update, relative to the length of the matrix it started from.",
     caveat="This is the size of the move, comparable between matrices. The null has the same value by construction.",
+    example="‖ΔW‖_F = 0.5 and ‖W₀‖_F = 50: 0.01.",
     source=f"this program; the norms are those of {PAPER}, §2",
     log=True,
     size=True,

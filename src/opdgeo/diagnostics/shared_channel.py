@@ -80,6 +80,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "would keep so much of it.",
     caveat="Chance is K over the dimension, for any update of which the channel is independent. The spread of the null is that of "
     "isotropic updates: an update of few directions scatters more around the same chance.",
+    example="ΔW_A = [[3, 0], [0, 4]] and the channel (0, 1) of B: 16 / 25 = 64 %.",
     source="this program; the channel is that of opdgeo channel, PAPER §2: the top-K singular vectors of an update",
     label=label,
     charted=("right",),

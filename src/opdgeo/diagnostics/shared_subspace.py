@@ -104,6 +104,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     caveat="It does not weigh the directions: with K above the number of directions that stand out, the rest is noise and pulls the "
     "number to chance, K over the dimension. Look at the whole curve over K. Tables show "
     f"K = {SHOWN}; the data files hold every K.",
+    example="K = 2, V(A) = e₁, e₂ and V(B) = e₁, e₃: one direction of two, 50 %.",
     source=f"{PAPER}, §2, subspace similarity, between two runs in place of two steps",
     label=label,
     listed=lambda variant: variant.endswith(f".{SHOWN}"),

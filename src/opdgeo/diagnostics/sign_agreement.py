@@ -61,6 +61,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "that resolve signs look at this number.",
     caveat="Chance is about a half. It counts entries and not how far they moved, and says nothing about entries that only one "
     "update moved visibly.",
+    example="Both moved 200 entries visibly, 150 of them to the same side: 75 %.",
     source="this program; sign conflicts: Yadav et al. (TIES), arXiv 2306.01708",
     headline=Headline(
         "", "signs alike", "of the entries that both moved visibly {} went to the same side", "chance is {}"

@@ -40,6 +40,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     formula="‖σ(W₊) − σ(W₀)‖₂ / ‖σ(W₀)‖₂",
     meaning="How far the singular values of the matrix moved, relative to all of them.",
     caveat="It is never above the relative norm (Mirsky). It grows with the size of the update: read it against the null.",
+    example="σ(W₀) = 4, 3 and σ(W₊) = 4.3, 3.4: √(0.3² + 0.4²) / 5 = 0.1.",
     source=f"{PAPER}, §2, normalised spectral shift",
     log=True,
     charted=("",),

@@ -38,6 +38,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     "a square isotropic update.",
     caveat="It does not change when the update is scaled. Gradients have a low stable rank under every objective. So compare arms "
     "with each other, and not with the null alone.",
+    example="Singular values 2, 1, 1: (4 + 1 + 1) / 4 = 1.5.",
     source=f"{PAPER}, §2, stable rank",
     charted=("",),
     leads=True,

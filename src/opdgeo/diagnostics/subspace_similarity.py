@@ -155,6 +155,7 @@ DIAGNOSTIC: OfTrajectory = Diagnostic(
     caveat="Two checkpoints of a run share a prefix, and look alike for that reason alone. The null is a walk of independent "
     "increments with the observed norms. Only a similarity above it says that the channel was found early. Tables show "
     f"K = {SHOWN}, right; the data files hold every K and both sides.",
+    example="K = 2, V(t) = e₁, e₂ and V(end) = e₁, e₃: one direction of two, 50 %.",
     source=f"{PAPER}, §2, subspace similarity",
     label=label,
     listed=lambda variant: ".left." not in variant and variant.endswith(f".{SHOWN}"),

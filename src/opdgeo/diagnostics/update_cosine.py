@@ -48,6 +48,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "(task vectors) with cosines near 0 can be added with little conflict.",
     caveat="In many dimensions the cosine of unrelated updates is 0 almost exactly, so a small one can be far beyond chance and "
     "still mean little. Two runs that share their first steps, or one base's rounding, agree for that reason alone.",
+    example="ΔW_A = (3, 4) and ΔW_B = (4, 3): 24 / 25 = 0.96.",
     source="this program; task vectors: Ilharco et al., arXiv 2212.04089",
     around_zero=True,
     headline=Headline(

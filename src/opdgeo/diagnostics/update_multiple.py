@@ -44,6 +44,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     meaning="How many times the other update this one holds. With a cosine near 1 it says that one is the other, c times as far.",
     caveat="The factor is small where the cosine is, and where this update is the smaller one. Read it beside the cosine. The "
     "factors of the two directions are not inverse to each other: their product is the squared cosine.",
+    example="ΔW_A = (2, 0) and ΔW_B = (1, 1): 2 / 2 = 1. The other way round 2 / 4 = 0.5.",
     source="this program",
     around_zero=True,
     directed=True,

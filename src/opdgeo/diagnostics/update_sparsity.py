@@ -50,6 +50,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     "it against the null. For bf16 values the η rule is the same as inequality of the numbers, because neighbouring bf16 "
     "numbers differ by at least 2⁻⁸ relative, which is more than η. The variant “bit-equal” therefore adds nothing but signed "
     "zeros.",
+    example="0.5 → 0.5005 is 0.5 in bf16, whose next number is 0.5039: unchanged. 0.5 → 0.503 becomes that next number: changed.",
     source=f"{PAPER}, §2, bf16-aware update sparsity",
     label=lambda variant: LABELS.get(variant, variant),
     charted=("bf16_eta",),

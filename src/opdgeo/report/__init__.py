@@ -11,7 +11,7 @@ def write_report(out: Path, figures: bool = False) -> Path:
     Raises:
         ConfigError: a data file is missing or damaged.
     """
-    from opdgeo.report import pairs_page, signals
+    from opdgeo.report import pairs_page, published, signals
     from opdgeo.report.charts import save, write_whole
     from opdgeo.report.data import load
     from opdgeo.report.page import build
@@ -19,6 +19,8 @@ def write_report(out: Path, figures: bool = False) -> Path:
     out = Path(out)
     if (out / signals.TABLE).is_file():
         page, charts = signals.build(out)
+    elif (out / published.TABLE).is_file():
+        page, charts = published.build(out)
     else:
         results = load(out)
         page, charts = pairs_page.build(results) if results.kind == "relate" else build(results)

@@ -31,8 +31,8 @@ def remarks(base: Checkpoint, checkpoints: Sequence[Checkpoint]) -> list[str]:
             found.setdefault(
                 "siblings",
                 f"{base.name} and {tuned.name} were both trained from {origin}: what is measured is the difference between the "
-                f"two, not the update of either. For that: opdgeo compare {origin} {tuned.path}; for how alike the two are: "
-                f"opdgeo relate {origin} {base.path} {tuned.path}",
+                f"two, not the update of either. For that: opdgeo compare {origin} {_given(tuned)}; for how alike the two are: "
+                f"opdgeo relate {origin} {_given(base)} {_given(tuned)}",
             )
         elif base.step is not None and tuned.step is not None:
             found.setdefault(
@@ -48,8 +48,15 @@ def _run(checkpoint: Checkpoint) -> Path:
     return checkpoint.path.resolve().parent
 
 
+def _given(checkpoint: Checkpoint) -> str:
+    """As it can be given on a command line."""
+    return checkpoint.repository or str(checkpoint.path)
+
+
 def _is(origin: str, checkpoint: Checkpoint) -> bool:
     """Whether an origin names this checkpoint; a relative one may be from another folder, and is known by its end."""
+    if origin == checkpoint.repository.partition("@")[0]:
+        return True
     there = checkpoint.path.resolve()
     return origin == str(there) or (not Path(origin).exists() and Path(origin).parts[-2:] == there.parts[-2:])
 
@@ -71,6 +78,7 @@ def _origin(checkpoint: Checkpoint) -> str | None:
         with suppress(OSError, CheckpointError):
             if file.is_file() and isinstance(config := read_json(file), dict) and (not sign or sign in config):
                 name = config.get(key)
-                if isinstance(name, str) and name and _place(name) != _place(checkpoint.path):
+                own = (_place(checkpoint.path), checkpoint.repository.partition("@")[0])
+                if isinstance(name, str) and name and _place(name) not in own:
                     return _place(name)
     return None

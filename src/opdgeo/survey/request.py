@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix, Pairing, open_checkpoint, pair, run_checkpoints, tell_apart
+from opdgeo.checkpoints.ranges import Range
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import ConfigError
 
@@ -134,6 +135,7 @@ class Execution:
         progress: show a progress bar on standard error.
         out: a results folder whose earlier work is gone on from.
         overwrite: whether `out` may hold the result of another update, which is then replaced.
+        before_fetching: called with the tensors on the hub that are needed; it may refuse them with an `OpdgeoError`.
     """
 
     engine: str = "local"
@@ -144,6 +146,7 @@ class Execution:
     progress: bool = False
     out: Path | None = None
     overwrite: bool = True
+    before_fetching: Callable[[Sequence[Range]], None] | None = None
 
     def check(self) -> None:
         """Raises:

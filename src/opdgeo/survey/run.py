@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError
-from opdgeo.survey import engines
+from opdgeo.survey import engines, fetching
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.kinship import remarks
 from opdgeo.survey.measure import Job, Measured, outdated
@@ -26,6 +26,7 @@ from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
 from opdgeo.survey.parts import Parts, require_unchanged
 from opdgeo.survey.plan import describe, plan, refuse_what_cannot_fit
+from opdgeo.survey.progress import Measuring, cost
 from opdgeo.survey.request import Execution, Request
 from opdgeo.survey.results import Result
 from opdgeo.survey.tables import Tables
@@ -198,7 +199,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
     parts = source.parts(request, execution)
     reused: Counter[str] = Counter()
     rest: list[tuple[Matrix, Measured | None]] = []
-    for m in sorted(work, key=_cost, reverse=True):  # the largest first, so that the workers end together
+    for m in sorted(work, key=cost, reverse=True):  # the largest first, so that the workers end together
         known = parts.load(m)
         values, nulls = outdated(known.settings if known else None, settings, job.rows)
         if known is not None:
@@ -208,14 +209,16 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         elif m.name in parts.finished:  # its tables go while the new ones are written
             parts.save(m, known)
 
+    fetching.fetch(request.every, [m for m, _ in rest], progress=execution.progress, before=execution.before_fetching)
     runs = engines.ENGINES[execution.engine](job, rest, execution)
     beside = ThreadPoolExecutor(1)
     try:
         manifests = parts.manifests or beside.map(source.manifest, request.every)
-        with _Bar(execution.progress, sum(_cost(m) for m, _ in rest)) as bar, closing(runs):
+        at_a_time = engines.workers(execution)
+        with Measuring(execution.progress, [m for m, _ in rest], at_a_time) as bar, closing(runs):
             for m, found in runs:
                 parts.save(m, found)
-                bar.advance(_cost(m))
+                bar.advance(m)
         of_base, *of_checkpoints = manifests
     finally:
         beside.shutdown(cancel_futures=True)
@@ -261,6 +264,8 @@ def plan_text(request: Request, workers: int | None = None) -> str:
     refuse_what_cannot_fit(request.work, request.every, request.settings, pairs=request.pairs)
     planned = plan(request.work, request.every, request.settings, workers, pairs=request.pairs)
     text = describe(planned, request.pairings[0], len(request.checkpoints), workers)
+    for line in fetching.account(request.every, request.work):
+        text += f"\nto fetch: {line}"
     notes = [*remarks(request.base, request.checkpoints), *(note for c in request.every for note in c.notes)]
     return "\n".join([text, *dict.fromkeys(f"note: {note}" for note in notes)])
 
@@ -278,40 +283,3 @@ def provenance(started: datetime, seconds: float, device: str, cores: int) -> di
         "platform": f"{platform.platform()}, {cores} cores",
         "device": device,
     }
-
-
-def _cost(matrix: Matrix) -> float:
-    """Proportional to the flops of a factorisation."""
-    return float(matrix.rows * matrix.cols * min(matrix.rows, matrix.cols))
-
-
-class _Bar:
-    """A progress bar with the time left, or nothing."""
-
-    def __init__(self, shown: bool, total: float):
-        self.shown, self.total = shown, total
-
-    def __enter__(self) -> _Bar:
-        if self.shown:
-            from rich import progress
-            from rich.console import Console
-
-            columns = (
-                progress.TextColumn("measuring"),
-                progress.BarColumn(),
-                progress.TaskProgressColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-            )
-            self.bar = progress.Progress(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task("measuring", total=self.total)
-        return self
-
-    def advance(self, cost: float) -> None:
-        if self.shown:
-            self.bar.advance(self.task, cost)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.shown:
-            self.bar.stop()
