@@ -5,7 +5,7 @@ programs. Here only the first one pays. What a child runs is what `python ARGUME
 own working directory, environment, streams, signals and exit status, and it ends as Python ends.
 
 Before a fork there are no threads but the allocators' own: torch and BLAS are held to one thread, polars and pyarrow start theirs
-when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import: such a
+when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import (but for the hub's): such a
 test starts a real process, by `cold=True` in `program.py`, which is the other side of this file.
 
     fork_server.py SOCKET       listens until its standard input ends
@@ -154,6 +154,9 @@ def end(request: dict[str, Any]) -> NoReturn:
 def become(request: dict[str, Any]) -> None:
     """Run what `python ARGUMENTS` would, at the top of a new `__main__`."""
     os.chdir(request["cwd"])
+    if any(os.environ.get(name) != request["env"].get(name) for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # it reads them when it is imported
     os.environ.clear()
     os.environ.update(request["env"])
     first, *rest = request["arguments"]

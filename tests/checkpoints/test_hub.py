@@ -180,7 +180,8 @@ def test_a_broken_connection_is_made_again_where_it_broke(inside: Hub) -> None:
 def test_the_token_goes_to_the_hub_alone(inside: Hub) -> None:
     checkpoint = open_checkpoint("org/base")
     checkpoint.read(Request.of_update(TINY / "base", TINY / "teacher").work[0])
-    assert {a.authorization for a in inside.asked if a.at == "hub"} == {"Bearer hf_secret"}
+    # The hub's own client may also ask which programs it knows, without the token.
+    assert {a.authorization for a in inside.asked if a.at == "hub" and "org/base" in a.path} == {"Bearer hf_secret"}
     at_storage = [a.authorization for a in inside.asked if a.at == "storage"]
     assert at_storage == [None] * 3  # the number before the header, the header, one tensor
 

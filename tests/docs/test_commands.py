@@ -36,6 +36,7 @@ NOT_RUN = {
     r" (Qwen|Kwai-Klear)/|^opdgeo published": "it needs the hub; tests/checkpoints/test_hub.py and tests/experiments/test_published.py have one of their own",
     r"--device cuda|device=cuda|gpu\.sh": "it needs a GPU",
     r"^CONFIGS=|^accelerate |^srun |^vllm ": "it needs several GPUs or machines; tests/training/test_processes.py starts two processes",
+    r"^opdgeo --completion": "tests/cli/test_completion.py runs it",
     r"^opdgeo demo": "tests/cli/test_first_minutes.py runs it",
     r"^opdgeo (train|evaluate|signals|reproduce)|^opdgeo report study": "it trains for minutes; tests/training and tests/experiments do so",
     r"^python (-m opdgeo\.experiments|tests/recompute)": "it trains for hours, or reads a finished study",
