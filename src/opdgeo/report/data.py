@@ -28,6 +28,8 @@ _TYPES = {
     **{"layer": pl.Int32, "reason": pl.String, "values": pl.List(pl.Float64)},
 }
 
+LONGEST = 1 << 29  # bytes of a file of text
+
 _NUMBER, _COUNT, _TEXT = (int, float), int, str
 _STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
 _BESIDE = dict.fromkeys(("mean", "excess"), (_NUMBER, None)) | dict.fromkeys(
@@ -303,16 +305,23 @@ def _unreadable(path: Path, problem: Exception) -> ConfigError:
 def _json(path: Path) -> Any:
     if not path.is_file():
         raise _missing(path)
+    _check_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
         raise _broken(path, f"unreadable ({problem})", "JSON") from problem
 
 
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > LONGEST:
+        raise _broken(path, f"{size} bytes", f"at most {LONGEST}")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise _missing(path)
     rows = []
+    _check_size(path)
     try:
         text = path.read_text(encoding="utf-8")
     except ValueError as problem:
@@ -322,7 +331,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise _broken(path, f"line {index} is unreadable ({problem})", "one JSON object a line") from problem
         if not isinstance(row, dict):
             raise _broken(path, f"line {index} is a {type(row).__name__}", "one JSON object a line")
