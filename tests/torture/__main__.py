@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ for _variable in (
 from torture.families import FAMILIES, Family, prepare, warm  # noqa: E402
 from torture.oracle import Outcome, interleaved, run  # noqa: E402
 
-BATCH = 200
+BATCH = 400
 LIBRARIES = ("opdgeo.survey.follow", "opdgeo.report.page", "opdgeo.report.terminal", "opdgeo.diagnostics.gaussian_null", "opdgeo.training.channel",
              "opdgeo.training.served", "opdgeo.training.config", "opdgeo.training.rollouts", "opdgeo.tasks.arithmetic", "gguf", "matplotlib.pyplot", "pyarrow.parquet")  # fmt: skip
 
@@ -55,23 +56,23 @@ def main() -> int:
 
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.collect()
+    gc.freeze()  # a child's collector leaves the shared pages alone
     place = Path(tempfile.mkdtemp(prefix="opdgeo-torture-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     try:
         if index:
             return one(chosen[0], args.seed, int(index), place)
         print(f"seed {args.seed}, {args.inputs} inputs, {args.jobs} processes", flush=True)
-        shares = sum(f.share for f in chosen)
-        found = {
-            f.name: of_family(
-                f,
-                args.seed,
-                round(args.inputs * f.share / shares),
-                60 * args.minutes * f.share / shares,
-                args.jobs,
-                place,
-            )
-            for f in chosen
-        }
+        each, rest, until = (
+            sum(f.share for f in chosen),
+            sum(f.share for f in chosen),
+            time.monotonic() + 60 * args.minutes,
+        )
+        found: dict[str, Outcome] = {}
+        for f in chosen:  # what one family leaves of its time is there for the next
+            seconds = (until - time.monotonic()) * min(1.0, 5 * f.share / rest)
+            rest -= f.share
+            found[f.name] = of_family(f, args.seed, round(args.inputs * f.share / each), seconds, args.jobs, place)
         return report(found, args.seed, args.json)
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -219,7 +219,7 @@ def _watch(place: Path) -> list[str]:
             path, _, flags = args
             if not isinstance(path, (str, bytes)):
                 return
-            path = os.path.normpath(os.path.abspath(os.fsdecode(path)))
+            path = os.path.normpath(Path.cwd() / os.fsdecode(path))
             foreign = not path.startswith(own) and not (path.startswith(f"{place}/bases") and not flags & writing)
             if foreign and (path.startswith(root) or (flags & writing and path != os.devnull)):
                 touched.append(f"open {path}")
@@ -234,13 +234,12 @@ def _watch(place: Path) -> list[str]:
             "os.symlink",
             "shutil.rmtree",
         ):
-            paths = [a for a in args if isinstance(a, (str, bytes))]
-            if any(
-                os.path.isabs(os.fsdecode(p)) and not os.path.normpath(os.fsdecode(p)).startswith(own) for p in paths
-            ):
+            paths = [os.fsdecode(a) for a in args if isinstance(a, (str, bytes))]
+            if any(p.startswith("/") and not os.path.normpath(p).startswith(own) for p in paths):
                 touched.append(f"{event} {paths}")
         elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"):
-            touched.append(f"{event} {str(args)[:100]}")
+            if str(args[0]) != "uname":  # asked by `platform` for run.json
+                touched.append(f"{event} {str(args)[:100]}")
         elif event == "socket.connect":
             address = args[1]
             if not (isinstance(address, tuple) and address[0] in ("127.0.0.1", "localhost")):

@@ -30,6 +30,11 @@ _TYPES = {
 
 LONGEST = 1 << 29  # bytes of a file of text
 
+_BROKEN = (
+    Exception,
+    pl.exceptions.PanicException,
+)  # polars raises several families for a broken file, and one that is no Exception
+
 _NUMBER, _COUNT, _TEXT = (int, float), int, str
 _STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
 _BESIDE = dict.fromkeys(("mean", "excess"), (_NUMBER, None)) | dict.fromkeys(
@@ -276,7 +281,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     table = _scan(path, columns)
     try:
         return table.collect()
-    except Exception as problem:
+    except _BROKEN as problem:
         raise _unreadable(path, problem) from problem
 
 
@@ -287,7 +292,7 @@ def _scan(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     try:
         table = pl.scan_parquet(path)
         there = table.collect_schema()
-    except Exception as problem:  # polars raises several families for a broken file
+    except _BROKEN as problem:
         raise _unreadable(path, problem) from problem
     lacking = [c for c in columns if c not in there]
     if lacking:

@@ -99,7 +99,7 @@ class Parts:
         self._journal: Journal | None = None
         if self.folder and self.folder.is_dir():
             remove_orphans(self.folder)
-            if self._path(self.folder).exists():
+            if self._path(self.folder).is_file():
                 self._journal = Journal(self._path(self.folder))
                 for start, line in self._journal.lines():
                     with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged

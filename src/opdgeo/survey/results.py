@@ -162,7 +162,7 @@ def load_result(out: str | Path) -> Result:
             read_json(out / "summary.json", LONGEST),
             read_json(out / "run.json", LONGEST),
         )
-    except (OSError, ValueError, CheckpointError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, CheckpointError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ConfigError(
             f"{out} is not a complete results folder ({error}); expected measurements.parquet, curves.parquet, "
             "summary.json and run.json. Run compare, track or reproduce with -o first."

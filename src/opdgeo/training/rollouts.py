@@ -64,7 +64,9 @@ class Recorded:
                 for number, (offset, line) in enumerate(lines(stream), start=1):
                     self.offsets.setdefault(self._row(line, number)["step"], (offset, number))
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error}; expected the {FILE} of a run. Copy it again.") from error
+            raise ConfigError(
+                f"{path} cannot be read: {error}; expected the {FILE} of a run. Copy it again."
+            ) from error
 
     def step(self, step: int, count: int) -> list[dict[str, Any]]:
         """The `count` completions written before update `step`.
