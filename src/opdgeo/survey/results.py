@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import polars as pl
+from safetensors import SafetensorError
 
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
@@ -78,7 +80,8 @@ class Result:
     def _write(self, path: Path) -> None:
         """Write one of the tables."""
         frame: pl.DataFrame = getattr(self, path.stem)
-        write_atomically(path, lambda p: frame.write_parquet(p))
+        with writing(path):
+            write_atomically(path, lambda p: frame.write_parquet(p))
 
     def to_pandas(self) -> Any:
         """`measurements` as a pandas table.
@@ -141,6 +144,22 @@ class OnDisk(Result):
     def save(self, out: str | Path, *, growing: bool = False) -> None:
         super().save(out, growing=growing)
         object.__setattr__(self, "folder", Path(out))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Libraries that write have errors of their own for a disk that is full or fails, which do not say so.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error}); expected room for it on its disk. Make room, and give the command again: finished "
+            "matrices are kept."
+        ) from error
 
 
 def load_result(out: str | Path) -> Result:
