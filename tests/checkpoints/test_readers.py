@@ -298,6 +298,47 @@ def test_hostile_torch_files_end(tmp_path: Path) -> None:
     assert "OpdgeoError" in within_limits(lambda: opened.tensors[UP][:, :])
 
 
+def test_tuples_that_double_are_not_written_out(tmp_path: Path) -> None:
+    """Where a storage, a number of ranks or a name should stand: their text, their order and their hash take 2⁴⁰ steps."""
+    doubled = b")" + b"q\x63h\x63\x86" * 40
+    whole = tensor((4, 4), (4, 1), 16)
+    start, end = whole.index(b"(X\x07\0\0\0storage"), whole.index(b"K\0(")
+    packed(tmp_path / "pytorch_model.bin", whole[:start] + doubled + whole[end:], k0=bytes(64))
+    assert "a storage that is none" in within_limits(lambda: open_checkpoint(tmp_path / "pytorch_model.bin"))
+    for key in ("partition_count", "shared_params"):
+        folder = zero_folder(tmp_path / key, some_state(), 2, 2)
+        nested: Any = ()
+        for _ in range(40):
+            nested = (nested, nested)
+        pattern = "*_optim_states.pt" if key == "partition_count" else "*_model_states.pt"
+        for file in (folder / "global_step7").glob(pattern):
+            content = torch.load(file, weights_only=True)
+            if key == "partition_count":
+                content["optimizer_state_dict"][key] = nested
+            else:
+                content[key] = {"lm_head.weight": nested}
+            torch.save(content, file)
+        within_limits(lambda folder=folder: open_checkpoint(folder))
+
+
+def test_what_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    """A link to itself, a name longer than any file's, a folder called like a file."""
+    dcp_folder(tmp_path / "a", some_state(), lambda _: None)
+    (tmp_path / "a" / "b.distcp").symlink_to("b.distcp")
+    save_file(some_state(), tmp_path / "model.safetensors")
+    (tmp_path / "latest").write_text("x" * 4000)
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(CheckpointError, match=r"Too many levels|symbolic link"):
+        open_checkpoint(tmp_path / "a")
+    assert open_checkpoint(tmp_path).tensors.keys() == some_state().keys()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "x" * 300 + ".safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file in the folder"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "a.gguf", ".metadata", "config.json",
                                   "model_world_size_1_rank_0.pt", "adapter_config.json", "model.safetensors.index.json"])  # fmt: skip
 def test_a_pipe_where_a_file_is_expected_is_not_waited_for(name: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ for _variable in (
 ):
     os.environ.setdefault(_variable, "1")
 
+from torture import kills  # noqa: E402
 from torture.families import FAMILIES, Family, prepare, warm  # noqa: E402
 from torture.oracle import Outcome, interleaved, run  # noqa: E402
 
@@ -45,13 +46,15 @@ def main() -> int:
     options.add_argument(
         "--only", default="", help="names of families, comma-separated; FAMILY:INDEX runs one input and keeps its files"
     )
-    options.add_argument("--no-kills", action="store_true", help="leave out the kills and faults")
+    options.add_argument(
+        "--no-kills", action="store_true", help="leave out the kills and broken disks (kills in --only: nothing else)"
+    )
     options.add_argument("--json", type=Path, help="write the figures here too")
     args = options.parse_args()
     name, _, index = args.only.partition(":")
     chosen = [f for f in FAMILIES if not args.only or f.name in (name if index else args.only).split(",")]
-    if args.only and not chosen and not set(args.only.split(",")) & {"kills", "faults"}:
-        options.error(f"no family {args.only}; expected some of {', '.join(f.name for f in FAMILIES)}, kills, faults")
+    if args.only and not chosen and args.only != "kills":
+        options.error(f"no family {args.only}; expected some of {', '.join(f.name for f in FAMILIES)}, kills")
     import importlib
 
     for library in LIBRARIES:
@@ -73,7 +76,10 @@ def main() -> int:
             seconds = (until - time.monotonic()) * min(1.0, 5 * f.share / rest)
             rest -= f.share
             found[f.name] = of_family(f, args.seed, round(args.inputs * f.share / each), seconds, args.jobs, place)
-        return report(found, args.seed, args.json)
+        reports = {}
+        if not args.no_kills and (not args.only or "kills" in args.only.split(",")):
+            reports = kills.everything(place)
+        return report(found, reports, args.seed, args.json)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -126,7 +132,7 @@ def line(name: str, of: Outcome) -> str:
     return f"{name:18} {of.inputs:8} inputs {of.refused:8} refused {of.accepted:8} accepted {len(of.findings):4} findings {of.seconds:8.1f} s ({each:.1f} ms each)"
 
 
-def report(found: dict[str, Outcome], seed: int, file: Path | None) -> int:
+def report(found: dict[str, Outcome], reports: dict[str, kills.Report], seed: int, file: Path | None) -> int:
     total = Outcome()
     for one_ in found.values():
         add(total, one_)
@@ -136,8 +142,9 @@ def report(found: dict[str, Outcome], seed: int, file: Path | None) -> int:
             name: {"inputs": o.inputs, "refused": o.refused, "accepted": o.accepted, "findings": [vars(f) for f in o.findings.values()], "seconds": round(o.seconds, 1)}
             for name, o in {**found, "all": total}.items()
         }  # fmt: skip
-        file.write_text(json.dumps({"seed": seed, "families": families}, indent=1) + "\n")
-    return 1 if total.findings else 0
+        of_kills = {name: vars(one_) for name, one_ in reports.items()}
+        file.write_text(json.dumps({"seed": seed, "families": families, "kills": of_kills}, indent=1) + "\n")
+    return 1 if total.findings or any(r.wrong for r in reports.values()) else 0
 
 
 def one(family: Family, seed: int, index: int, place: Path) -> int:

@@ -239,9 +239,9 @@ def results(folder: Path, draw: Random) -> bool:
     what = draw.random()
     if what < 0.01:
         _command("report", folder)
-    elif what < 0.02:
+    elif what < 0.03:
         _command("compare", base.path, tuned.path, "-o", folder, "--nulls", "1", "--rank", "4", "--top-k", "3", "--mask-rank", "3", "--no-cache",
-                 "--no-report", "--roles", "q_proj,up_proj", *(["--overwrite"] if what < 0.015 else []))  # fmt: skip
+                 "--no-report", "--roles", "q_proj,up_proj", *(["--overwrite"] if what < 0.02 else []))  # fmt: skip
     return accepted
 
 

@@ -6,6 +6,7 @@ leave nothing beside them: not in OUT, nor in the cache, nor in the folder for t
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -272,23 +273,20 @@ def _again(place: Place, whole: dict[str, bytes], case: str, report: Report) -> 
 
 # Disks ----------------------------------------------------------------------------------------------------------
 
-ERRORS = ("ENOSPC", "EROFS", "EIO")
+ERRORS = (errno.ENOSPC, errno.EROFS, errno.EIO)
 
 
-def faults(folder: Path, every: int = 1) -> Report:
+def faults(folder: Path, cases: list[dict[str, int]] | None = None) -> Report:
     """Each change of OUT and of the cache fails in turn, with each error; so do reads, and files beyond a length. Then without."""
-    import errno
-
     report = Report()
     place = Place(folder / "faults", "fresh")
     _, whole = place.prepare()
     place.before(None)
     _, _, changes = place.run(fault=0, errno=0)
-    cases: list[dict[str, Any]] = [
-        dict(fault=n, errno=getattr(errno, e)) for e in ERRORS for n in range(1, changes + 1, every)
-    ]
-    cases += [dict(reads=n, errno=errno.EIO) for n in range(1, 20, every)]
-    cases += [dict(longest=n) for n in (200, 1000, 3000, 10_000, 30_000, 100_000)[:: min(every, 3)]]
+    if everything := cases is None:
+        cases = [dict(fault=n, errno=error) for error in ERRORS for n in range(1, changes + 1)]
+        cases += [dict(reads=n, errno=errno.EIO) for n in range(1, 20)]
+        cases += [dict(longest=n) for n in (200, 1000, 3000, 10_000, 30_000, 100_000)]
     for how in cases:
         place.before(None)
         done, *_ = place.run(**how)
@@ -299,7 +297,14 @@ def faults(folder: Path, every: int = 1) -> Report:
         if done.returncode == 0:
             report.check(place.data() == whole, f"{case}: another result")
         _again(place, whole, case, report)
-    with _small_disk(folder / "disk") as disk:
+    if everything:
+        _full_disks(place, whole, folder / "disk", report)
+    shutil.rmtree(place.folder)
+    return report
+
+
+def _full_disks(place: Place, whole: dict[str, bytes], folder: Path, report: Report) -> None:
+    with _small_disk(folder) as disk:
         for free in (20, 60, 100, 200) if disk else ():
             place.before(None)
             place.out = disk / "out"
@@ -313,8 +318,6 @@ def faults(folder: Path, every: int = 1) -> Report:
             _again(place, whole, case, report)
             shutil.rmtree(place.out, ignore_errors=True)
             place.out = place.folder / "out"
-    shutil.rmtree(place.folder)
-    return report
 
 
 @contextmanager

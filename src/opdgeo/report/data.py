@@ -313,7 +313,7 @@ def _json(path: Path) -> Any:
     _check_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise _broken(path, f"unreadable ({problem})", "JSON") from problem
 
 
@@ -329,7 +329,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     _check_size(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         raise _broken(path, f"unreadable ({problem})", "UTF-8 text, one JSON object a line") from problem
     for index, line in enumerate(text.splitlines(), 1):
         if not line.strip():
