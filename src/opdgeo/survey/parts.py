@@ -109,10 +109,11 @@ class Parts:
             remove_orphans(self.folder)
             if self._path(self.folder).is_file():
                 self._journal = Journal(self._path(self.folder))
-                for start, line in self._journal.lines():
-                    with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
-                        self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
-                    self._found = start + len(line)
+                with suppress(OSError):  # a disk that fails keeps nothing
+                    for start, line in self._journal.lines():
+                        with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
+                            self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
+                        self._found = start + len(line)
 
     def _path(self, folder: Path) -> Path:
         return folder / f"{self.inputs[:32]}.jsonl"

@@ -177,7 +177,8 @@ def load_result(out: str | Path) -> Result:
             if odd := [name for name, kind in columns.items() if table.schema.get(name) != kind]:
                 raise ValueError(f"a table with another {', '.join(odd)}")
         return Result(
-            *tables,
+            tables[0],
+            tables[1],
             read_json(out / "summary.json", LONGEST),
             read_json(out / "run.json", LONGEST),
         )
