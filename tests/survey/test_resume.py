@@ -399,7 +399,14 @@ def test_damaged_results_are_refused_and_measured_again(small_run: tuple[Path, l
 
 @pytest.mark.parametrize(
     "change",
-    [{"checkpoint": "x"}, {"diagnostic": "x"}, {"value": "x"}, {"rows": None}, {"layer": 1 << 40}],
+    [
+        {"checkpoint": "x"},
+        {"checkpoint": "base"},
+        {"diagnostic": "x"},
+        {"value": "x"},
+        {"rows": None},
+        {"layer": 1 << 40},
+    ],
 )
 def test_rows_of_a_journal_that_no_table_takes_are_measured_again(
     change: dict[str, object], small_run: tuple[Path, list[Path]], tmp_path: Path

@@ -101,7 +101,7 @@ class Parts:
         self._kept: dict[Matrix, Measured | tuple[int, int]] = {}  # or its place in the journal
         self._journal: Journal | None = None
         self._names, self._pairs, self._found = (
-            {c.name for c in checkpoints},
+            {c.name for c in checkpoints[1:]},
             pairs,
             0,
         )  # bytes of an earlier run's journal
@@ -161,7 +161,7 @@ def _unpacked(packed: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def _are_rows(measurements: pl.DataFrame, curves: pl.DataFrame, checkpoints: set[str]) -> bool:
-    """Whether tables hold what a run of these checkpoints writes, so far as the summary relies on it."""
+    """Whether tables hold what a run of these checkpoints, the base not among them, writes, so far as the summary relies on it."""
     keys = measurements.select("checkpoint", "matrix", "role", "rows", "cols", "diagnostic", "variant", "status")
     names = {*measurements["checkpoint"], *curves["checkpoint"]}
     names |= {*measurements["other"].drop_nulls()} if "other" in measurements.columns else set()
@@ -185,7 +185,7 @@ def _finished(
             manifests = [c.manifest() for c in checkpoints]
             if measured != hashes(manifests):  # other bytes, of which the file system says nothing
                 return {}, manifests
-            if not _are_rows(result.measurements, result.curves, {c.name for c in checkpoints}):
+            if not _are_rows(result.measurements, result.curves, {c.name for c in checkpoints[1:]}):
                 return {}, manifests
             rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
             found = {m: Measured(of, curves.get(m, []), result.run["settings"]) for m, of in rows.items()}
