@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _PARTIAL = re.compile(r"\..+\.([0-9a-f]{1,16})-(\d+)-(\d+)\.partial", re.DOTALL)
+LONGEST = 1 << 26  # bytes of a line
 SYNCED = 1.0  # seconds between two times that a journal is brought to the disk
 ABANDONED = 24 * 3600  # seconds; an unfinished file of another machine that is older has no writer any more
 
@@ -75,16 +77,26 @@ class Journal:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Every line with where it begins."""
-        start = 0
         with os.fdopen(os.dup(self.file), "rb") as stream:
             stream.seek(0)
-            for line in stream:
-                yield start, line
-                start += len(line)
+            yield from lines(stream)
 
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):  # it was not opened
             os.close(self.file)
+
+
+def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Every line with where it begins, of a file that may not be one of lines: of one longer than `LONGEST`, so many bytes."""
+    while True:
+        start = stream.tell()
+        line = stream.readline(LONGEST)
+        if not line:
+            return
+        yield start, line
+        rest = line
+        while len(rest) == LONGEST and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST)
 
 
 def sync(path: Path) -> None:

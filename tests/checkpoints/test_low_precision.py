@@ -68,6 +68,13 @@ def test_blocks_that_do_not_divide_are_of_the_configuration_s_size(tmp_path):
     assert torch.equal(read(save(tmp_path / "m", {Q: weight, f"{Q}_scale_inv": scale}, **stated)), expected)
 
 
+def test_a_block_larger_than_its_tensor_is_the_whole_of_it(tmp_path):
+    weight, scale = torch.randn(6, 4).to(torch.float8_e4m3fn), torch.rand(2, 1) + 0.5
+    stated = {"quantization_config": {"weight_block_size": [3, 1 << 63]}}
+    found = read(save(tmp_path / "m", {Q: weight, f"{Q}_scale_inv": scale}, **stated))
+    assert torch.equal(found, weight.float() * scale.repeat_interleave(3, 0))
+
+
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("shape", [(), (1,), (6, 1), (6,), (1, 1), (1, 4), None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,8 +29,8 @@ from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw
 from opdgeo.errors import CheckpointError, OpdgeoError, PairingError, printable
+from zero_writer import UP, zero_folder
 
-UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
@@ -298,6 +298,47 @@ def test_hostile_torch_files_end(tmp_path: Path) -> None:
     assert "OpdgeoError" in within_limits(lambda: opened.tensors[UP][:, :])
 
 
+def test_tuples_that_double_are_not_written_out(tmp_path: Path) -> None:
+    """Where a storage, a number of ranks or a name should stand: their text, their order and their hash take 2⁴⁰ steps."""
+    doubled = b")" + b"q\x63h\x63\x86" * 40
+    whole = tensor((4, 4), (4, 1), 16)
+    start, end = whole.index(b"(X\x07\0\0\0storage"), whole.index(b"K\0(")
+    packed(tmp_path / "pytorch_model.bin", whole[:start] + doubled + whole[end:], k0=bytes(64))
+    assert "a storage that is none" in within_limits(lambda: open_checkpoint(tmp_path / "pytorch_model.bin"))
+    for key in ("partition_count", "shared_params"):
+        folder = zero_folder(tmp_path / key, some_state(), 2, 2)
+        nested: Any = ()
+        for _ in range(40):
+            nested = (nested, nested)
+        pattern = "*_optim_states.pt" if key == "partition_count" else "*_model_states.pt"
+        for file in (folder / "global_step7").glob(pattern):
+            content = torch.load(file, weights_only=True)
+            if key == "partition_count":
+                content["optimizer_state_dict"][key] = nested
+            else:
+                content[key] = {"lm_head.weight": nested}
+            torch.save(content, file)
+        within_limits(lambda folder=folder: open_checkpoint(folder))
+
+
+def test_what_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    """A link to itself, a name longer than any file's, a folder called like a file."""
+    dcp_folder(tmp_path / "a", some_state(), lambda _: None)
+    (tmp_path / "a" / "b.distcp").symlink_to("b.distcp")
+    save_file(some_state(), tmp_path / "model.safetensors")
+    (tmp_path / "latest").write_text("x" * 4000)
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(CheckpointError, match=r"Too many levels|symbolic link"):
+        open_checkpoint(tmp_path / "a")
+    assert open_checkpoint(tmp_path).tensors.keys() == some_state().keys()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "x" * 300 + ".safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file in the folder"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "a.gguf", ".metadata", "config.json",
                                   "model_world_size_1_rank_0.pt", "adapter_config.json", "model.safetensors.index.json"])  # fmt: skip
 def test_a_pipe_where_a_file_is_expected_is_not_waited_for(name: str, tmp_path: Path) -> None:
@@ -488,47 +529,6 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
 
 
 # DeepSpeed's layout ---------------------------------------------------------------------------------------------
-
-
-def zero_folder(path: Path, state: dict[str, Tensor], stage: int, ranks: int, frozen: str | None = None) -> Path:
-    """A ZeRO checkpoint as DeepSpeed 0.19 lays it out, by the description that its `zero_to_fp32.py` reads; two groups."""
-    step = path / "global_step7"
-    step.mkdir(parents=True)
-    (path / "latest").write_text("global_step7")
-    trained = {n: t for n, t in state.items() if n != frozen}
-    groups = [{n: t for n, t in trained.items() if (t.ndim > 1) == matrices} for matrices in (False, True)]
-
-    def share(flat: Tensor, rank: int) -> Tensor:
-        each = -(-len(flat) // ranks)
-        return torch.cat([flat, torch.full((each * ranks - len(flat),), 7.0)])[rank * each : (rank + 1) * each].clone()
-
-    masters: list[list[Tensor]]
-    if stage < 3:
-        whole = [torch.cat([t.float().flatten() for t in g.values()]) for g in groups]
-        whole = [torch.cat([w, torch.zeros(-len(w) % (2 * ranks))]) for w in whole]
-        masters = [[w.chunk(ranks)[rank].clone() for w in whole] for rank in range(ranks)]
-    else:  # every parameter in parts; the vectors break between two of them
-        flat = [torch.cat([share(t.float().flatten(), r) for g in groups for t in g.values()]) for r in range(ranks)]
-        at = sum(-(-t.numel() // ranks) for t in groups[0].values())
-        masters = [[f[:at].clone(), f[at:].clone()] for f in flat]
-    for rank in range(ranks):
-        optimizer = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
-        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        content = {"optimizer_state_dict": optimizer | {key: masters[rank]}, "ds_config": {}, "ds_version": "0.19.8"}
-        torch.save(content, step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        fragments = None
-        if frozen:
-            kept = state[frozen].flatten()
-            fragments = {frozen: share(kept, rank) if stage == 3 else state[frozen]}
-        model = {
-            "module": {n: t.bfloat16() for n, t in state.items()} if stage < 3 else {},
-            "buffer_names": [], "param_shapes": [{n: t.shape for n, t in g.items()} for g in groups],
-            "frozen_param_shapes": {frozen: state[frozen].shape} if frozen else None, "frozen_param_fragments": fragments,
-            "shared_params": {"lm_head.weight": UP}, "ds_version": "0.19.8",
-        }  # fmt: skip
-        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-        torch.save(model, step / name)
-    return path
 
 
 @pytest.mark.parametrize(("stage", "ranks", "frozen"), product((1, 2, 3), (1, 3, 12), (None, DOWN)))

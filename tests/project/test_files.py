@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from opdgeo import files
 from opdgeo.files import atomic_path, remove_orphans, write_atomically
 
 
@@ -74,3 +75,11 @@ def test_nothing_is_an_orphan_but_what_we_left(tmp_path: Path) -> None:
     assert remove_orphans(tmp_path) == 0
     assert len(list(tmp_path.iterdir())) == len(names) + 1
     assert remove_orphans(tmp_path / "not there") == 0
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LONGEST", 10)
+    (tmp_path / "a").write_bytes(b"one\n" + b"x" * 9 + b"\n" + b"y" * 10 + b"\n" + b"z" * 35 + b"\nlast")
+    with (tmp_path / "a").open("rb") as stream:
+        found = list(files.lines(stream))
+    assert found == [(0, b"one\n"), (4, b"x" * 9 + b"\n"), (14, b"y" * 10), (25, b"z" * 10), (61, b"last")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -140,6 +142,24 @@ def test_a_state_of_other_types_ends_no_run(
     seen.look()
     (tmp_path / "run" / written[0].name / "trainer_state.json").write_text(json.dumps(state))
     assert not seen.over()
+
+
+def test_a_state_that_is_no_file_is_not_waited_for(growing: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """A pipe that nobody writes to, and brackets without end."""
+    base, written = growing
+    publish(written[0], tmp_path / "run")
+    seen = follow.Growing(tmp_path / "run", open_checkpoint(base), tmp_path / "out", "all")
+    state = tmp_path / "run" / written[0].name / "trainer_state.json"
+    seen.look()
+    state.write_text("[" * 100_000)
+    assert not seen.over()
+    state.unlink()
+    os.mkfifo(state)
+    signal.alarm(60)  # a read of the pipe would never end
+    try:
+        assert seen.look() == [] and not seen.over()
+    finally:
+        signal.alarm(0)
 
 
 def test_kept_steps_come_back_on_the_device_that_measures(tmp_path: Path) -> None:

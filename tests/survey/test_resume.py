@@ -9,10 +9,12 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -22,9 +24,11 @@ from opdgeo.checkpoints import open_checkpoint
 from opdgeo.commands import main
 from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Update, diagnostics, of_trajectories
 from opdgeo.diagnostics.gaussian_null import gaussian_null
-from opdgeo.errors import CheckpointError
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.report import data
 from opdgeo.survey import engines
 from opdgeo.survey.parts import Parts
+from opdgeo.survey.results import load_result
 from program import kept_matrices, run_python
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
@@ -347,3 +351,74 @@ def test_results_of_other_bytes_are_not_taken_over(small_run: tuple[Path, list[P
         (tmp_path / "run.json").write_text(json.dumps(other))
         assert not opdgeo.track(base, run, settings=settings, cache=False, out=tmp_path).run["reused"]
         shutil.rmtree(tmp_path / ".parts")
+
+
+def test_damaged_results_are_refused_and_measured_again(small_run: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Bytes of a table's footer (some make polars panic), tables of other columns, JSON without end, folders in place of files."""
+    base, run = small_run
+    settings = opdgeo.Settings(nulls=0, rank=4)
+    opdgeo.compare(base, run[0], settings=settings, cache=False, out=tmp_path).save(tmp_path)
+    table = tmp_path / "measurements.parquet"
+    whole, right = table.read_bytes(), pl.read_parquet(table)
+    for place in range(len(whole) - 1200, len(whole) - 8, 11):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        table.write_bytes(damaged)
+        with suppress(ConfigError):
+            load_result(tmp_path)
+        with suppress(ConfigError):
+            data.load(tmp_path)
+    others = [right.drop("matrix"), right.with_columns(pl.lit(1).alias("value")), right.rename({"role": "x"})]
+    for other in others:
+        other.write_parquet(table)
+        with pytest.raises(ConfigError, match="not a complete results folder"):
+            load_result(tmp_path)
+    strange = [
+        right.with_columns(pl.lit(text).alias(column))
+        for column, text in (("checkpoint", "x"), ("diagnostic", "x"), ("status", None))
+    ]
+    for other in (*others, *strange):
+        other.with_columns(pl.col("status").cast(pl.String)).write_parquet(table)
+        again = opdgeo.compare(base, run[0], settings=settings, cache=False, out=tmp_path)
+        assert not again.run["reused"] and again.measurements.equals(right)
+        shutil.rmtree(tmp_path / ".parts")
+    table.write_bytes(whole)
+    (tmp_path / "summary.json").write_text("[" * 100_000)
+    for load in (load_result, data.load):
+        with pytest.raises(ConfigError):
+            load(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(ConfigError, match=r"summary\.json"):
+        load_result(tmp_path)
+    run_json = tmp_path / "run.json"
+    run_json.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="damaged"):
+        opdgeo.compare(base, run[0], settings=settings, cache=False, out=tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": "x"},
+        {"checkpoint": "base"},
+        {"diagnostic": "x"},
+        {"value": "x"},
+        {"rows": None},
+        {"layer": 1 << 40},
+    ],
+)
+def test_rows_of_a_journal_that_no_table_takes_are_measured_again(
+    change: dict[str, object], small_run: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, run = small_run
+    settings = opdgeo.Settings(nulls=0, rank=4)
+    expected = opdgeo.compare(base, run[0], settings=settings, cache=False, out=tmp_path).measurements
+    (journal,) = (tmp_path / ".parts").iterdir()
+    lines = [json.loads(line) for line in journal.read_text().splitlines() if line]
+    columns, first, *_ = lines[0]["measured"]["rows"]
+    row = dict(zip(columns, first, strict=True)) | change
+    lines[0]["measured"]["rows"][:2] = [list(row), list(row.values())]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = opdgeo.compare(base, run[0], settings=settings, cache=False, out=tmp_path)
+    assert set(again.run["reused"].values()) == {2} and again.measurements.equals(expected)

@@ -145,16 +145,23 @@ class Checkpoint:
         return manifest | ({"notes": list(self.notes)} if self.notes else {})
 
     def manifest_of(self, files: Sequence[Path]) -> list[dict[str, Any]]:
-        """Each file's name, seen from the checkpoint, its size and SHA-256."""
+        """Each file's name, seen from the checkpoint, its size and SHA-256.
+
+        Raises:
+            CheckpointError: one has gone, or its disk fails.
+        """
         folder = self.path if self.path.is_dir() else self.path.parent
-        return [
-            {
-                "name": printable(f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name),
-                "bytes": f.stat().st_size,
-                "sha256": _sha256(f),
-            }
-            for f in files
-        ]
+        try:
+            return [
+                {
+                    "name": printable(f.relative_to(folder).as_posix() if f.is_relative_to(folder) else f.name),
+                    "bytes": f.stat().st_size,
+                    "sha256": _sha256(f),
+                }
+                for f in files
+            ]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename or folder}: {error}. Copy it again.") from error
 
 
 def open_weights(path: Path) -> Checkpoint:

@@ -49,7 +49,7 @@ _LAYER_NAMES = (
 def find(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    files = sorted(path.glob("*.gguf"))
+    files = sorted(f for f in path.glob("*.gguf") if f.is_file())
     return path if len(files) > 1 else files[0] if files else None
 
 
@@ -106,7 +106,7 @@ class Quantised:
 
 def _parts(place: Path) -> list[Path]:
     """The files of one model: one, or all of a split."""
-    files = sorted(place.glob("*.gguf")) if place.is_dir() else [place]
+    files = sorted(f for f in place.glob("*.gguf") if f.is_file()) if place.is_dir() else [place]
     split = _SPLIT.fullmatch(files[0].name)
     if split is None:
         if len(files) > 1:

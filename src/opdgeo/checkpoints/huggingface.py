@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -212,7 +213,8 @@ def bin_headers(file: Path) -> dict[str, Stored]:
 
 def is_plain(name: str) -> bool:
     """Whether a name from a checkpoint is that of a file in its folder, not a path."""
-    return PurePath(name).name == name and "\\" not in name and name not in ("", ".", "..")
+    plain = PurePath(name).name == name and not set(name) & {"\\", "\0"} and name not in ("", ".", "..")
+    return plain and len(os.fsencode(name.encode(errors="surrogatepass"))) <= 255  # what file systems take
 
 
 def read_json(file: Path, limit: int = 1 << 25) -> dict[str, Any]:

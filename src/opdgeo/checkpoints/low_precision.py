@@ -153,7 +153,7 @@ def _blocks(shape: tuple[int, ...], grid: tuple[int, ...], config: Mapping[str, 
         fits = [b for b in (told, even, _BLOCK) if type(b) is int and b > 0 and -(-size // b) == count]
         if not fits:
             return None
-        sizes.append(fits[0])
+        sizes.append(min(fits[0], max(size, 1)))  # a configuration may state any number
     return sizes[0], sizes[1]
 
 

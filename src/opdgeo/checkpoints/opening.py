@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def open_checkpoint(path: str | Path, base: Checkpoint | None = None) -> Checkpo
     Raises:
         CheckpointError: nothing there, no weights there, or a damaged file or index; the message names it.
     """
-    opened = _open(path, base)
+    with _readable(path):
+        opened = _open(path, base)
     for name in opened.tensors:  # what the tables could not hold is found now, not when they are written
         if not _is_text(name):
             raise CheckpointError(f"{path} holds a tensor named {printable(name)}, which is no text. Save it again.")
@@ -74,10 +76,12 @@ def run_checkpoints(paths: list[str | Path], base: Checkpoint | None = None) -> 
     """
     run = Path(paths[0])
     if len(paths) == 1 and run.is_dir():
-        steps = step_folders(run)
+        with _readable(run):
+            steps = step_folders(run)
+            weights = find_weights(run) or is_adapter(run)
         if steps and step_of(run.name) is None:
             return [open_checkpoint(steps[step], base) for step in sorted(steps)]
-        if not find_weights(run) and not is_adapter(run):
+        if not weights:
             raise CheckpointError(f"{run} has no checkpoints: expected folders such as step-000100 or checkpoint-100.")
     opened = [open_checkpoint(p, base) for p in paths]
     names = [c.name for c in opened]
@@ -100,6 +104,15 @@ def tell_apart(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             return [replace(c, alias="" if length == 1 else name) for c, name in zip(checkpoints, named, strict=True)]
     twice = next(name for name in named if named.count(name) > 1)
     raise ConfigError(f"{twice} is given twice; expected different updates. Leave one out.")
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Files that cannot be looked at (links in a circle, names too long, a disk that fails) make an unreadable checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}. Copy or download it again.") from error
 
 
 def _is_text(name: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opdgeo.checkpoints.pickled import Named, Record, load
 from opdgeo.checkpoints.stored import Opened, Raw, Stored, Unreadable, opened
@@ -107,6 +107,18 @@ def ints(values: Any, most: int = 64) -> tuple[int, ...]:
 PLAIN: dict[str, Any] = {"collections.OrderedDict": lambda: {}, "torch.Size": ints}
 
 
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+
+
+def _is_storage(value: Any) -> _Storage:
+    """What a pickle gives for a storage may be anything: tuples of tuples, say, whose text has 2⁶⁰ characters."""
+    if not isinstance(value, _Storage):
+        raise TypeError("a storage that is none")
+    return value
+
+
 @dataclass(frozen=True)
 class _Packed:
     """A torch file from byte `start` to `end` of a file."""
@@ -118,18 +130,17 @@ class _Packed:
     entries: dict[str, tuple[int, int]]  # name below the zip's folder -> first byte in the file and length
     swapped: bool
 
-    def storage(self, identity: Any) -> tuple[str, str]:
-        """The dtype and key of a storage."""
+    def storage(self, identity: Any) -> _Storage:
         word, kind, key, *_ = identity
         if word != "storage" or not isinstance(kind, Named) or not isinstance(key, str):
             raise TypeError("a storage that is none")
-        return STORAGES[kind.name], key
+        return _Storage(STORAGES[kind.name], key)
 
     def builders(self) -> dict[str, Any]:
         # The arguments of torch's `_rebuild_tensor`, `_rebuild_tensor_v2` (with gradient, hooks, metadata) and `_v3` (dtype too).
         def tensor(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Stored:
             _grad, _hooks, meta = (*more, *(None,) * 3)[: max(3, len(more))]
-            return self.tensor(storage, storage[0], offset, shape, stride, meta)
+            return self.tensor(storage, None, offset, shape, stride, meta)
 
         def tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> Stored:
             _grad, _hooks, dtype, meta = more if len(more) == 4 else (*more, None)
@@ -139,7 +150,7 @@ class _Packed:
             return Unreadable(self.file, ints(data[2]), "a sparse tensor")
 
         def quantised(storage: Any, _offset: Any, shape: Any, *_: Any) -> Stored:
-            return Unreadable(self.file, ints(shape), f"a quantised tensor ({storage[0]})")
+            return Unreadable(self.file, ints(shape), f"a quantised tensor ({_is_storage(storage).dtype})")
 
         def meta_only(_: Any, shape: Any, *__: Any) -> Stored:
             return Unreadable(self.file, ints(shape), "a tensor without values")
@@ -167,9 +178,10 @@ class _Packed:
         }  # fmt: skip
         return builders
 
-    def tensor(self, storage: Any, dtype: str, offset: Any, shape: Any, stride: Any, meta: Any) -> Stored:
-        shape, stride, (offset,) = ints(shape), ints(stride), ints((offset,))
-        first, size = self.entries[f"data/{storage[1]}"]
+    def tensor(self, storage: Any, dtype: str | None, offset: Any, shape: Any, stride: Any, meta: Any) -> Stored:
+        of, shape, stride, (offset,) = _is_storage(storage), ints(shape), ints(stride), ints((offset,))
+        first, size = self.entries[f"data/{of.key}"]
+        dtype = dtype or of.dtype
         item = SIZES_OF[dtype]
         if len(shape) != len(stride):
             raise ValueError("a shape and strides of different lengths")

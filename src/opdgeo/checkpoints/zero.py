@@ -94,8 +94,8 @@ def read(folder: Path, _: dict[str, Any]) -> dict[str, Stored]:
     optimizers, models = _files(folder, OPTIMIZER), _files(folder, MODEL)
     states = [_dict(_dict(unpickle(f, _ALLOWED), f).get("optimizer_state_dict"), f) for f in optimizers]
     try:
-        stage, ranks = _number(states[0]["zero_stage"]), states[0]["partition_count"]
-        ranks = max(ranks) if isinstance(ranks, list) else ranks
+        stage, counts = _number(states[0]["zero_stage"]), states[0]["partition_count"]
+        ranks = max(map(_number, counts)) if isinstance(counts, list) else _number(counts)
         if stage not in (1, 2, 3) or ranks != len(optimizers):
             raise CheckpointError(
                 f"{folder} is of ZeRO stage {stage} with {ranks} ranks, and {len(optimizers)} of their files {OPTIMIZER} are here; "
@@ -115,7 +115,7 @@ def read(folder: Path, _: dict[str, Any]) -> dict[str, Stored]:
         else:
             found |= _gathered({n: s for group in groups for n, s in group.items()}, vectors)
         for name, own in contents[0].get("shared_params", {}).items():
-            if own in found:
+            if isinstance(own, str) and own in found:
                 found[name] = found[own]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

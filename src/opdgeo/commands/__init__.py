@@ -6,6 +6,7 @@ Only the standard library is imported here and at the top of those files, so tha
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ from opdgeo.commands import (
 )
 from opdgeo.commands.common import DONE, INTERRUPTED, REFUSED
 from opdgeo.commands.streams import forgiving_output
-from opdgeo.errors import OpdgeoError
+from opdgeo.errors import OpdgeoError, printable
 
 COMMANDS = (
     demo,
@@ -44,6 +45,20 @@ COMMANDS = (
     report,
     explain,
 )
+
+# Disks and machines that are full, broken or forbidden: no bug of ours.
+MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 
 EPILOG = """\
 examples:
@@ -110,6 +125,11 @@ def _run(argv: list[str] | None) -> int:
         return int(args.run(args))
     except OpdgeoError as error:
         print(f"opdgeo: {error}", file=sys.stderr)
+        return REFUSED
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise  # a bug
+        print(f"opdgeo: {printable(str(error))}. Give the command again when that is mended.", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("opdgeo: interrupted; nothing half-written was left", file=sys.stderr)

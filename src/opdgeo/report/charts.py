@@ -7,9 +7,7 @@ Colours are those of Okabe and Ito, which are told apart with any colour vision.
 from __future__ import annotations
 
 import io
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from opdgeo.files import remove_orphans, write_atomically
 from opdgeo.report.glossary import clean, short_role
 from opdgeo.report.view import embedded
 
@@ -740,15 +739,8 @@ def save(chart: Chart, folder: Path) -> list[Path]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replace `path` in one step, so that a reader finds the old file or the new one and never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    remove_orphans(path.parent)
+    write_atomically(path, lambda partial: partial.write_bytes(content))
 
 
 def _svg(chart: Chart, fonts: str) -> str:

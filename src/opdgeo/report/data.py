@@ -29,6 +29,12 @@ _TYPES = {
 }
 
 AT_ONCE = 2**18  # rows of measurements: above, a section reads the part that it shows
+LONGEST = 1 << 29  # bytes of a file of text
+
+_BROKEN = (
+    Exception,
+    pl.exceptions.PanicException,
+)  # polars raises several families for a broken file, and one that is no Exception
 
 _NUMBER, _COUNT, _TEXT = (int, float), int, str
 _STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
@@ -289,7 +295,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
 def _collected(table: pl.LazyFrame, path: Path | str) -> pl.DataFrame:
     try:
         return table.collect()
-    except Exception as problem:
+    except _BROKEN as problem:
         raise _unreadable(path, problem) from problem
 
 
@@ -300,7 +306,7 @@ def _scan(path: Path, columns: tuple[str, ...]) -> pl.LazyFrame:
     try:
         table = pl.scan_parquet(path)
         there = table.collect_schema()
-    except Exception as problem:  # polars raises several families for a broken file
+    except _BROKEN as problem:
         raise _unreadable(path, problem) from problem
     lacking = [c for c in columns if c not in there]
     if lacking:
@@ -318,26 +324,33 @@ def _unreadable(path: Path | str, problem: Exception) -> ConfigError:
 def _json(path: Path) -> Any:
     if not path.is_file():
         raise _missing(path)
+    _check_size(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise _broken(path, f"unreadable ({problem})", "JSON") from problem
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > LONGEST:
+        raise _broken(path, f"{size} bytes", f"at most {LONGEST}")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise _missing(path)
     rows = []
+    _check_size(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         raise _broken(path, f"unreadable ({problem})", "UTF-8 text, one JSON object a line") from problem
     for index, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise _broken(path, f"line {index} is unreadable ({problem})", "one JSON object a line") from problem
         if not isinstance(row, dict):
             raise _broken(path, f"line {index} is a {type(row).__name__}", "one JSON object a line")

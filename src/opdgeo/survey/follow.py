@@ -26,6 +26,7 @@ from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, open_checkpoint, pair
 from opdgeo.checkpoints.checkpoint import step_folders
+from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError, ConfigError, PairingError
 from opdgeo.survey.output import check_earlier, check_folder
@@ -36,6 +37,7 @@ from opdgeo.survey.run import survey
 from opdgeo.survey.trail import Trail
 
 SETTLE, POLL = 60.0, 2.0  # seconds
+LONGEST = 1 << 28  # bytes of a trainer's state
 
 
 class Growing:
@@ -210,9 +212,7 @@ def follow(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none or it is not whole yet."""
-    with suppress(OSError, ValueError):
-        loaded = json.loads(path.read_text())
-        if isinstance(loaded, dict):
-            return loaded
+    """The object in a file; empty where there is none, or none that can be read, or it is not whole yet."""
+    with suppress(CheckpointError):
+        return read_json(path, LONGEST)
     return {}

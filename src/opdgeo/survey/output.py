@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix
-from opdgeo.errors import ConfigError
+from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.survey.results import LONGEST
 
 ROW, ROWS = 120, 80  # bytes of a row of the tables at most, and rows of a matrix at a checkpoint
 
@@ -68,7 +69,7 @@ def check_earlier(
     if overwrite or not path.is_file():
         return
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path, LONGEST)
         before, after = run["base"], list(run["checkpoints"])
         names = [str(Path(one["path"])) for one in (before, *after)]
         if growing is not None:
@@ -78,7 +79,7 @@ def check_earlier(
         same = same and _is(before, base) and pairs == ("pairs" in run)
         more = f" and {len(after) - 1} more" if len(after) > 1 else ""
         what = f"the result of {'relate' if 'pairs' in run else 'another update'}, {names[0]} → {names[-1]}{more}, of {run.get('started')}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         same, what = False, "a run.json that is not of compare, track or relate, or damaged"
     if not same:
         raise ConfigError(f"{out} holds {what}. Give -o another folder, or add --overwrite to replace it.")

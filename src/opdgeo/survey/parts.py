@@ -18,11 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from opdgeo.checkpoints import Checkpoint, Matrix
+from opdgeo.diagnostics import DIAGNOSTICS, Settings
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.files import Journal, remove_orphans
-from opdgeo.survey.measure import Measured
-from opdgeo.survey.results import PARTS, load_result
+from opdgeo.survey.measure import Measured, outdated
+from opdgeo.survey.results import PARTS, frames, load_result
 
 COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
 LIBRARIES = ("torch", "numpy", "scipy")
@@ -97,13 +100,20 @@ class Parts:
         self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
         self._kept: dict[Matrix, Measured | tuple[int, int]] = {}  # or its place in the journal
         self._journal: Journal | None = None
+        self._names, self._pairs, self._found = (
+            {c.name for c in checkpoints[1:]},
+            pairs,
+            0,
+        )  # bytes of an earlier run's journal
         if self.folder and self.folder.is_dir():
             remove_orphans(self.folder)
-            if self._path(self.folder).exists():
+            if self._path(self.folder).is_file():
                 self._journal = Journal(self._path(self.folder))
-                for start, line in self._journal.lines():
-                    with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
-                        self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
+                with suppress(OSError):  # a disk that fails keeps nothing
+                    for start, line in self._journal.lines():
+                        with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
+                            self._kept[Matrix(**json.loads(line)["matrix"])] = start, len(line)
+                        self._found = start + len(line)
 
     def _path(self, folder: Path) -> Path:
         return folder / f"{self.inputs[:32]}.jsonl"
@@ -114,9 +124,19 @@ class Parts:
         if isinstance(kept, tuple) and self._journal:
             with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
                 fields = json.loads(self._journal.read(*kept))["measured"]
-                return Measured(**fields | {"rows": _unpacked(fields["rows"]), "curves": _unpacked(fields["curves"])})
+                found = Measured(**fields | {"rows": _unpacked(fields["rows"]), "curves": _unpacked(fields["curves"])})
+                if kept[0] >= self._found or self._is_whole(found):
+                    return found
             return None
         return kept if isinstance(kept, Measured) else self.finished.get(matrix.name)
+
+    def _is_whole(self, measured: Measured) -> bool:
+        """Whether an earlier run's journal holds rows that the tables take."""
+        with suppress(TypeError, ValueError, OverflowError, AttributeError, pl.exceptions.PolarsError):
+            outdated(measured.settings, Settings(), ())
+            _ = sum(measured.seconds.values())
+            return _are_rows(*frames(measured.rows, measured.curves, pairs=self._pairs), self._names)
+        return False
 
     def save(self, matrix: Matrix, measured: Measured) -> None:
         if not self.folder:
@@ -140,6 +160,15 @@ def _unpacked(packed: list[list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(packed[0], row, strict=True)) for row in packed[1:]]
 
 
+def _are_rows(measurements: pl.DataFrame, curves: pl.DataFrame, checkpoints: set[str]) -> bool:
+    """Whether tables hold what a run of these checkpoints, the base not among them, writes, so far as the summary relies on it."""
+    keys = measurements.select("checkpoint", "matrix", "role", "rows", "cols", "diagnostic", "variant", "status")
+    names = {*measurements["checkpoint"], *curves["checkpoint"]}
+    names |= {*measurements["other"].drop_nulls()} if "other" in measurements.columns else set()
+    known = set(keys["diagnostic"]) <= DIAGNOSTICS.keys() and names <= checkpoints
+    return bool(known and not any(keys.null_count().row(0)) and not curves["matrix"].null_count())
+
+
 def hashes(manifests: Sequence[Any]) -> list[list[str]]:
     """The SHA-256 of every file of every checkpoint."""
     return [[file["sha256"] for file in manifest["files"]] for manifest in manifests]
@@ -155,6 +184,8 @@ def _finished(
             measured = hashes([result.run["base"], *result.run["checkpoints"]])
             manifests = [c.manifest() for c in checkpoints]
             if measured != hashes(manifests):  # other bytes, of which the file system says nothing
+                return {}, manifests
+            if not _are_rows(result.measurements, result.curves, {c.name for c in checkpoints[1:]}):
                 return {}, manifests
             rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
             found = {m: Measured(of, curves.get(m, []), result.run["settings"]) for m, of in rows.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 import polars as pl
+from safetensors import SafetensorError
 
+from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic, of_runs
 from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, UNMOVED
 from opdgeo.diagnostics.rows import compared
 from opdgeo.diagnostics.whole import Together
-from opdgeo.errors import ConfigError
+from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.files import remove_orphans, write_atomically
 
 MEASUREMENTS: dict[str, Any] = {
@@ -52,6 +55,7 @@ SHARE_MARGIN, RELATIVE_MARGIN = 0.02, 0.10
 BOOTSTRAP, PICKED = 2000, 1 << 20  # draws, and matrices drawn at a time
 _PANDAS = {"String": "string", "Int64": "Int64", "Int32": "Int32", "Float64": "float64"}  # an absent step stays absent
 GROUP = 1 << 18  # rows of a group in a file of polars; tables of more are not held in memory (`OnDisk`)
+LONGEST = 1 << 29  # bytes of a JSON file that is read
 PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
@@ -76,7 +80,8 @@ class Result:
     def _write(self, path: Path) -> None:
         """Write one of the tables."""
         frame: pl.DataFrame = getattr(self, path.stem)
-        write_atomically(path, lambda p: frame.write_parquet(p))
+        with writing(path):
+            write_atomically(path, lambda p: frame.write_parquet(p))
 
     def to_pandas(self) -> Any:
         """`measurements` as a pandas table.
@@ -141,6 +146,22 @@ class OnDisk(Result):
         object.__setattr__(self, "folder", Path(out))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Libraries that write have errors of their own for a disk that is full or fails, which do not say so.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error}); expected room for it on its disk. Make room, and give the command again: finished "
+            "matrices are kept."
+        ) from error
+
+
 def load_result(out: str | Path) -> Result:
     """The result in a folder: what `opdgeo compare -o`, `track -o`, `relate -o` or `Result.save` wrote.
 
@@ -149,13 +170,19 @@ def load_result(out: str | Path) -> Result:
     """
     out = Path(out)
     try:
+        if missing := [name for name in (*OnDisk.NAMES, "summary.json", "run.json") if not (out / name).is_file()]:
+            raise FileNotFoundError(f"without {', '.join(missing)}")
+        tables = [pl.read_parquet(out / name) for name in OnDisk.NAMES]
+        for table, columns in zip(tables, (MEASUREMENTS, CURVES), strict=True):
+            if odd := [name for name, kind in columns.items() if table.schema.get(name) != kind]:
+                raise ValueError(f"a table with another {', '.join(odd)}")
         return Result(
-            pl.read_parquet(out / "measurements.parquet"),
-            pl.read_parquet(out / "curves.parquet"),
-            json.loads((out / "summary.json").read_text()),
-            json.loads((out / "run.json").read_text()),
+            tables[0],
+            tables[1],
+            read_json(out / "summary.json", LONGEST),
+            read_json(out / "run.json", LONGEST),
         )
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, CheckpointError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ConfigError(
             f"{out} is not a complete results folder ({error}); expected measurements.parquet, curves.parquet, "
             "summary.json and run.json. Run compare, track or reproduce with -o first."

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from opdgeo.survey.results import GROUP, OnDisk, Result, frames, summarise
+from opdgeo.survey.results import GROUP, OnDisk, Result, frames, summarise, writing
 
 CHUNK = 1 << 13  # rows
 WRITTEN = (1 << 16, CHUNK)
@@ -56,7 +56,8 @@ class Tables:
         self._to_files()
         for name, files, group in zip(OnDisk.NAMES, self.files, WRITTEN, strict=True):
             scans = [pl.scan_parquet(file) for place in sorted(files) for file in files[place]]
-            pl.concat(scans).sink_parquet(self.folder / name, row_group_size=group)
+            with writing(self.folder / name):
+                pl.concat(scans).sink_parquet(self.folder / name, row_group_size=group)
             for file in (file for of_place in files.values() for file in of_place):
                 file.unlink()
         return OnDisk(self.folder, summarise(pl.scan_parquet(self.folder / OnDisk.NAMES[0]), null), run)
@@ -82,5 +83,6 @@ class Tables:
                 known = files.setdefault(place, [])
                 for frame in parts:
                     known.append(self.folder / f"{place[0]}-{len(known):06}-{name}")
-                    frame.write_parquet(known[-1], compression="lz4")
+                    with writing(known[-1]):
+                        frame.write_parquet(known[-1], compression="lz4")
             of_table.clear()

@@ -18,6 +18,7 @@ from opdgeo.files import write_atomically
 from opdgeo.numerics.spectra import Spectrum
 from opdgeo.survey.cache import NUMBERS, TENSORS
 from opdgeo.survey.measure import Step
+from opdgeo.survey.results import writing
 
 FIELDS = ("rows", "curves", "increment", "finite")
 SPECTRUM = (*NUMBERS, "floor")
@@ -59,4 +60,5 @@ class Trail:
         about["spectrum"] = {n: getattr(of, n) for n in SPECTRUM} if of else None
         path = self._path(matrix, index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda p: save_file(tensors, p, metadata={"step": json.dumps(about)}))
+        with writing(path):
+            write_atomically(path, lambda p: save_file(tensors, p, metadata={"step": json.dumps(about)}))

@@ -132,7 +132,7 @@ def _task(problems: str, folder: Path, plain: bool, trust_run: bool) -> tuple[ta
             f"{folder} belongs to no run; expected one (its folder holds config.json) for the problems `task`. "
             "Name a file of problems instead."
         )
-    config = TrainConfig.from_json(recorded.read_text())
+    config = TrainConfig.from_file(recorded)
     if not trust_run:
         advice = "Pass --trust-run if the run is yours, or name a file of problems instead of `task`."
         tasks.require_harmless(config.task, config.task_options, recorded, advice)

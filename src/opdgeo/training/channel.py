@@ -158,6 +158,8 @@ class Channel:
         try:
             save_file({name: s.basis.contiguous() for name, s in self.subspaces.items()}, partial, metadata=about)
             partial.replace(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} cannot be written ({error}); expected room for it on its disk.") from error
         finally:
             partial.unlink(missing_ok=True)
         return path

@@ -13,9 +13,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from opdgeo.checkpoints.stored import opened
 from opdgeo.errors import ConfigError
+
+LONGEST = 1 << 20  # bytes of a configuration
 
 RENAMED = {"drop_flat_groups": "dynamic_sampling"}
 """Settings by their former names, which commands and the config.json of older runs may still have."""
@@ -288,16 +292,30 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
+    def from_file(cls, file: Path) -> TrainConfig:
+        """Read a run's `config.json`.
+
+        Raises:
+            ConfigError: it is not JSON, or a field is unknown, missing or of another type.
+            CheckpointError: it is no regular file, or cannot be read.
+        """
+        with opened(file) as source:
+            return cls.from_json(source.read(0, min(source.size, LONGEST)))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TrainConfig:
         """Read `to_json`'s text, former names of settings included.
 
         Raises:
-            ConfigError: it is not JSON, or a field is unknown or missing.
+            ConfigError: it is not JSON, or a field is unknown, missing or of another type.
         """
         try:
-            values: dict[str, Any] = dict(json.loads(text))
-            return cls(**by_present_names(values))
-        except (ValueError, TypeError) as error:
+            values = by_present_names(dict(json.loads(text)))
+            for name, kind in get_type_hints(cls).items():
+                if name in values and not _is(values[name], kind):
+                    raise TypeError(f"{name} is {str(values[name])[:80]!r}")
+            return cls(**values)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"this is not a training configuration: {error}; expected the fields of TrainConfig as JSON. "
                 "It may come from another version of opdgeo: start the run again in a new folder."
@@ -307,3 +325,17 @@ class TrainConfig:
         """Field → (self's value, other's value) where they differ."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of an annotated type."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, list) and all(_is(one, float) for one in value)
+    if origin is Literal:
+        return isinstance(value, str)
+    if origin is Mapping:
+        return isinstance(value, dict)
+    return type(value) in {float: (float, int), NoneType: (NoneType,)}.get(kind, (kind,))

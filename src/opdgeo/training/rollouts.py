@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.errors import ConfigError
+from opdgeo.files import lines
 
 FILE = "rollouts.jsonl"
 
@@ -27,18 +28,17 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the completions of later steps, and a last line cut by a kill."""
+    """Drop the completions of later steps, and what follows a line that is none, such as a last one cut by a kill."""
     if not path.is_file():
         return
     partial = path.with_name(f".{path.name}.partial")
-    with path.open() as lines, partial.open("w") as kept:
-        for line in lines:
+    with path.open("rb") as recorded, partial.open("wb") as kept:
+        for _, line in lines(recorded):
             try:
-                row = json.loads(line)
-            except ValueError:
+                if json.loads(line)["step"] <= step:
+                    kept.write(line)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
-            if row["step"] <= step:
-                kept.write(line)
     partial.replace(path)
 
 
@@ -59,11 +59,14 @@ class Recorded:
             raise ConfigError(
                 f"there is no file of rollouts {path}; expected the {FILE} that a run with --record-rollouts left."
             )
-        with path.open("rb") as stream:
-            offset = 0
-            for number, line in enumerate(stream, start=1):
-                self.offsets.setdefault(self._row(line, number)["step"], (offset, number))
-                offset += len(line)
+        try:
+            with path.open("rb") as stream:
+                for number, (offset, line) in enumerate(lines(stream), start=1):
+                    self.offsets.setdefault(self._row(line, number)["step"], (offset, number))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error}; expected the {FILE} of a run. Copy it again."
+            ) from error
 
     def step(self, step: int, count: int) -> list[dict[str, Any]]:
         """The `count` completions written before update `step`.
@@ -76,7 +79,7 @@ class Recorded:
             offset, first = self.offsets[step]
             with self.path.open("rb") as stream:
                 stream.seek(offset)
-                for number, line in enumerate(stream, start=first):
+                for number, (_, line) in enumerate(lines(stream), start=first):
                     row = self._row(line, number)
                     if row["step"] != step:
                         break
@@ -97,7 +100,7 @@ class Recorded:
             texts = isinstance(row["prompt"], str) and isinstance(row["answer"], str)
             if not (known and texts and row["prompt_ids"] and row["completion_ids"] and type(row["step"]) is int):
                 raise ValueError("a token id outside the model's vocabulary, an empty list or a field of another type")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"line {number} of {self.path} is not a recorded completion ({error!r}); expected step, prompt, answer, "
                 "prompt_ids and completion_ids of the same model."

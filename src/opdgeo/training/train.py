@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdgeo import tasks
-from opdgeo.errors import ConfigError
+from opdgeo.errors import ConfigError, OpdgeoError
 from opdgeo.training import distributed
 from opdgeo.training.config import TrainConfig
 
@@ -166,7 +166,7 @@ def _check_recorded(config: TrainConfig, out: Path) -> None:
         raise ConfigError(
             f"{out} holds no config.json; expected the folder of a run to resume. Check the path, or choose a new folder."
         )
-    differing = TrainConfig.from_json(recorded.read_text()).differences(config)
+    differing = TrainConfig.from_file(recorded).differences(config)
     if differing:
         listed = "; ".join(f"{name}: recorded {old!r}, asked for {new!r}" for name, (old, new) in differing.items())
         raise ConfigError(
@@ -291,8 +291,8 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
     if not (recorded.is_file() and step.isdigit()):
         return None
     try:
-        differing = TrainConfig.from_json(recorded.read_text()).differences(config)
-    except ConfigError:
+        differing = TrainConfig.from_file(recorded).differences(config)
+    except OpdgeoError:
         return None  # not the folder of a run
     if differing.keys() & {
         "task",
