@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from opdgeo.checkpoints.stored import opened
 from opdgeo.errors import ConfigError
 
 LONGEST = 1 << 20  # bytes of a configuration
@@ -299,6 +298,8 @@ class TrainConfig:
             ConfigError: it is not JSON, or a field is unknown, missing or of another type.
             CheckpointError: it is no regular file, or cannot be read.
         """
+        from opdgeo.checkpoints.stored import opened  # loads torch, which presets do without
+
         with opened(file) as source:
             return cls.from_json(source.read(0, min(source.size, LONGEST)))
 
