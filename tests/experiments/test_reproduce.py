@@ -47,7 +47,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Study:
     out = tmp_path_factory.mktemp("study")
     done = run_opdgeo("reproduce", "--study", "full", "--rehearse", "-o", out)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"done ({len(ARMS_OF_FULL) + 3} of" in done.stderr  # and three models
+    measured = sum(arm.tracked for arm in ARMS_OF_FULL.values())
+    assert f"done ({len(ARMS_OF_FULL) + measured + 3} of" in done.stderr  # and three models
     return Study.of(out, json.loads((out / "claims.json").read_text()))
 
 
@@ -124,7 +125,7 @@ def test_a_killed_study_leaves_no_worker_behind() -> None:
     script = (
         "import os, signal, time; from opdgeo.experiments.reproduce import _pool\n"
         "if __name__ == '__main__':\n"
-        "    pool = _pool(1, 1)\n"
+        "    pool = _pool(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 300)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

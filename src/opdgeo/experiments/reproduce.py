@@ -31,7 +31,7 @@ from opdgeo.experiments import noise, regime
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
 from opdgeo.experiments.presets import make_teacher
-from opdgeo.experiments.rules import EXPLORATORY, VERSION
+from opdgeo.experiments.rules import EXPLORATORY, OPD, VERSION
 from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
@@ -44,7 +44,7 @@ GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files
 
 @dataclass(frozen=True)
 class Job:
-    """One run of an arm, or the making of a model (`arm` None)."""
+    """One run of an arm, what is measured of it (`measures`), or the making of a model (`arm` None)."""
 
     name: str
     """The folder below arms/ or models/."""
@@ -52,6 +52,7 @@ class Job:
     seed: int = 0
     config: TrainConfig | None = None
     needs: tuple[str, ...] = ()
+    measures: bool = False
     cost: int = 5000
     """Sequences that it trains on; a rollout costs twice a demonstration."""
 
@@ -147,10 +148,15 @@ def plan(arms: list[Arm], seeds: range, preset: str, out: Path, *, rehearse: boo
         needs = arms_of.needs(arm)
         models |= {name for name in needs if name not in BY_NAME}
         for seed in seeds[: arm.seeds]:
-            before = (arms_of.folder(n, seed) if n in BY_NAME else n for n in sorted(needs))
+            before = [arms_of.folder(n, seed) if n in BY_NAME else n for n in sorted(needs)]
+            if arm.where is not None:  # the channel's K comes from OPD's stable rank
+                before.append(f"{arms_of.folder(OPD, seed)}/{GEOMETRY}")
+            name = arms_of.folder(arm.name, seed)
             config = arms_of.configure(arm, seed, preset, out, rehearse=rehearse)
             cost = config.steps * config.sequences_per_step * (1 if config.rollouts == "demonstrations" else 2)
-            jobs.append(Job(arms_of.folder(arm.name, seed), arm, seed, config, tuple(before), cost))
+            jobs.append(Job(name, arm, seed, config, tuple(before), cost=cost))
+            if arm.tracked:
+                jobs.append(Job(f"{name}/{GEOMETRY}", arm, seed, config, (name,), measures=True, cost=cost // 5))
     return [*(Job(name) for name in sorted(models)), *jobs]
 
 
@@ -178,12 +184,15 @@ def _run_all(out: Path, jobs: list[Job], workers: int, preset: str, rehearse: bo
     peak = 0
     if not waiting:
         return peak
-    with _pool(workers, max(1, cpu_cores() // workers)) as pool:
+    # By what a run needs and not by what else runs, so that a study that is killed goes on to the same weights.
+    each, first = (max(1, cpu_cores() // n) for n in (workers, sum(not job.needs for job in jobs)))
+    with _pool(workers) as pool:
         running: dict[Future[int], Job] = {}
         with _progress(out, jobs) as show:
             while waiting or running:
                 for job in [j for j in waiting if finished.issuperset(j.needs)][: workers - len(running)]:
-                    running[pool.submit(_do, job, preset, out, rehearse)] = job
+                    threads = each if job.needs else max(each, first)  # an anchor alone has all cores
+                    running[pool.submit(_do, job, preset, out, rehearse, threads)] = job
                     waiting.remove(job)
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -216,21 +225,22 @@ def _alone(out: Path) -> Iterator[None]:
 PRELOADED = ["opdgeo.survey", "opdgeo.training.train", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer"]
 
 
-def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
-    """Processes of `threads` BLAS threads each, that end when this one does."""
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that end when this one does."""
     context: Any
     if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
     else:  # elsewhere a process that has loaded torch may not be forked
         context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int | None = None) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
@@ -248,33 +258,36 @@ def _done(job: Job, out: Path) -> bool:
     if job.arm is None or job.config is None:
         return (out / "models" / job.name).is_dir()
     folder = out / "arms" / job.name
-    return finished(job.config, folder) and (not job.arm.tracked or (folder / GEOMETRY / "run.json").is_file())
+    return (folder / "run.json").is_file() if job.measures else finished(job.config, folder)
 
 
-def _do(job: Job, preset: str, out: Path, rehearse: bool) -> int:
-    """Make a model, or train an arm and measure its trajectory; whatever is there already is kept.
+def _do(job: Job, preset: str, out: Path, rehearse: bool, threads: int) -> int:
+    """Make a model, train an arm or measure its trajectory, on `threads` of BLAS; whatever is there already is kept.
 
     Returns the peak memory of this process in bytes.
     """
+    import torch
+
     from opdgeo.diagnostics import Settings
     from opdgeo.experiments import derived
     from opdgeo.survey import track
     from opdgeo.training import models
     from opdgeo.training.train import quiet, train
 
+    torch.set_num_threads(threads)
     if job.arm is None or job.config is None:
         with quiet():
             derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)
         return peak_memory()
     folder = out / "arms" / job.name
+    if job.measures:
+        start = models.resolve(job.config.origin)
+        few = {"roles": "k_proj", "settings": Settings(nulls=1)} if rehearse else {}
+        track(start, folder.parent, workers=1, out=folder, **few).save(folder)  # type: ignore[arg-type]
+        return peak_memory()
     if job.arm.where is not None:
         arms_of.make_channel(job.arm, job.seed, preset, out, rehearse=rehearse)
     train(job.config, folder, resume=True, progress=False)
-    geometry = folder / GEOMETRY
-    if job.arm.tracked and not (geometry / "run.json").is_file():
-        start = models.resolve(job.config.origin)
-        few = {"roles": "k_proj", "settings": Settings(nulls=1)} if rehearse else {}
-        track(start, folder, workers=1, out=geometry, **few).save(geometry)  # type: ignore[arg-type]
     return peak_memory()
 
 
