@@ -1,7 +1,4 @@
-"""Fixtures of all tests, and the run as a whole: one thread a process, no cache shared, the fork server, what a machine lacks.
-
-More threads gain nothing on small matrices and tables, and BLAS threads that wait for a busy core cost minutes.
-"""
+"""Fixtures of all tests, and the run as a whole: one thread a process, no cache shared, the fork server, what a machine lacks."""
 
 from __future__ import annotations
 
@@ -17,21 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import one_thread  # noqa: F401 (before what it holds)
 import program
 from needs import missing
 from processor_time import ProcessorTime
 
 if TYPE_CHECKING:
     from opdgeo.training.config import TrainConfig
-
-for _variable in (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-    "RAYON_NUM_THREADS",
-):
-    os.environ.setdefault(_variable, "1")
 
 # Nothing that a test computes is kept in the user's cache, and every test process has one of its own.
 os.environ["OPDGEO_CACHE"] = f"{tempfile.gettempdir()}/opdgeo-test-cache-{os.getpid()}"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from hub_server import Answer, Hub
-from opdgeo.experiments.released import PAIRS
+from opdgeo.experiments.released import PAIRS, Weights
 from opdgeo.report import write_report
 from opdgeo.report.published import load
 from program import run_opdgeo
@@ -65,6 +65,16 @@ def test_the_list_gives_names_methods_the_papers_numbers_and_where_the_names_are
     wrong = run_opdgeo("published", "klear-reasoner-9b", "-o", "out")
     assert wrong.returncode == 2
     assert "Did you mean Klear-Reasoner-8B?" in wrong.stderr
+
+
+def test_a_list_in_the_results_folder_removes_no_file_of_others(tmp_path: Path) -> None:
+    foreign = tmp_path / "models" / "mine"
+    foreign.mkdir(parents=True)
+    (foreign / "weights").write_bytes(b"mine")
+    (foreign / "ranges.jsonl").write_text(json.dumps({"file": "weights", "sha256": "0"}) + "\n")
+    (tmp_path / ".fetched.json").write_text(json.dumps([str(foreign)]))
+    assert Weights(tmp_path, 1).keep_only(()) == 0
+    assert {file.name for file in foreign.iterdir()} == {"weights", "ranges.jsonl"}
 
 
 def test_all_are_measured_one_by_one_within_the_budget_and_gone_on_from(hub: Hub, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from report_data import HOSTILE, build
 KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
 VOID = {"meta", "link", "img", "br", "hr", "input", "base", "source", "area", "col", "embed", "wbr"}
 
+DRAWING = {"svg", "g", "path", "text", "title", "use", "defs", "clippath", "rect", "tspan"}  # tags of a chart
+
 
 class Page(HTMLParser):
     """Elements with their attributes, <data> numbers, table cells, tooltips, and the text outside numbers and charts."""
@@ -238,18 +240,7 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
         ):
             svg = Page(charts.inline_svg(chart))
             assert not svg.stack
-            assert {t for t, _ in svg.tags} <= {
-                "svg",
-                "g",
-                "path",
-                "text",
-                "title",
-                "use",
-                "defs",
-                "clippath",
-                "rect",
-                "tspan",
-            }
+            assert {t for t, _ in svg.tags} <= DRAWING
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
 
 
@@ -617,18 +608,7 @@ def test_a_notebook_shows_the_charts_of_the_page(reports: dict[str, tuple[Path, 
         html = found[name]._repr_html_()
         shown = Page(html)
         check_inert(shown)
-        assert {t for t, _ in shown.tags} - {
-            "svg",
-            "g",
-            "path",
-            "text",
-            "title",
-            "use",
-            "defs",
-            "clippath",
-            "rect",
-            "tspan",
-        } == {"div", "style", "figure", "figcaption"}
+        assert {t for t, _ in shown.tags} - DRAWING == {"div", "style", "figure", "figcaption"}
         drawn += re.findall(r"<svg.*?</svg>", html, re.S)[0] in svgs
     assert drawn >= 2, "the same drawing as on the page; maps are tables there"
     for chart in [c for c in found.values() if c.name.startswith(("heatmap-stable", "spectra-matrix"))]:

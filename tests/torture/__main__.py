@@ -13,18 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-for _variable in (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-    "RAYON_NUM_THREADS",
-):
-    os.environ.setdefault(_variable, "1")
-
-from torture import kills  # noqa: E402
-from torture.families import FAMILIES, Family, prepare, warm  # noqa: E402
-from torture.oracle import Outcome, interleaved, run  # noqa: E402
+import one_thread  # noqa: F401 (before what it holds)
+from torture import kills
+from torture.families import FAMILIES, Family, prepare, warm
+from torture.oracle import Outcome, interleaved, run
 
 BATCH = 400
 LIBRARIES = ("opdgeo.survey.follow", "opdgeo.report.page", "opdgeo.report.terminal", "opdgeo.diagnostics.gaussian_null", "opdgeo.training.channel",

@@ -116,9 +116,8 @@ def part(url: str, first: int, end: int, expected: dict[str, str]) -> Iterator[b
         try:
             with _answer(url, {"Range": f"bytes={at}-{end - 1}"}) as (response, said):
                 _check(url, response, said, (at, end), expected)
-                for (
-                    chunk
-                ) in response.iter_raw():  # as it comes: a chunk of a stated size would be lost with the connection
+                # As it comes: a chunk of a stated size would be lost with the connection.
+                for chunk in response.iter_raw():
                     if len(chunk) > end - at:
                         raise CheckpointError(
                             f"{url} gave more than the bytes {first} to {end - 1} that were asked for. {_WRONG}"

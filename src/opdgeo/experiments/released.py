@@ -105,7 +105,11 @@ class Weights:
     def __post_init__(self) -> None:
         self.folders: set[str] = set()
         with suppress(OSError, ValueError, TypeError):
-            self.folders = set(map(str, json.loads((self.out / _FETCHED).read_text())))
+            listed = map(str, json.loads((self.out / _FETCHED).read_text()))
+            # Whoever wrote the list: nothing is removed but what this library keeps for the hub.
+            self.folders = {
+                one for one in listed if Path(one).resolve().is_relative_to(hub.home("org/name").parent.resolve())
+            }
 
     def make_room(self, needed: Sequence[ranges.Range]) -> None:
         """Before `needed` is fetched: remove what other pairs left, as far as the limit asks for it.

@@ -31,10 +31,8 @@ _TYPES = {
 AT_ONCE = 2**18  # rows of measurements: above, a section reads the part that it shows
 LONGEST = 1 << 29  # bytes of a file of text
 
-_BROKEN = (
-    Exception,
-    pl.exceptions.PanicException,
-)  # polars raises several families for a broken file, and one that is no Exception
+# polars raises several families for a broken file, and one that is no Exception.
+_BROKEN = (Exception, pl.exceptions.PanicException)
 
 _NUMBER, _COUNT, _TEXT = (int, float), int, str
 _STATISTICS = {"mean": (_NUMBER, None), "median?": (_NUMBER, None), "p10?": (_NUMBER, None), "p90?": (_NUMBER, None)}
@@ -131,7 +129,7 @@ class Results:
         Raises:
             ConfigError: the file is damaged.
         """
-        return _collected(self.measurements.filter(*which), "measurements.parquet")
+        return collected(self.measurements.filter(*which), "measurements.parquet")
 
     def runs(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
         """Checkpoints of the summary by (arm, seed), each in order of training; one run under ("", 0) without arms."""
@@ -162,8 +160,8 @@ def load(out: Path) -> Results:
             "Try `opdgeo compare BASE TUNED -o OUT` first, then `opdgeo report OUT`."
         )
     measurements = _scan(out / "measurements.parquet", MEASUREMENTS)
-    if _collected(measurements.select(pl.len()), out / "measurements.parquet").item() <= AT_ONCE:
-        measurements = _collected(measurements, out / "measurements.parquet").lazy()
+    if collected(measurements.select(pl.len()), out / "measurements.parquet").item() <= AT_ONCE:
+        measurements = collected(measurements, out / "measurements.parquet").lazy()
     curves = _scan(out / "curves.parquet", CURVES)
     stored = _json(out / "summary.json")
     summary, whole = summary_of(stored, out / "summary.json"), whole_runs(stored, out / "summary.json")
@@ -289,10 +287,11 @@ def _missing(path: Path) -> ConfigError:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    return _collected(_scan(path, columns), path)
+    return collected(_scan(path, columns), path)
 
 
-def _collected(table: pl.LazyFrame, path: Path | str) -> pl.DataFrame:
+def collected(table: pl.LazyFrame, path: Path | str) -> pl.DataFrame:
+    """The rows of a table of the file `path`; ConfigError where it is damaged."""
     try:
         return table.collect()
     except _BROKEN as problem:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from opdgeo.report.data import collected
 from opdgeo.report.glossary import about, expert_of, is_primary, label
 from opdgeo.report.sections.section import Section, View, which
 
+FILE = "measurements.parquet"
 FURTHEST = 20
 """Experts of an arm that are listed; the charts and maps show how all are distributed."""
 
@@ -42,14 +44,14 @@ def find(view: View) -> list[Block] | None:
         pairs = [pair for pair in view.measured if is_primary(*pair)]
         size = next((p for p in pairs if about(p[0]).size), None)
         if size is None:
-            names = table.select("matrix").unique(maintain_order=True).collect()["matrix"]
+            names = collected(table.select("matrix").unique(maintain_order=True), FILE)["matrix"]
         else:
             sizes = table.filter(*which(*size)).select("matrix", "value")
             ranked = sizes.sort("value", descending=True, nulls_last=True, maintain_order=True)
-            names = ranked.collect()["matrix"]
+            names = collected(ranked, FILE)["matrix"]
         first = names.head(FURTHEST).to_list()
         found: dict[str, Expert] = {}
-        for row in table.filter(pl.col("matrix").is_in(first)).collect().iter_rows(named=True):
+        for row in collected(table.filter(pl.col("matrix").is_in(first)), FILE).iter_rows(named=True):
             expert = Expert(row["layer"], expert_of(row["matrix"]), row["role"], {})
             found.setdefault(row["matrix"], expert).values[row["diagnostic"], row["variant"]] = row["value"]
         if found:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Scale
-from opdgeo.report.data import Results
+from opdgeo.report.data import Results, collected
 from opdgeo.report.glossary import ARMS, about, arm_of, position, split_seed
 from opdgeo.report.sections.subject import Subject, subject_of
 
@@ -99,8 +99,8 @@ class View:
     @cached_property
     def measured(self) -> list[tuple[str, str]]:
         """Every diagnostic and variant, in the order of tables and charts."""
-        pairs = self.results.measurements.select("diagnostic", "variant").unique(maintain_order=True).collect()
-        return sorted(pairs.rows(), key=lambda pair: position(pair[0]))
+        pairs = self.results.measurements.select("diagnostic", "variant").unique(maintain_order=True)
+        return sorted(collected(pairs, "measurements.parquet").rows(), key=lambda pair: position(pair[0]))
 
     @property
     def parts(self) -> Iterator[tuple[str, str, pl.DataFrame]]:

@@ -7,11 +7,13 @@ import polars as pl
 from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.report import charts
 from opdgeo.report.charts import style_of
+from opdgeo.report.data import collected
 from opdgeo.report.glossary import arm_label, clean
 from opdgeo.report.sections.section import Figure, Section, View, which
 from opdgeo.report.sections.sizes import SIZE
 from opdgeo.report.view import slug
 
+FILE = "curves.parquet"
 DRAWN = 40
 """Spectra of an arm that are drawn: enough to see the spread, and the page stays small."""
 
@@ -23,7 +25,8 @@ def find(view: View) -> list[Figure] | None:
         some = moved[:: -(-len(moved) // DRAWN) or 1]
         shapes = {m: (rows, cols) for m, rows, cols in some.select("matrix", "rows", "cols").iter_rows()}
         curves = view.results.curves.filter(pl.col("checkpoint") == checkpoint, pl.col("curve") == "sigma_update")
-        part = curves.filter(pl.col("matrix").is_in(list(shapes))).select("matrix", "values").collect()
+        chosen = curves.filter(pl.col("matrix").is_in(list(shapes))).select("matrix", "values")
+        part = collected(chosen, FILE)
         if len(part):
             groups.append(
                 (
@@ -51,7 +54,7 @@ def _typical_matrix(arm: str, view: View) -> list[Figure]:
         return []
     matrix = rows["matrix"][len(rows) // 2]
     its_own = (pl.col("checkpoint") == view.last[arm]) & (pl.col("matrix") == matrix)
-    found = dict(view.results.curves.filter(its_own).select("curve", "values").collect().rows())
+    found = dict(collected(view.results.curves.filter(its_own).select("curve", "values"), FILE).rows())
     if not all(found.get(c) for c in ("sigma_base", "sigma_tuned", "sigma_update")):
         return []
     three = (found["sigma_base"], found["sigma_tuned"], found["sigma_update"])
