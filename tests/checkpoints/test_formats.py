@@ -548,9 +548,10 @@ def test_a_gguf_header_with_another_number_of_layers(layers: int, pair: Path, tm
 # Where trainers put them ----------------------------------------------------------------------------------------
 
 
-def test_a_run_of_verl_is_a_trajectory(pair: Path, ranks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["actor", "policy"], ids=["verl", "SkyRL"])
+def test_a_run_of_verl_or_skyrl_is_a_trajectory(policy: str, pair: Path, ranks: Path, tmp_path: Path) -> None:
     for step in (2, 10):
-        actor = tmp_path / "run" / f"global_step_{step}" / "actor"
+        actor = tmp_path / "run" / f"global_step_{step}" / policy
         shutil.copytree(ranks / "flat", actor)
         (actor / "huggingface").mkdir()
         (actor / "config.json").rename(actor / "huggingface" / "config.json")
@@ -559,7 +560,7 @@ def test_a_run_of_verl_is_a_trajectory(pair: Path, ranks: Path, tmp_path: Path) 
         ("global_step_2", 2, "FSDP shards"),
         ("global_step_10", 10, "FSDP shards"),
     ]
-    inner = open_checkpoint(tmp_path / "run" / "global_step_2" / "actor")
+    inner = open_checkpoint(tmp_path / "run" / "global_step_2" / policy)
     assert (inner.name, inner.step) == ("global_step_2", 2)
     assert opened[0].config["model_type"] == "qwen3"
     check(pair, tmp_path / "run" / "global_step_10")
