@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -25,6 +27,7 @@ from opdgeo.report.data import load
 from opdgeo.report.glossary import clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
+from opdgeo.report.view import resource
 from program import run_python
 from report_data import HOSTILE, build
 
@@ -45,6 +48,7 @@ class Page(HTMLParser):
         self.tips: list[str] = []
         self.marks = 0
         self.styles = ""
+        self.scripts: list[str] = []
         self.verdict = ""
         self.stack: list[tuple[str, dict[str, str]]] = []
         self.feed(text)
@@ -54,6 +58,8 @@ class Page(HTMLParser):
         self.tags.append((tag, got))
         if tag not in VOID:
             self.stack.append((tag, got))
+        if tag == "script":
+            self.scripts.append("")
         if tag == "data":
             self.numbers.append((got["value"], ""))
         elif tag == "td":
@@ -72,6 +78,8 @@ class Page(HTMLParser):
         inside = [t for t, _ in self.stack]
         if "style" in inside:
             self.styles += data
+        elif "script" in inside:
+            self.scripts[-1] += data
         elif "data" in inside:
             value, text = self.numbers[-1]
             self.numbers[-1] = (value, text + data)
@@ -132,12 +140,13 @@ def is_rounding(text: str, value: float) -> bool:
     return any(abs(float(shown) - value * scale) <= half * 1.0001 for scale in scales.get(match[2], (1,)))
 
 
-def check_inert(page: Page) -> None:
-    """Whole markup that neither runs nor fetches anything."""
+def check_inert(page: Page, scripts: list[str]) -> None:
+    """Whole markup that fetches nothing and runs nothing but `scripts`."""
     assert not page.stack
+    assert page.scripts == scripts
     for tag, attrs in page.tags:
+        assert tag != "script" or attrs == {}
         assert tag not in (
-            "script",
             "link",
             "iframe",
             "object",
@@ -160,9 +169,12 @@ def check_inert(page: Page) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
     _, page = reports[kind]
-    check_inert(page)
+    check_inert(page, [resource("sort.js")])
     policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    known = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    assert policy == [
+        f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    ]
     ids = [a["id"] for _, a in page.tags if "id" in a and not a["id"].startswith(("m", "p"))]
     assert len(ids) == len(set(ids))
     known = {a["id"] for _, a in page.tags if "id" in a}
@@ -217,7 +229,7 @@ def test_the_number_check_notices_a_number_that_is_not_there(reports: dict[str, 
 def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]) -> None:
     out, _ = reports["hostile"]
     text = (out / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "<img" not in text and "\x1b" not in text
+    assert text.count("<script") == 1 and "<img" not in text and "\x1b" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     scale = charts.Scale()
     for name in (
@@ -555,10 +567,10 @@ def test_chromium_renders_without_requests(
 def test_every_series_can_be_hidden_and_the_axis_made_linear(
     reports: dict[str, tuple[Path, Page]], browser: Browser, kind: str
 ) -> None:
-    """The page holds no script. One is run in it here that uses every box and says what is seen then."""
+    """Without a script of the page's. One is run in it here that uses every box and says what is seen then."""
     browser.open(reports[kind][0] / "report.html", width=1440)
     found = browser.value("""(() => {
-      const seen = c => [...document.querySelectorAll("." + c)].filter(e => getComputedStyle(e).display != "none").length;
+      const seen = c => [...document.querySelectorAll("figure ." + c)].filter(e => getComputedStyle(e).display != "none").length;
       const boxes = [...document.querySelectorAll("fieldset.keys input")], names = boxes.map(b => b.id.replace("show-", "")).concat("log");
       const all = () => Object.fromEntries(names.map(n => [n, seen(n)]));
       const found = {before: all()};
@@ -580,7 +592,7 @@ def test_a_notebook_shows_the_means_beside_their_nulls(reports: dict[str, tuple[
     out, _ = reports[kind]
     html = opdgeo.load(out)._repr_html_()
     page, known = Page(html), numbers_in(out)
-    check_inert(page)
+    check_inert(page, [])
     assert len(html) < 20_000 and len(page.numbers) >= 12
     for exact, text in page.numbers:
         assert float(exact) in known and is_rounding(text, float(exact)), (exact, text)
@@ -607,7 +619,7 @@ def test_a_notebook_shows_the_charts_of_the_page(reports: dict[str, tuple[Path, 
     for name in list(found)[::8]:
         html = found[name]._repr_html_()
         shown = Page(html)
-        check_inert(shown)
+        check_inert(shown, [])
         assert {t for t, _ in shown.tags} - DRAWING == {"div", "style", "figure", "figcaption"}
         drawn += re.findall(r"<svg.*?</svg>", html, re.S)[0] in svgs
     assert drawn >= 2, "the same drawing as on the page; maps are tables there"
@@ -623,7 +635,7 @@ def test_a_study_opens_with_what_it_can_and_cannot_decide(
     out, _ = reports["reproduce"]
     text = write_markdown(out, tmp_path / "results.md").read_text()
     page = (out / "report.html").read_text(encoding="utf-8")
-    for where, table in ((text, "| | claim |"), (page, 'class="overview"')):
+    for where, table in ((text, "| | claim |"), (page, 'class="overview')):
         start = where.index("What this can and cannot decide")
         assert start < where.index("coin flips (noise)") < where.index(table), (
             "above the verdicts, with the noise control"
