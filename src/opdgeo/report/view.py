@@ -81,10 +81,10 @@ def interval(low: float | None, high: float | None, unit: str = "number", signed
     return Markup('<span class="interval">[{}, {}]</span>').format(*ends)
 
 
-def excess(null: dict[str, Any], unit: str) -> Markup:
+def excess(null: dict[str, Any], unit: str, signed: bool = True) -> Markup:
     """The mean excess with the digits of its interval."""
     decimals = interval_decimals(null.get("low"), null.get("high"), unit)
-    return shown(null.get("excess"), unit, signed=True, decimals=decimals)
+    return shown(null.get("excess"), unit, signed=signed, decimals=decimals)
 
 
 def arm_mean(got: dict[str, Any], unit: str) -> Markup:

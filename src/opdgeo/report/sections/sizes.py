@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
-from opdgeo.report import charts
+from opdgeo.report import charts, distances
 from opdgeo.report.charts import ARM_STYLE, GLYPHS, Band, Hollow, Points, over_size, style_of
 from opdgeo.report.data import runs
+from opdgeo.report.distances import Distances
 from opdgeo.report.glossary import (
     about,
     arm_label,
@@ -76,7 +77,7 @@ class Table:
 class Sizes:
     """Attributes:
     charts: those that lead, or all others; with the same chart on a linear axis where it is logarithmic.
-    table: the same as rows, with the charts that lead.
+    table, distances: the same as rows, and how far the arms of a study are from the null; with the charts that lead.
     keys: the series. `thirds`: the layers that can be hidden, (class, name).
     points: what a point is. `null`: what the grey is.
     published: whether values of the paper are among the marks.
@@ -89,6 +90,7 @@ class Sizes:
     null: str
     published: bool
     table: Table | None
+    distances: Distances | None
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,8 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
     ]
     title = "The last checkpoint of every arm and seed" if study else "Every checkpoint"
     table = Table(title, "checkpoint", "arm" if study else "", _columns(charts_of), rows) if leads else None
-    return _made(view, charts_of, keys, (), what, grey, table)
+    apart = distances.of(view.claims) if study and leads else None
+    return _made(view, charts_of, keys, (), what, grey, table, apart)
 
 
 def _mean(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> tuple[float | None, float | None]:
@@ -324,6 +327,7 @@ def _made(
     points: str,
     null: str,
     table: Table | None,
+    apart: Distances | None = None,
 ) -> Sizes | None:
     if not charts_of:
         return None
@@ -357,7 +361,7 @@ def _made(
         made.append((shown[0], shown[1] if len(shown) > 1 else None))
     published = any(d.hollow for d in charts_of.values())
     has_null = any(d.band for d in charts_of.values())
-    return Sizes(made, keys, thirds, points, null if has_null else "", published, table)
+    return Sizes(made, keys, thirds, points, null if has_null else "", published, table, apart)
 
 
 FIRST = Section("sizes", "How much size explains", "Size", partial(find, leads=True))
