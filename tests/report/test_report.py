@@ -24,7 +24,7 @@ from browser import Browser
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, data, write_report
 from opdgeo.report.data import load
-from opdgeo.report.glossary import clean, number, variant_label
+from opdgeo.report.glossary import arm_label, clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
 from opdgeo.report.view import resource
@@ -300,6 +300,30 @@ def test_a_study_shows_every_checkpoint_over_its_size(reports: dict[str, tuple[P
         "Hollow: the paper" in section
         and "Hollow: the paper" not in (reports["compare"][0] / "report.html").read_text()
     )
+
+
+def test_a_study_says_how_far_every_arm_is_from_the_null_of_its_size(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path
+) -> None:
+    out, _ = reports["reproduce"]
+    found = json.loads((out / "claims.json").read_text())["from_null"]
+    table = (out / "report.html").read_text(encoding="utf-8").split('id="from-null"')[1].split("</table>")[0]
+    heads = re.findall(r'<th class="n">([^<]+)</th>', table)
+    assert [h.replace("\u00a0", " ") for h in heads[1:]] == [
+        "Stable rank, value / null",
+        "Principal angles (left mean, right mean), value / null",
+        "Update–mask overlap (low magnitude α = 0.5), value − null",
+    ]
+    names = ["stable_rank", "principal_angles.left.mean+right.mean", "mask_overlap.low_magnitude.0.5"]
+    rows = re.findall(r'<th scope="row">([^<]+)</th>(.*?)</tr>', table)
+    for (shown, cells), arm in zip(rows, ("sft", "sft-matched", "opd", "rlvr"), strict=True):
+        own = {row["name"]: row for row in found if row["arm"] == arm}
+        numbers = [own[name][key] for name in names for key in ("excess", "low", "high") if own[name][key] is not None]
+        assert shown == arm_label(arm) and len(numbers) == (3 if arm == "sft" else 9), "one seed has no interval"
+        assert [float(x) for x in re.findall(r'<data value="([^"]+)"', cells)] == [own[names[0]]["seeds"], *numbers]
+    text = write_markdown(out, tmp_path / "results.md").read_text()
+    assert "| SFT | 1 | 2.00 | 2.00 | +20.0 pp |" in text
+    assert "| OPD | 3 | 4.00 [3.60, 4.40] | 4.00 [3.60, 4.40] | +60.0 pp [+54.0, +66.0] |" in text
 
 
 def test_thousands_of_experts_are_shown_as_distributions(tmp_path: Path) -> None:
