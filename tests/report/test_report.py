@@ -29,7 +29,7 @@ from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
 from opdgeo.report.view import resource
 from program import run_python
-from report_data import HOSTILE, build
+from report_data import HOSTILE, build, write
 
 KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
 VOID = {"meta", "link", "img", "br", "hr", "input", "base", "source", "area", "col", "embed", "wbr"}
@@ -254,6 +254,32 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
             assert not svg.stack
             assert {t for t, _ in svg.tags} <= DRAWING
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
+
+
+@pytest.mark.needs("chromium")
+def test_a_table_of_matrices_keeps_any_name_as_text_and_fits_a_phone(tmp_path: Path, browser: Browser) -> None:
+    prefixes = [HOSTILE, "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \U0001f600", "n" * 300]
+    out = write(tmp_path / "out", [("tuned", None)], layers=1, roles=("q_proj", HOSTILE, "o_proj"), skipped=0)
+    few = ["relative_norm", "stable_rank"]  # a chart takes 0.1 s
+    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(few))
+    given = dict(zip(sorted(table["matrix"].unique()), prefixes, strict=True))
+    table.with_columns(pl.col("matrix").replace(given)).write_parquet(out / "measurements.parquet")
+    summary = json.loads((out / "summary.json").read_text())
+    for checkpoint in summary["checkpoints"]:
+        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in few]
+    (out / "summary.json").write_text(json.dumps(summary))
+    page = write_report(out)
+    check_inert(Page(page.read_text(encoding="utf-8")), [resource("sort.js")])
+    browser.open(page, width=390)
+    assert browser.requested == [page.as_uri()] and browser.said == []
+    browser.click(*browser.middle(".every summary"))
+    for _ in range(2):
+        browser.click(*browser.middle(".every thead button"))
+        rows = browser.value(
+            "[...document.querySelectorAll('.every tbody th')].map(e => [e.textContent, e.childElementCount])"
+        )
+        assert sorted(rows) == sorted([clean(name), 0] for name in prefixes)
+    assert browser.value("document.documentElement.scrollWidth") == 390
 
 
 def points_of(svg: str, series: str) -> list[tuple[float, float, str]]:
