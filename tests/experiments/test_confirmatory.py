@@ -40,7 +40,7 @@ from opdgeo.experiments.rules import (
     VERSION,
 )
 from opdgeo.experiments.study import BY_NAME, configure
-from opdgeo.report.distances import TITLE
+from opdgeo.report.apart import TITLE
 from opdgeo.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -48,7 +48,7 @@ from opdgeo.experiments.rules import (
 )
 from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
 from opdgeo.files import atomic_path, write_atomically
-from opdgeo.report.distances import NOTE, TITLE
+from opdgeo.report.apart import NOTE, TITLE
 
 UNITS = "units"
 PRIMARY = "matched SFT"

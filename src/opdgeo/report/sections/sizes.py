@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
-from opdgeo.report import charts, distances
+from opdgeo.report import apart, charts
+from opdgeo.report.apart import Distances
 from opdgeo.report.charts import ARM_STYLE, GLYPHS, Band, Hollow, Points, over_size, style_of
 from opdgeo.report.data import runs
-from opdgeo.report.distances import Distances
 from opdgeo.report.glossary import (
     about,
     arm_label,
@@ -154,7 +154,7 @@ def _of_matrices(view: View, leads: bool) -> Sizes | None:
             for matrix, role, layer, size in sizes.select("matrix", "role", "layer", "value").iter_rows()
         ]
         table = Table("Every matrix that moved", "matrix", "role", _columns(shown), rows_of)
-    return _made(view, charts_of, keys, () if many or not deepest else THIRDS, points, null, table)
+    return _made(view, charts_of, keys, () if many or not deepest else THIRDS, points, null, table=table)
 
 
 def _third(layer: int | None, deepest: Any) -> str:
@@ -280,8 +280,8 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
     ]
     title = "The last checkpoint of every arm and seed" if study else "Every checkpoint"
     table = Table(title, "checkpoint", "arm" if study else "", _columns(charts_of), rows) if leads else None
-    apart = distances.of(view.claims) if study and leads else None
-    return _made(view, charts_of, keys, (), what, grey, table, apart)
+    distances = apart.of(view.claims) if study and leads else None
+    return _made(view, charts_of, keys, (), what, grey, table=table, distances=distances)
 
 
 def _mean(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> tuple[float | None, float | None]:
@@ -326,8 +326,9 @@ def _made(
     thirds: Sequence[tuple[str, str]],
     points: str,
     null: str,
+    *,
     table: Table | None,
-    apart: Distances | None = None,
+    distances: Distances | None = None,
 ) -> Sizes | None:
     if not charts_of:
         return None
@@ -361,7 +362,7 @@ def _made(
         made.append((shown[0], shown[1] if len(shown) > 1 else None))
     published = any(d.hollow for d in charts_of.values())
     has_null = any(d.band for d in charts_of.values())
-    return Sizes(made, keys, thirds, points, null if has_null else "", published, table, apart)
+    return Sizes(made, keys, thirds, points, null if has_null else "", published, table, distances)
 
 
 FIRST = Section("sizes", "How much size explains", "Size", partial(find, leads=True))
