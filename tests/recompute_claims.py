@@ -6,7 +6,8 @@
 (exit 0: all numbers agree; 1: the first differences are listed). Nothing of the package is imported. Comparisons are told apart by their
 words, means over matrices are taken one cell at a time, tests are scipy's, and outcomes of prompts are counted from their bits.
 What is checked, for every claim, point and control: each comparison's effect in every seed, its interval, its outcome; the
-verdicts, at a point, over the regime and after matching; the values per arm with their intervals; what training reached.
+verdicts, at a point, over the regime and after matching; the values per arm with their intervals; what training reached; how far
+every arm is from the null of its size.
 """
 
 from __future__ import annotations
@@ -471,6 +472,29 @@ class Checker:
                             np.mean([cell[pick(cell)][0] for cell in cells]),
                         )
         self.noise(claims, n)
+        for row in claims.get("from_null", []):
+            self.from_null(n, row)
+
+    def from_null(self, n: Numbers, row: dict[str, Any]) -> None:
+        """How far an arm is from the null of its size at a checkpoint: one number a seed, then Student's interval."""
+        each = [
+            cell[row["step"]]
+            for (arm, _, name), cell in n.cells.items()
+            if (arm, name) == (row["arm"], row["name"]) and math.isfinite(cell.get(row["step"], (math.nan,) * 3)[2])
+        ]
+        log = row["name"].partition(".")[0] in RATIO
+        x = [math.log(excess) if log else excess for _, _, excess in each]
+        scale = math.exp if log else float
+        where = f"from null/{row.get('point', '')}/{row['arm']}/{row['name']}/{row['step']}"
+        ours = {"ratio": log, "seeds": len(x), "excess": scale(float(np.mean(x)))}
+        ours |= {"value": np.mean([v for v, _, _ in each]), "null": np.mean([null for _, null, _ in each])}
+        if len(x) < 2:
+            ours |= {"low": None, "high": None}
+        elif np.std(x) > 0:
+            ends = stats.t.interval(0.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
+            ours |= {"low": scale(ends[0]), "high": scale(ends[1])}
+        for key, found in ours.items():
+            self.same(f"{where}/{key}", row[key], found)
 
     def accuracies(self, claim: dict[str, Any], n: Numbers) -> None:
         for arm, stated in claim["measured"].items():
@@ -523,6 +547,8 @@ class Checker:
         for point in stated["regime"]:
             numbers[point["name"]], wrong = of_units(folder, point, stated["protocol"]["rules"])
             self.wrong += wrong
+        for row in stated["sizes"]:
+            self.from_null(numbers[row["point"]], row)
         for claim in stated["claims"]:
             p_of: dict[str, dict[str, float]] = {}
             for name, at in claim["points"].items():

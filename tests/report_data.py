@@ -327,6 +327,14 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         "claims": claims, "seeds": list(range(seeds)), "preset": "tiny",
         "outcomes": {arm: {"prompts": 2048, **dict.fromkeys(keys, moved)} for arm in arms},
         "left_out": ["R2 (one teacher only)", "S1 (training held in the channel)"],
+        "from_null": [
+            {"arm": arm, "step": 100, "name": name, "seeds": 1 if arm == "sft" else seeds, "norm": 0.1, "value": x * y, "null": y, "ratio": ratio,
+             "excess": x if ratio else x * y - y, **dict.fromkeys(("low", "high"))}
+            | ({} if arm == "sft" else {"low": 0.9 * (x if ratio else x * y - y), "high": 1.1 * (x if ratio else x * y - y)})
+            for x, arm in enumerate(arms, 2)
+            for name, y, ratio in (("stable_rank", 60.0, True), ("mask_overlap.low_magnitude.0.5", 0.2, False),
+                                   ("principal_angles.left.mean+right.mean", 1.5, True))
+        ],
         "noise": {
             "rows": [noise_row("opd", 0.0251, 0.793)],
             "exploratory": [noise_row("coin", 0.02459, 0.8004)],

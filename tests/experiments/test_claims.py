@@ -13,6 +13,8 @@ import pytest
 import recompute_claims
 from opdgeo.experiments import claims as claims_module
 from opdgeo.experiments.claims import crossing, judge, missing, outcomes
+from opdgeo.experiments.distances import at_the_end, from_null
+from opdgeo.experiments.reduced import reduced
 from opdgeo.experiments.rules import CLAIMS, CONTROLS, PARADIGMS
 from opdgeo.survey.results import MEASUREMENTS
 from planted_study import PAPER, PLAIN, S1, logs, measurements
@@ -205,7 +207,10 @@ def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: 
         (tmp_path / "arms" / folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table.write_parquet(tmp_path / "measurements.parquet")
     seeds = sorted({int(folder.partition("-seed")[2] or 0) for folder in runs})
-    claims = {"seeds": seeds, "outcomes": outcomes(runs), "claims": judge(table, runs)}
+    apart = at_the_end(from_null(reduced(table)).to_dicts())
+    claims = {"seeds": seeds, "outcomes": outcomes(runs), "claims": judge(table, runs), "from_null": apart}
+    assert {row["arm"] for row in apart} == set(PAPER["stable_rank/"]) and {row["step"] for row in apart} == {100}
+    assert all(row["seeds"] == len(seeds) and row["low"] < row["excess"] < row["high"] for row in apart)
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     # Another seed was begun in the same folder: the claims do not count it.
     (tmp_path / "arms" / f"opd-seed{len(seeds)}").mkdir()
@@ -215,9 +220,11 @@ def test_every_number_is_recomputed_without_the_package(tmp_path: Path, judged: 
 
     claims["claims"][0]["measured"]["opd"]["low"] += 1e-3
     claims["claims"][-1]["verdict"] = "open"
+    apart[0]["high"] *= 1.001
     (tmp_path / "claims.json").write_text(json.dumps(claims))
     wrong = recompute_claims.main(tmp_path)
     assert any("R1/opd/low" in line for line in wrong) and any("C3/verdict" in line for line in wrong)
+    assert any(line.startswith("from null/") for line in wrong)
 
 
 def test_similarities_are_compared_at_one_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from opdgeo.experiments.rules import (
     VERSION,
 )
 from opdgeo.experiments.study import BY_NAME, configure
+from opdgeo.report.apart import TITLE
 from opdgeo.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +226,19 @@ def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path
         [str(tmp_path), "--json", str(paths["json"]), "--page", str(paths["md"]), "--figure", str(paths["svg"])]
     )
     assert paths["svg"].read_text().count("<svg") == 1 and "L4" in paths["md"].read_text()
+    row = max(
+        (
+            r
+            for r in json.loads(paths["json"].read_text())["sizes"]
+            if (r["point"], r["arm"], r["name"]) == ("hot", OPD, STABLE_RANK.name)
+        ),
+        key=lambda r: r["step"],
+    )
+    shown = f"{row['excess']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+    assert any(
+        line.startswith(f"| hot | {OPD} |") and shown in line
+        for line in paths["md"].read_text().split(TITLE)[1].splitlines()
+    )
     assert sum(path.stat().st_size for path in (tmp_path / "units").iterdir()) < 5_000_000
     found = json.loads(paths["json"].read_text())
     found["claims"][0]["points"]["main"]["comparisons"][0]["effects"][0][0] += 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from markupsafe import escape
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdgeo.checkpoints import Matrix, open_checkpoint, pair
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import gradient_moments as module
 from opdgeo.numerics import moments
+from opdgeo.report import write_report
 from opdgeo.training import advantages, gradients
 from opdgeo.training.evaluation import Completions
 from program import run_opdgeo
@@ -271,6 +274,19 @@ def test_the_command_leaves_tables_a_page_and_findings(finished: tuple[Path, sub
         assert sum(values) == pytest.approx(1) and values == sorted(values, reverse=True)
     page = (out / "report.html").read_text()
     assert "tiny/base" in page and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_name_of_a_checkpoint_stays_text(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, name = shutil.copytree(finished[0], tmp_path / "out"), "<script>alert(1)</script>\"'&\u05e9 \U0001f600"
+    for file in ("signals.json", "run.json"):
+        text = (out / file).read_text()
+        (out / file).write_text(text.replace('"tiny/base"', json.dumps(name)))
+    for file in ("signals.parquet", "signals_spectra.parquet"):
+        pl.read_parquet(out / file).with_columns(checkpoint=pl.lit(name)).write_parquet(out / file)
+    page = write_report(out).read_text(encoding="utf-8")
+    assert f"<h2>{escape(name)}</h2>" in page and page.count("<script") == 1
 
 
 def test_a_finished_group_is_not_measured_again(

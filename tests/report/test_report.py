@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -22,11 +24,12 @@ from browser import Browser
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, data, write_report
 from opdgeo.report.data import load
-from opdgeo.report.glossary import clean, number, variant_label
+from opdgeo.report.glossary import arm_label, clean, number, variant_label
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.terminal import print_claims, print_summary
+from opdgeo.report.view import resource
 from program import run_python
-from report_data import HOSTILE, build
+from report_data import HOSTILE, build, write
 
 KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
 VOID = {"meta", "link", "img", "br", "hr", "input", "base", "source", "area", "col", "embed", "wbr"}
@@ -45,6 +48,7 @@ class Page(HTMLParser):
         self.tips: list[str] = []
         self.marks = 0
         self.styles = ""
+        self.scripts: list[str] = []
         self.verdict = ""
         self.stack: list[tuple[str, dict[str, str]]] = []
         self.feed(text)
@@ -54,6 +58,8 @@ class Page(HTMLParser):
         self.tags.append((tag, got))
         if tag not in VOID:
             self.stack.append((tag, got))
+        if tag == "script":
+            self.scripts.append("")
         if tag == "data":
             self.numbers.append((got["value"], ""))
         elif tag == "td":
@@ -72,6 +78,8 @@ class Page(HTMLParser):
         inside = [t for t, _ in self.stack]
         if "style" in inside:
             self.styles += data
+        elif "script" in inside:
+            self.scripts[-1] += data
         elif "data" in inside:
             value, text = self.numbers[-1]
             self.numbers[-1] = (value, text + data)
@@ -132,12 +140,13 @@ def is_rounding(text: str, value: float) -> bool:
     return any(abs(float(shown) - value * scale) <= half * 1.0001 for scale in scales.get(match[2], (1,)))
 
 
-def check_inert(page: Page) -> None:
-    """Whole markup that neither runs nor fetches anything."""
+def check_inert(page: Page, scripts: list[str]) -> None:
+    """Whole markup that fetches nothing and runs nothing but `scripts`."""
     assert not page.stack
+    assert page.scripts == scripts
     for tag, attrs in page.tags:
+        assert tag != "script" or attrs == {}
         assert tag not in (
-            "script",
             "link",
             "iframe",
             "object",
@@ -160,9 +169,12 @@ def check_inert(page: Page) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_page_makes_no_external_request(reports: dict[str, tuple[Path, Page]], kind: str) -> None:
     _, page = reports[kind]
-    check_inert(page)
+    check_inert(page, [resource("sort.js")])
     policy = [a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    known = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    assert policy == [
+        f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    ]
     ids = [a["id"] for _, a in page.tags if "id" in a and not a["id"].startswith(("m", "p"))]
     assert len(ids) == len(set(ids))
     known = {a["id"] for _, a in page.tags if "id" in a}
@@ -217,7 +229,7 @@ def test_the_number_check_notices_a_number_that_is_not_there(reports: dict[str, 
 def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]) -> None:
     out, _ = reports["hostile"]
     text = (out / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and "<img" not in text and "\x1b" not in text
+    assert text.count("<script") == 1 and "<img" not in text and "\x1b" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     scale = charts.Scale()
     for name in (
@@ -242,6 +254,32 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
             assert not svg.stack
             assert {t for t, _ in svg.tags} <= DRAWING
             assert not any(a.startswith("on") for _, attrs in svg.tags for a in attrs)
+
+
+@pytest.mark.needs("chromium")
+def test_a_table_of_matrices_keeps_any_name_as_text_and_fits_a_phone(tmp_path: Path, browser: Browser) -> None:
+    prefixes = [HOSTILE, "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \U0001f600", "n" * 300]
+    out = write(tmp_path / "out", [("tuned", None)], layers=1, roles=("q_proj", HOSTILE, "o_proj"), skipped=0)
+    few = ["relative_norm", "stable_rank"]  # a chart takes 0.1 s
+    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(few))
+    given = dict(zip(sorted(table["matrix"].unique()), prefixes, strict=True))
+    table.with_columns(pl.col("matrix").replace(given)).write_parquet(out / "measurements.parquet")
+    summary = json.loads((out / "summary.json").read_text())
+    for checkpoint in summary["checkpoints"]:
+        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in few]
+    (out / "summary.json").write_text(json.dumps(summary))
+    page = write_report(out)
+    check_inert(Page(page.read_text(encoding="utf-8")), [resource("sort.js")])
+    browser.open(page, width=390)
+    assert browser.requested == [page.as_uri()] and browser.said == []
+    browser.click(*browser.middle(".every summary"))
+    for _ in range(2):
+        browser.click(*browser.middle(".every thead button"))
+        rows = browser.value(
+            "[...document.querySelectorAll('.every tbody th')].map(e => [e.textContent, e.childElementCount])"
+        )
+        assert sorted(rows) == sorted([clean(name), 0] for name in prefixes)
+    assert browser.value("document.documentElement.scrollWidth") == 390
 
 
 def points_of(svg: str, series: str) -> list[tuple[float, float, str]]:
@@ -288,6 +326,30 @@ def test_a_study_shows_every_checkpoint_over_its_size(reports: dict[str, tuple[P
         "Hollow: the paper" in section
         and "Hollow: the paper" not in (reports["compare"][0] / "report.html").read_text()
     )
+
+
+def test_a_study_says_how_far_every_arm_is_from_the_null_of_its_size(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path
+) -> None:
+    out, _ = reports["reproduce"]
+    found = json.loads((out / "claims.json").read_text())["from_null"]
+    table = (out / "report.html").read_text(encoding="utf-8").split('id="from-null"')[1].split("</table>")[0]
+    heads = re.findall(r'<th class="n">([^<]+)</th>', table)
+    assert [h.replace("\u00a0", " ") for h in heads[1:]] == [
+        "Stable rank, value / null",
+        "Principal angles (left mean, right mean), value / null",
+        "Update–mask overlap (low magnitude α = 0.5), value − null",
+    ]
+    names = ["stable_rank", "principal_angles.left.mean+right.mean", "mask_overlap.low_magnitude.0.5"]
+    rows = re.findall(r'<th scope="row">([^<]+)</th>(.*?)</tr>', table)
+    for (shown, cells), arm in zip(rows, ("sft", "sft-matched", "opd", "rlvr"), strict=True):
+        own = {row["name"]: row for row in found if row["arm"] == arm}
+        numbers = [own[name][key] for name in names for key in ("excess", "low", "high") if own[name][key] is not None]
+        assert shown == arm_label(arm) and len(numbers) == (3 if arm == "sft" else 9), "one seed has no interval"
+        assert [float(x) for x in re.findall(r'<data value="([^"]+)"', cells)] == [own[names[0]]["seeds"], *numbers]
+    text = write_markdown(out, tmp_path / "results.md").read_text()
+    assert "| SFT | 1 | 2.00 | 2.00 | +20.0 pp |" in text
+    assert "| OPD | 3 | 4.00 [3.60, 4.40] | 4.00 [3.60, 4.40] | +60.0 pp [+54.0, +66.0] |" in text
 
 
 def test_thousands_of_experts_are_shown_as_distributions(tmp_path: Path) -> None:
@@ -555,10 +617,10 @@ def test_chromium_renders_without_requests(
 def test_every_series_can_be_hidden_and_the_axis_made_linear(
     reports: dict[str, tuple[Path, Page]], browser: Browser, kind: str
 ) -> None:
-    """The page holds no script. One is run in it here that uses every box and says what is seen then."""
+    """Without a script of the page's. One is run in it here that uses every box and says what is seen then."""
     browser.open(reports[kind][0] / "report.html", width=1440)
     found = browser.value("""(() => {
-      const seen = c => [...document.querySelectorAll("." + c)].filter(e => getComputedStyle(e).display != "none").length;
+      const seen = c => [...document.querySelectorAll("figure ." + c)].filter(e => getComputedStyle(e).display != "none").length;
       const boxes = [...document.querySelectorAll("fieldset.keys input")], names = boxes.map(b => b.id.replace("show-", "")).concat("log");
       const all = () => Object.fromEntries(names.map(n => [n, seen(n)]));
       const found = {before: all()};
@@ -580,7 +642,7 @@ def test_a_notebook_shows_the_means_beside_their_nulls(reports: dict[str, tuple[
     out, _ = reports[kind]
     html = opdgeo.load(out)._repr_html_()
     page, known = Page(html), numbers_in(out)
-    check_inert(page)
+    check_inert(page, [])
     assert len(html) < 20_000 and len(page.numbers) >= 12
     for exact, text in page.numbers:
         assert float(exact) in known and is_rounding(text, float(exact)), (exact, text)
@@ -607,7 +669,7 @@ def test_a_notebook_shows_the_charts_of_the_page(reports: dict[str, tuple[Path, 
     for name in list(found)[::8]:
         html = found[name]._repr_html_()
         shown = Page(html)
-        check_inert(shown)
+        check_inert(shown, [])
         assert {t for t, _ in shown.tags} - DRAWING == {"div", "style", "figure", "figcaption"}
         drawn += re.findall(r"<svg.*?</svg>", html, re.S)[0] in svgs
     assert drawn >= 2, "the same drawing as on the page; maps are tables there"
@@ -623,7 +685,7 @@ def test_a_study_opens_with_what_it_can_and_cannot_decide(
     out, _ = reports["reproduce"]
     text = write_markdown(out, tmp_path / "results.md").read_text()
     page = (out / "report.html").read_text(encoding="utf-8")
-    for where, table in ((text, "| | claim |"), (page, 'class="overview"')):
+    for where, table in ((text, "| | claim |"), (page, 'class="overview')):
         start = where.index("What this can and cannot decide")
         assert start < where.index("coin flips (noise)") < where.index(table), (
             "above the verdicts, with the noise control"

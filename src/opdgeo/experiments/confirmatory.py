@@ -27,23 +27,19 @@ from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import regime
 from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
+from opdgeo.experiments.distances import APART, at_the_end, from_null
 from opdgeo.experiments.reduced import SCHEMA
 from opdgeo.experiments.regime import MAIN, Point
 from opdgeo.experiments.rules import (
     ACCURACY,
-    ANGLES,
     CLAIMS,
     COHERENCE,
     EXPLORATORY,
     FROZEN,
-    HILL,
-    LOW,
     NOISE,
     NORM,
     PERSISTENCE,
-    QUANTITIES,
     SFT,
-    SHIFT,
     SPARSITY,
     STABLE_RANK,
     VERSION,
@@ -52,13 +48,12 @@ from opdgeo.experiments.rules import (
 )
 from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
 from opdgeo.files import atomic_path, write_atomically
+from opdgeo.report.apart import NOTE, TITLE
 
 UNITS = "units"
 PRIMARY = "matched SFT"
 """The control whose reading is the verdict where a claim is about SFT."""
 SHOWN = (NORM, SPARSITY, STABLE_RANK, PERSISTENCE, COHERENCE, ACCURACY)
-APART = (SPARSITY, ANGLES, SHIFT, LOW, STABLE_RANK, HILL)
-"""Quantities of the page's table of distances from the null; the parquet has all."""
 OWN = "as the paper compares"
 
 
@@ -248,36 +243,10 @@ def _arms(point: Point, data: Data) -> list[dict[str, Any]]:
 
 
 def sizes(units: Units) -> pl.DataFrame:
-    """How far every arm is from the null of its own size, at every checkpoint that all its seeds share: the data of the chart over size.
-
-    Columns: `point`, `arm`, `step`, `name` (of the quantity), `seeds` (how many), `norm` (mean ‖ΔW‖_F), `value`, `null`, `excess` (value
-    over null where `ratio`, else value minus null), and `low` and `high`, the 95 % t interval of the excess over seeds, null for one seed.
-    """
-    compared = [q for q in QUANTITIES if q is not NORM]
-    rows = units.rows.filter(pl.col("excess").is_finite(), pl.col("name").is_in([q.name for q in compared]))
-    norms = units.rows.filter(pl.col("name") == NORM.name).select("point", "arm", "seed", "step", norm="value")
-    together = rows.join(norms, on=["point", "arm", "seed", "step"]).group_by(
-        "point", "arm", "step", "name", maintain_order=True
-    )
-    means = together.agg(pl.len().alias("seeds"), pl.col("norm", "value", "null").mean(), each=pl.col("excess")).filter(
-        pl.col("seeds") == pl.col("seeds").max().over("point", "arm", "name")
-    )
-    log = {q.name: q.ratio for q in compared}
-    found = []
-    for name, each in means.select("name", "each").iter_rows():
-        values = np.log(each) if log[name] else np.array(each)
-        ends = [x if np.isfinite(x) else None for x in (values.mean(), *t_interval(values))]
-        found.append([x if x is None else float(np.exp(x) if log[name] else x) for x in ends])
-    columns = {
-        key: pl.Series([one[place] for one in found], dtype=pl.Float64)
-        for place, key in enumerate(("excess", "low", "high"))
-    }
+    """How far every arm is from the null of its own size: the rows of `distances.from_null` with a column `point`, in their order."""
     order = {point.name: place for place, point in enumerate(regime.POINTS)}
-    return (
-        means.drop("each")
-        .with_columns(ratio=pl.col("name").replace_strict(log, return_dtype=pl.Boolean), **columns)
-        .sort(pl.col("point").replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
-    )
+    found = from_null(units.rows, ("point", "arm"))
+    return found.sort(pl.col("point").replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
 
 
 def void(found: dict[str, Any]) -> list[str]:
@@ -350,20 +319,18 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {row['point']} | {row['arm']} | " + " | ".join(cells) + f" | {_number(row.get('gain'))} |")
     lines += [
         "",
-        "## How far every arm is from the null of its size",
+        f"## {TITLE}",
         "",
-        "At its last checkpoint: the value over the isotropic null of the same size for ratios, else minus it, with the 95 % interval over "
-        "seeds. An arm at 1, or at 0, is what its size alone explains.",
+        NOTE,
         "",
         "| point | arm | " + " | ".join(_short(q) for q in APART) + " |",
         "|---" * (2 + len(APART)) + "|",
     ]
     last: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in found["sizes"]:
-        at = last.setdefault((row["point"], row["arm"]), {})
-        if row["step"] >= at.get(row["name"], row)["step"]:
-            at[row["name"]] = row
-    for (point, arm), at in last.items():
+    for row in at_the_end(found["sizes"], ("point", "arm")):
+        last.setdefault((row["point"], row["arm"]), {})[row["name"]] = row
+    for point, arm in dict.fromkeys((row["point"], row["arm"]) for row in found["sizes"]):
+        at = last.get((point, arm), {})
         cells = [_number((row := at.get(q.name)) and {**row, "mean": row["excess"]}) for q in APART]
         lines.append(f"| {point} | {arm} | " + " | ".join(cells) + " |")
     minutes = sum(sum(unit["minutes"].values()) for unit in found["units"])

@@ -30,7 +30,9 @@ from opdgeo.errors import ConfigError
 from opdgeo.experiments import noise, regime
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
+from opdgeo.experiments.distances import at_the_end, from_null
 from opdgeo.experiments.presets import make_teacher
+from opdgeo.experiments.reduced import reduced
 from opdgeo.experiments.rules import EXPLORATORY, OPD, VERSION
 from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.survey.engines import cpu_cores
@@ -131,6 +133,7 @@ def reproduce(
             },
             "outcomes": outcomes(logs),
             "claims": judge(measurements, logs),
+            "from_null": at_the_end(from_null(reduced(measurements)).to_dicts()),
             "left_out": missing(measurements, logs),
             "noise": noise.beside(
                 measurements, {j.arm.name: j.config for j in jobs if j.arm and j.config}, names, preset

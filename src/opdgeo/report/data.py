@@ -80,6 +80,12 @@ _PAIRING = {
     **{key: [_TEXT] for key in ("base_only?", "tuned_only?", "tied?", "unrecognised?")},
 }
 _PARTS = {"base?": _MANIFEST, "checkpoints?": [_MANIFEST], "pairing?": _PAIRING, "timings?": dict}
+_FROM_NULL = {
+    **dict.fromkeys(("arm", "name"), _TEXT),
+    **dict.fromkeys(("step", "seeds"), _COUNT),
+    "ratio": bool,
+    **dict.fromkeys(("excess", "low", "high"), (_NUMBER, None)),
+}
 _RUN = {
     "opdgeo?": _TEXT,
     "command?": [_TEXT],
@@ -270,6 +276,7 @@ def claims_of(data: Any, path: Path) -> dict[str, Any]:
     needed = ("id", "claim", "verdict", "rule", "measured")
     if not isinstance(claims, list) or any(not isinstance(c, dict) or any(k not in c for k in needed) for c in claims):
         raise _broken(path, "no list of claims", '{"claims": [...]}, each with ' + ", ".join(needed))
+    _check(data.get("from_null", []), [_FROM_NULL], path, "from_null")
     return dict(data)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.errors import ConfigError
-from opdgeo.report import limits
+from opdgeo.report import apart, limits
 from opdgeo.report.data import load
 from opdgeo.report.glossary import about, arm_label, number
 from opdgeo.report.terminal import OUTCOMES, unit_of
@@ -34,6 +34,7 @@ def write_markdown(out: Path, path: Path) -> Path:
     lines += ["", *_in_words(judged), ""]
     for claim in judged:
         lines += _claim(claim)
+    lines += apart.as_text(claims)
     lines += ["## What training reached", "", *_outcomes(claims.get("outcomes") or {}), ""]
     if left := claims.get("left_out"):
         lines += ["## Left out", "", *(f"* {line}" for line in left), ""]

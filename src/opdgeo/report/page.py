@@ -25,7 +25,7 @@ from opdgeo.report.sections import (
     verdict,
 )
 from opdgeo.report.sections.section import Section, View
-from opdgeo.report.view import environment, resource
+from opdgeo.report.view import environment
 
 SECTIONS: tuple[Section[Any], ...] = (
     verdict.SECTION,
@@ -56,8 +56,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         template = templates.get_template(f"sections/{section.id}.html.j2")
         shown.append((section, Markup(template.render(data=data, view=view))))
     page = templates.get_template("page.html.j2")
-    style = Markup(resource("style.css"))
-    return page.render(title=_title(results), sections=shown, style=style), view.charts
+    return page.render(title=_title(results), sections=shown), view.charts
 
 
 def charts_of(results: Results) -> list[Chart]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import polars as pl
-from markupsafe import Markup
 
 from opdgeo.diagnostics import CURVES, DIAGNOSTICS, of_pairs
 from opdgeo.diagnostics.diagnostic import Diagnostic
@@ -19,7 +18,7 @@ from opdgeo.report.pairs import Cell, Pairs
 from opdgeo.report.sections import maps, provenance
 from opdgeo.report.sections.section import AXIS, Figure, View
 from opdgeo.report.verdict import findings
-from opdgeo.report.view import environment, resource, slug
+from opdgeo.report.view import environment, slug
 
 _MAX_CURVES, _MAX_MAPS = 12, 6
 """Pairs that have charts of their own, the most alike first; the data files hold all."""
@@ -39,6 +38,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "sizes": _sizes(results),
         "leading": label(*leading) if leading else "",
         "matrices": [_matrix(pairs, d, variant) for d, variant in pairs.columns()],
+        "lines": _lines(pairs, ranked or pairs.unordered()),
         "curves": _curves(view, pairs, ranked),
         "maps": _maps(view, pairs, ranked),
         "pairs": [_table(pairs, *pair) for pair in ranked or pairs.unordered()],
@@ -47,7 +47,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "run": results.run,
         "provenance": provenance.find(view),
     }
-    page = environment().get_template("pairs.html.j2").render(context, style=Markup(resource("style.css")))
+    page = environment().get_template("pairs.html.j2").render(context)
     return page, view.charts
 
 
@@ -122,6 +122,19 @@ def _shown(cell: Cell, largest: float, names: tuple[str, str]) -> dict[str, Any]
         "strength": round(100 * abs(_distance(cell)) / largest) if largest else 0,
         "below": _distance(cell) < 0,
         "tip": tip,
+    }
+
+
+def _lines(pairs: Pairs, ranked: list[tuple[str, str]]) -> dict[str, Any]:
+    """A row a pair, the most alike first, of what is the same both ways."""
+    columns = [(d, variant) for d, variant in pairs.columns() if not d.directed]
+    left = [pair for pair in pairs.unordered() if pair not in ranked]
+    return {
+        "heads": [label(d.name, variant) for d, variant in columns],
+        "rows": [
+            (*(pairs.short(name, 40) for name in pair), [(pairs.cell(*pair, d.name, v), d.unit) for d, v in columns])
+            for pair in [*ranked, *left]
+        ],
     }
 
 

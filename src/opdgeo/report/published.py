@@ -10,14 +10,14 @@ from rich.text import Text
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
 from opdgeo.errors import ConfigError
-from opdgeo.report.charts import GLYPHS, Band, Chart, Hollow, Points, inline_svg, over_size, style_of
+from opdgeo.report.charts import GLYPHS, Band, Chart, Hollow, Points, over_size, style_of
 from opdgeo.report.data import _check, _json, load_summary
 from opdgeo.report.glossary import about, clean, is_primary, label, number
-from opdgeo.report.sections.section import AXIS, scale_of
+from opdgeo.report.sections.section import AXIS, Figure, scale_of
 from opdgeo.report.sections.sizes import SIZE
 from opdgeo.report.terminal import _new_table
 from opdgeo.report.verdict import Finding, find, findings
-from opdgeo.report.view import environment, resource, slug
+from opdgeo.report.view import environment, slug
 
 TABLE = "published.json"
 SPARSITY = next((d, d.headline.variant) for d in DIAGNOSTICS.values() if d.weighting == "entries" and d.headline)
@@ -123,10 +123,9 @@ def build(out: Path) -> tuple[str, list[Chart]]:
         .render(
             rows=rows,
             heads=[head[0] for head in heads],
-            charts=[{"svg": _markup(chart), "caption": chart.caption} for chart in charts],
+            charts=[Figure(chart) for chart in charts],
             measured=len(shown),
             ids=clean(pairs[0].facts["ids"]) if pairs else "",
-            style=_markup_text(resource("style.css")),
         )
     )
     return page, charts
@@ -174,13 +173,3 @@ def _chart(pairs: list[Pair], known: Diagnostic, variant: str) -> Chart:
     name = f"published-{slug(known.name)}-{slug(variant)}".rstrip("-")
     alt = f"{title} of {len(points)} published pairs against the {SIZE[0].title.lower()} of the update"
     return over_size(name, title, scale_of(known.name), points, band, hollow, size=SIZE[0].title.lower(), alt=alt)
-
-
-def _markup(chart: Chart) -> Any:
-    return _markup_text(inline_svg(chart))
-
-
-def _markup_text(text: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(text)

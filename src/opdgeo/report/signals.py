@@ -15,7 +15,7 @@ from opdgeo.report.charts import Chart, Group, Scale, Series, distribution, inli
 from opdgeo.report.data import _broken, _json, _table
 from opdgeo.report.glossary import clean, number
 from opdgeo.report.terminal import _new_table
-from opdgeo.report.view import environment, resource
+from opdgeo.report.view import environment
 
 TABLE = "signals.parquet"
 NAMES = {"sft": "SFT", "opd": "OPD", "rlvr": "RLVR", "random_credit": "random credit", "weights": "weights"}
@@ -270,11 +270,7 @@ def build(out: Path) -> tuple[str, list[Chart]]:
         shown = [{"caption": c.caption, "svg": Markup(inline_svg(c))} for c in charts]
         parts.append({"name": checkpoint, "sentences": sentences(found), "tables": tables(found), "charts": shown})
     matrices = table["matrix"].drop_nulls().n_unique()
-    page = (
-        environment()
-        .get_template("signals.html.j2")
-        .render(style=Markup(resource("style.css")), parts=parts, run=run, matrices=matrices)
-    )
+    page = environment().get_template("signals.html.j2").render(parts=parts, run=run, matrices=matrices)
     return page, made
 
 

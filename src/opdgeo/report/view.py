@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -42,8 +44,23 @@ def environment() -> jinja2.Environment:
         "short_role": short_role,
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    made.globals["readings"] = READINGS
+    script = resource("sort.js")
+    made.globals |= {
+        "readings": READINGS,
+        "style": Markup(resource("style.css")),
+        "script": Markup(script),
+        "policy": policy(script),
+    }
     return made
+
+
+def policy(script: str) -> Markup:
+    """The page's Content-Security-Policy: it asks for nothing, and of all scripts this one alone may run."""
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return Markup(
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def shown(
@@ -64,10 +81,10 @@ def interval(low: float | None, high: float | None, unit: str = "number", signed
     return Markup('<span class="interval">[{}, {}]</span>').format(*ends)
 
 
-def excess(null: dict[str, Any], unit: str) -> Markup:
+def excess(null: dict[str, Any], unit: str, signed: bool = True) -> Markup:
     """The mean excess with the digits of its interval."""
     decimals = interval_decimals(null.get("low"), null.get("high"), unit)
-    return shown(null.get("excess"), unit, signed=True, decimals=decimals)
+    return shown(null.get("excess"), unit, signed=signed, decimals=decimals)
 
 
 def arm_mean(got: dict[str, Any], unit: str) -> Markup:

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS, Diagnostic
-from opdgeo.report import charts
+from opdgeo.report import apart, charts
+from opdgeo.report.apart import Distances
 from opdgeo.report.charts import ARM_STYLE, GLYPHS, Band, Hollow, Points, over_size, style_of
 from opdgeo.report.data import runs
 from opdgeo.report.glossary import (
@@ -52,9 +53,31 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A point of the charts in words: its role or arm, the classes by which the keys hide it, and (value, null) a column."""
+
+    name: str
+    kind: str
+    classes: str
+    cells: list[tuple[float | None, float | None]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the charts that lead show, as rows; `columns` holds name and unit, `kind` is empty where all rows are of one."""
+
+    title: str
+    head: str
+    kind: str
+    columns: list[tuple[str, str]]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Attributes:
     charts: those that lead, or all others; with the same chart on a linear axis where it is logarithmic.
+    table, distances: the same as rows, and how far the arms of a study are from the null; with the charts that lead.
     keys: the series. `thirds`: the layers that can be hidden, (class, name).
     points: what a point is. `null`: what the grey is.
     published: whether values of the paper are among the marks.
@@ -66,6 +89,8 @@ class Sizes:
     points: str
     null: str
     published: bool
+    table: Table | None
+    distances: Distances | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ def _of_matrices(view: View, leads: bool) -> Sizes | None:
     sizes = sizes.filter(pl.col("value") > 0)
     roles = role_order(set(sizes["role"].to_list()))
     deepest, many = sizes["layer"].max(), sizes.height > ONE_BY_ONE
-    charts_of = {}
+    charts_of, shown = {}, {}
     for diagnostic, variant in _pairs(view.measured, leads):
         rows = with_values(view.final(*which(diagnostic, variant)))
         rows = rows.join(sizes.select("matrix", x="value"), on="matrix", maintain_order="left")
@@ -101,6 +126,10 @@ def _of_matrices(view: View, leads: bool) -> Sizes | None:
                 _band_of_matrices(rows),
                 _whole(view.results.summary[-1], diagnostic, variant),
             )
+            if leads and not many:
+                shown[diagnostic, variant] = {
+                    name: (value, null) for name, value, null in rows.select("matrix", "value", "null_mean").iter_rows()
+                }
     keys = [
         Key(f"g{i}", "●" if many else GLYPHS[i % len(GLYPHS)], i % len(charts.SERIES), role)
         for i, role in enumerate(roles)
@@ -113,7 +142,27 @@ def _of_matrices(view: View, leads: bool) -> Sizes | None:
     null = "the nulls of matrices of about the same size, joined, with two standard deviations" + (
         "" if many else "; a short grey line is the null of a single matrix"
     )
-    return _made(view, charts_of, keys, () if many or not deepest else THIRDS, points, null)
+    table = None
+    if shown:
+        rows_of = [
+            Row(
+                clean(matrix),
+                clean(role, 40),
+                f"g{roles.index(role)} {_third(layer, deepest)}".rstrip(),
+                [(size, None), *(found.get(matrix, (None, None)) for found in shown.values())],
+            )
+            for matrix, role, layer, size in sizes.select("matrix", "role", "layer", "value").iter_rows()
+        ]
+        table = Table("Every matrix that moved", "matrix", "role", _columns(shown), rows_of)
+    return _made(view, charts_of, keys, () if many or not deepest else THIRDS, points, null, table=table)
+
+
+def _third(layer: int | None, deepest: Any) -> str:
+    return THIRDS[min(2, 3 * layer // (deepest + 1))][0] if deepest and layer is not None else ""
+
+
+def _columns(shown: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(label(*pair), about(pair[0]).unit) for pair in ((SIZE[0].name, SIZE[1]), *shown)]
 
 
 def _matrices(rows: pl.DataFrame, role: str, index: int, diagnostic: str, deepest: Any) -> Iterator[Points]:
@@ -136,9 +185,7 @@ def _matrices(rows: pl.DataFrame, role: str, index: int, diagnostic: str, deepes
             for m, v, n in part.select("matrix", "value", "null_mean").iter_rows()
         ]
         if deepest:
-            where["classes"] = [
-                THIRDS[min(2, 3 * layer // (deepest + 1))][0] if layer is not None else "" for layer in part["layer"]
-            ]
+            where["classes"] = [_third(layer, deepest) for layer in part["layer"]]
     yield Points(role, f"g{index}", x.tolist(), y.tolist(), tips, **where)
 
 
@@ -220,7 +267,26 @@ def _of_checkpoints(view: View, leads: bool) -> Sizes | None:
         "a mark is a checkpoint of an arm and a seed" if study else "a mark is a checkpoint, the steps joined in order"
     )
     grey = "the nulls at the sizes of these points, joined, with two standard deviations of one matrix"
-    return _made(view, charts_of, keys, (), what, grey)
+    listed = {pair: checkpoints[-1:] if study else checkpoints for pair, checkpoints in by_run.items()}
+    rows = [
+        Row(
+            clean(c["checkpoint"], 60),
+            arm_label(arm),
+            f"g{arms.index(arm)}",
+            [(_mean(c, SIZE[0].name, SIZE[1])[0], None), *(_mean(c, *pair) for pair in charts_of)],
+        )
+        for (arm, _), checkpoints in listed.items()
+        for c in checkpoints
+    ]
+    title = "The last checkpoint of every arm and seed" if study else "Every checkpoint"
+    table = Table(title, "checkpoint", "arm" if study else "", _columns(charts_of), rows) if leads else None
+    distances = apart.of(view.claims) if study and leads else None
+    return _made(view, charts_of, keys, (), what, grey, table=table, distances=distances)
+
+
+def _mean(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> tuple[float | None, float | None]:
+    found = finding(checkpoint, diagnostic, variant)
+    return (None, None) if found is None else (found.row["mean"], (found.null or {}).get("mean"))
 
 
 def _paradigm(arm: str) -> str:
@@ -260,6 +326,9 @@ def _made(
     thirds: Sequence[tuple[str, str]],
     points: str,
     null: str,
+    *,
+    table: Table | None,
+    distances: Distances | None = None,
 ) -> Sizes | None:
     if not charts_of:
         return None
@@ -293,7 +362,7 @@ def _made(
         made.append((shown[0], shown[1] if len(shown) > 1 else None))
     published = any(d.hollow for d in charts_of.values())
     has_null = any(d.band for d in charts_of.values())
-    return Sizes(made, keys, thirds, points, null if has_null else "", published)
+    return Sizes(made, keys, thirds, points, null if has_null else "", published, table, distances)
 
 
 FIRST = Section("sizes", "How much size explains", "Size", partial(find, leads=True))
