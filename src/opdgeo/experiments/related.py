@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from opdgeo.diagnostics import DIAGNOSTICS, Settings, of_pairs
+from opdgeo.diagnostics import Settings, of_pairs
 from opdgeo.experiments.reduced import arm_and_seed
 from opdgeo.experiments.rules import COIN, MATCHED, OPD, RANDOM_SIGN, RLVR
 from opdgeo.experiments.statistics import t_interval
