@@ -23,6 +23,7 @@ from opdgeo.survey.results import Result, load_result
 
 ARMS = (MATCHED, OPD, RLVR, COIN, RANDOM_SIGN)
 """As long as each other, and from the seed's anchor: where a study lacks one, those that it has."""
+TABLE = "relations.parquet"
 MATRICES, ENTRIES = "matrices", "entries"
 COLUMNS: dict[str, Any] = {
     "arm": pl.String,
@@ -119,7 +120,10 @@ def over_seeds(table: pl.DataFrame) -> list[dict[str, Any]]:
                 found.append(
                     {"arm": arm, "other": other, "diagnostic": diagnostic.name, "variant": variant, "over": over}
                     | _mean(known)
-                    | {"seeds": sorted({row["seed"] for row in known}), "reason": None if known else each[0]["reason"]}
+                    | {
+                        "seeds": sorted({row[s] for row in known for s in ("seed", "other_seed")}),
+                        "reason": None if known else each[0]["reason"],
+                    }
                 )
     return found
 
