@@ -125,12 +125,14 @@ def test_units_without_relations_count_beside_units_that_have_them(
 
     for seed in (101, 102, 103):
         write(seed)
-    before = confirmatory.judged(confirmatory.load(tmp_path))
+    alone = confirmatory.load(tmp_path)
+    before = confirmatory.judged(alone)
     assert before["related"] == [] and "move alike" not in confirmatory.page(before)
     for seed in (101, 102):
         write(seed, table(results, seed))
     found = confirmatory.load(tmp_path)
     after = confirmatory.judged(found)
+    assert found.rows.height == alone.rows.height
     assert found.relations["seed"].unique().sort().to_list() == [101, 102]
     for part in ("claims", "arms", "sizes"):
         assert json.dumps(after[part]) == json.dumps(before[part]), "no verdict reads a relation"

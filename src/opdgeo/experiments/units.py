@@ -5,8 +5,8 @@
 Units come in order of worth, one a process and core; what is kept already is not run again, and a killed unit goes on from its
 finished arms and the trainer states in WORK. When a unit is finished its numbers (`reduced.py`) stand in KEEP/POINT-seedN.parquet,
 with the version and hash of the rules, dates, minutes, machine and the hash of every arm's settings in the file's metadata;
-its weights are then deleted. In the same file, with columns of their own, stand the relations of the arms' last updates (`related.py`), which
-units of before do not have. Nothing else has to be kept: verdicts come from these files alone
+its weights are then deleted. The same file holds, in columns of their own, how alike the arms' last updates are (`related.py`); no verdict
+reads that, and the first units were kept without it. Nothing else has to be kept: verdicts come from these files alone
 (`python -m opdgeo.experiments.confirmatory docs/results`).
 
 An arm's settings are its `config.json`; their hash leaves out folders, which differ from machine to machine. A seed's anchor is
