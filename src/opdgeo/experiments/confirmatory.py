@@ -413,11 +413,11 @@ def _related(rows: list[dict[str, Any]]) -> list[str]:
         seeds = max(len(row["seeds"]) for row in numbers.values())
         cells = []
         for column in columns:
-            row = numbers.get(column)
+            found = numbers.get(column, {"value": None, "null": None, "null_std": None})
             around = DIAGNOSTICS[column[0]].around_zero
-            chance = row and row["null_std" if around else "null"]
+            chance = found["null_std" if around else "null"]
             beside = "" if chance is None else f", by chance {'± ' if around else ''}{chance:.3g}"
-            cells.append(_number(row and {**row, "mean": row["value"]}) + beside)
+            cells.append(_number(found | {"mean": found["value"]}) + beside)
         lines.append(f"| {point} | {arm} and {other} | {seeds} | " + " | ".join(cells) + " |")
     return lines
 

@@ -94,7 +94,7 @@ class Pairs:
 
     def columns(self) -> list[tuple[Diagnostic, str]]:
         """What there is a matrix of: the primary variants of the diagnostics, in their order."""
-        one = next(iter(self.by_names.values()), {"diagnostics": []})
+        one: dict[str, Any] = next(iter(self.by_names.values()), {"diagnostics": []})
         return [
             (of_pairs()[f.diagnostic], f.variant)
             for f in findings(one)
@@ -175,13 +175,14 @@ def of_study(claims: dict[str, Any]) -> tuple[Pairs, Pairs]:
             continue
         same = split_seed(row["arm"])[0] == split_seed(row["other"])[0]
         null = None if row["null"] is None else {"mean": row["null"], "std": row["null_std"]}
-        names = tuple(ARMS.get(arm, arm_label(arm)) for arm in (row["arm"], row["other"]))
-        (among if same else between).setdefault(names, []).append(row | {"mean": row["value"], "null": null})
-    first, second = (
+        first, second = (ARMS.get(arm, arm_label(arm)) for arm in (row["arm"], row["other"]))
+        group = among if same else between
+        group.setdefault((first, second), []).append(row | {"mean": row["value"], "null": null})
+    arms, seeds = (
         Pairs([{"checkpoint": a, "other": b, "diagnostics": rows} for (a, b), rows in group.items()])
         for group in (between, among)
     )
-    return first, second
+    return arms, seeds
 
 
 def _filled(clause: str, value: float | None, unit: str) -> list[Part]:

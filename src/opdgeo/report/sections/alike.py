@@ -59,7 +59,7 @@ def _group(pairs: Pairs, sentences: list[list[Part]], beside: list[list[Part]]) 
     rows = []
     for pair in pairs.by_likeness() or pairs.unordered():
         cells = [pairs.cell(*pair, d.name, variant) for d, variant in columns]
-        found = [cell and cell.found for cell in cells]
+        found = [None if cell is None else cell.found for cell in cells]
         rows.append((*pair, max(len(one.row["seeds"]) for one in found if one), found))
     matrices = [matrix(pairs, d, variant) for d, variant in columns] if len(names) > 2 else []
     return Group(names, sentences, beside, matrices, columns, rows)
