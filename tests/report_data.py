@@ -242,6 +242,9 @@ def write(
     return out
 
 
+ALIKE = ("sft-matched", "opd", "rlvr", "coin")
+
+
 def write_reproduce(out: Path, seeds: int = 3) -> Path:
     """`reproduce`: four arms, several seeds, logs and claims."""
     rng = np.random.default_rng(1)
@@ -335,12 +338,31 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
             for name, y, ratio in (("stable_rank", 60.0, True), ("mask_overlap.low_magnitude.0.5", 0.2, False),
                                    ("principal_angles.left.mean+right.mean", 1.5, True))
         ],
+        "related": related(rng),
         "noise": {
             "rows": [noise_row("opd", 0.0251, 0.793)],
             "exploratory": [noise_row("coin", 0.02459, 0.8004)],
         },
     })  # fmt: skip
     return out
+
+
+def related(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """How alike four arms are, and SFT in two seeds; OPD and RLVR move alike, the coin alone."""
+    pairs = [(a, b) for i, a in enumerate(ALIKE) for b in ALIKE[i + 1 :]]
+    rows = []
+    for arm, other in (*pairs, ("sft", "sft-seed1")):
+        cosine = 0.7 if "coin" not in (arm, other) else 0.03
+        for diagnostic, variant, value, null, std in (
+            ("update_cosine", "", cosine, 0.0, 0.0008), ("sign_agreement", "", 0.5 + 0.4 * cosine, 0.54, 0.001),
+            ("visible_lift", "", 1.2, 1.1, 0.001), ("shared_subspace", "right.16", 0.6, 0.08, 0.006),
+        ):  # fmt: skip
+            value += 0.01 * rng.normal()
+            rows.append(
+                {"arm": arm, "other": other, "diagnostic": diagnostic, "variant": variant, "over": "entries", "value": value,
+                 "low": value - 0.02, "high": value + 0.02, "null": null, "null_std": std, "seeds": [0, 1], "reason": None}
+            )  # fmt: skip
+    return rows
 
 
 def noise_row(arm: str, norm: float, unchanged: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from opdgeo.experiments import related
 from program import run_opdgeo, run_python
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -82,6 +83,12 @@ def test_the_columns_of_pairs_are_described(folder: Path, name: str) -> None:
     text = PAGE.read_text()
     for column in {"diagnostic", "curve"} & set(data.columns):
         assert all(f"`{value}`" in text for value in data[column].unique())
+
+
+def test_the_relations_of_a_study_are_described() -> None:
+    """What a real study writes has these columns (tests/experiments/test_reproduce.py)."""
+    described = {column: cells[0] for column, cells in table("relations.parquet").items()}
+    assert described == {column: str(kind()) for column, kind in related.COLUMNS.items()}
 
 
 def test_the_keys_of_pairs_are_described_with_their_types(folder: Path) -> None:

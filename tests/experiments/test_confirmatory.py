@@ -432,6 +432,9 @@ def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
             assert unpacked(row["right"], counts).mean() == row["value"]
     walked = pl.read_parquet(units.file_of(keep, "batch-16", 101)).filter(pl.col("name") == "persistence")
     assert set(walked["arm"]) == {"sft", "rlvr", "coin"}
+    alike = pl.read_parquet(units.file_of(keep, "batch-16", 101)).filter(pl.col("over").is_not_null())
+    assert set(zip(alike["arm"], alike["other"], strict=True)) == {("rlvr", "coin"), ("coin", "rlvr")}
+    assert "over" not in pl.read_parquet_schema(units.file_of(keep, "s1", 101)), "S1's arms share no checkpoint"
     moved = walked.filter(pl.col("arm") != "rlvr")["value"]  # in three tokens nothing is ever right
     assert moved.is_between(0.5, 4).all()
     written = {path: path.stat().st_mtime_ns for path in keep.iterdir()}

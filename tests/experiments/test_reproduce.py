@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from filelock import FileLock
 
 import recompute_claims
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import presets
+from opdgeo.experiments import presets, related
 from opdgeo.experiments.presets import train_config
 from opdgeo.experiments.reproduce import reproduce
 from opdgeo.experiments.rules import CONTROLS
@@ -48,20 +49,21 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Study:
     done = run_opdgeo("reproduce", "--study", "full", "--rehearse", "-o", out)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = sum(arm.tracked for arm in ARMS_OF_FULL.values())
-    assert f"done ({len(ARMS_OF_FULL) + measured + 3} of" in done.stderr  # and three models
+    assert f"done ({len(ARMS_OF_FULL) + measured + 4} of" in done.stderr  # and three models, and the pairs of arms
     return Study.of(out, json.loads((out / "claims.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def small(full: Study) -> Study:
     """The small study in the same folder, whose arms are all there."""
-    trained = {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")}
+    finished = ("arms/*/log.jsonl", "related/*/run.json")
+    trained = {log: log.stat().st_mtime_ns for kind in finished for log in full.out.glob(kind)}
     with pytest.MonkeyPatch.context() as patch:  # the second call draws the page of the same data
         patch.setattr("opdgeo.report.write_report", lambda out: out)
         claims = reproduce("tiny", full.out, rehearse=True)
     # It finds everything done and says the same.
     assert reproduce("tiny", full.out, rehearse=True) == claims
-    assert {log: log.stat().st_mtime_ns for log in full.out.glob("arms/*/log.jsonl")} == trained
+    assert {log: log.stat().st_mtime_ns for kind in finished for log in full.out.glob(kind)} == trained
     return Study.of(full.out, claims)
 
 
@@ -77,6 +79,16 @@ def test_data_files_have_the_contracts_columns(small: Study) -> None:
     assert set(table["status"]) <= {"computed", "undefined"}
     nulls = table.filter((pl.col("diagnostic") == "stable_rank") & (pl.col("status") == "computed"))
     assert len(nulls) and nulls["null_mean"].null_count() == 0
+
+
+def test_the_arms_of_an_anchor_are_related(full: Study, small: Study) -> None:
+    """The full study relates five arms, and the small one in its folder takes three of them."""
+    named = [{(row["arm"], row["other"]) for row in study.claims["related"]} for study in (full, small)]
+    assert [len(pairs) for pairs in named] == [10, 3] and named[1] == set(itertools.combinations(ARMS[1:], 2))
+    table = pl.read_parquet(small.out / "relations.parquet")
+    assert dict(table.schema) == {name: kind() for name, kind in related.COLUMNS.items()}
+    assert set(table["arm"]) == set(ARMS[1:])
+    assert '<section id="alike">' in full.page and "The pairs with a noise arm" in full.page
 
 
 def test_every_claim_has_a_rule_a_verdict_and_controls(small: Study) -> None:

@@ -23,11 +23,14 @@ import opdgeo
 from browser import Browser
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, data, write_report
-from opdgeo.report.data import load
+from opdgeo.report.data import load, load_claims
 from opdgeo.report.glossary import arm_label, clean, number, variant_label
+from opdgeo.report.limits import ARMS as NOISE
 from opdgeo.report.markdown import write_markdown
+from opdgeo.report.sections import alike
+from opdgeo.report.sections.section import View
 from opdgeo.report.terminal import print_claims, print_summary
-from opdgeo.report.view import resource
+from opdgeo.report.view import environment, resource
 from program import run_python
 from report_data import HOSTILE, build, write
 
@@ -200,10 +203,14 @@ def test_every_number_is_in_the_data_files(reports: dict[str, tuple[Path, Page]]
     for one in json.loads((out / "summary.json").read_text())["checkpoints"]:
         means = [v for d in one["diagnostics"] for v in (d["mean"], (d["null"] or {}).get("mean")) if v is not None]
         rows.setdefault(clean(one["checkpoint"]), set()).update(means)
+    for row in load(out).claims["related"] if kind == "reproduce" else []:
+        names = [NOISE.get(row[key], arm_label(row[key])) for key in ("arm", "other")]
+        for name in (" and ".join(names), " and ".join(reversed(names))):
+            rows.setdefault(name, set()).update(row[key] for key in ("value", "null", "null_std"))
     assert kind in ("still", "single") or page.tips
     for tip in page.tips:
         name, _, shown = tip.rpartition(": ")
-        for text in re.split(r", null ", shown):
+        for text in re.split(r", null |, chance (?:± )?", shown):
             assert any(is_rounding(text, v) for v in rows[name]), tip
     written = " ".join(clean(p.read_text()) for p in out.glob("*.json"))
     pairs = values.select("diagnostic", "variant").unique().rows()
@@ -571,6 +578,46 @@ def test_a_study_as_text_says_what_the_data_say(reports: dict[str, tuple[Path, P
         write_markdown(reports["compare"][0], tmp_path / "x.md")
 
 
+def test_a_study_says_how_alike_its_arms_are_beside_chance_and_a_noise_arm(
+    reports: dict[str, tuple[Path, Page]], tmp_path: Path
+) -> None:
+    out = shutil.copytree(reports["reproduce"][0], tmp_path / "out")
+    claims = json.loads((out / "claims.json").read_text())
+    html = (out / "report.html").read_text(encoding="utf-8")
+    section = html[html.index('<section id="alike">') :].partition("</section>")[0]
+    rows = claims["related"]
+    cosines = {(r["arm"], r["other"]): r["value"] for r in rows if r["diagnostic"] == "update_cosine"}
+    first, *_ = section.split('<table class="matrix">')[1:]
+    shown = [
+        float(v) for v in re.findall(r'title="[^"]*">(?:<strong>)?<data value="([^"]+)"', first.split("</table>")[0])
+    ]
+    across = cosines.pop(("sft", "sft-seed1"))
+    assert sorted(shown) == sorted([*cosines.values()] * 2), "each pair twice, and SFT's seeds not among them"
+    assert section.count('class="matrix"') == 4 and "without a verdict" in section
+    sentences = [" ".join(unescape(re.sub("<[^>]*>", "", s)).split()) for s in re.findall(r"<li>(.*?)</li>", section)]
+    by_text = write_markdown(out, tmp_path / "r.md").read_text()
+    names = [("SFT matched", "OPD"), ("SFT matched", "RLVR"), ("OPD", "RLVR"), ("SFT", "sft-seed1")]
+    values = [*(cosines[p] for p in (("sft-matched", "opd"), ("sft-matched", "rlvr"), ("opd", "rlvr"))), across]
+    for (a, b), value in zip(names, values, strict=True):
+        said = f"{a} and {b}: the cosine of the two updates is {value:.3f} (independent ones of these sizes have 0 ± 8.00e-04)"
+        assert any(said in sentence for sentence in sentences), sentences
+        assert said in by_text
+    noisy = section.index("The pairs with a noise arm")
+    assert section.index("OPD and RLVR: ") < noisy < section.index("OPD and coin flips (noise): ")
+    table = section[section.index("Every pair, with its interval") :]
+    low = next(r["low"] for r in rows if (r["arm"], r["other"]) == ("opd", "rlvr"))
+    assert f'<data value="{low!r}">' in table
+    # Without a noise arm it says so; a number that is none is refused.
+    claims["related"] = [r for r in rows if "coin" not in (r["arm"], r["other"])]
+    (out / "claims.json").write_text(json.dumps(claims))
+    view = View(load(out))
+    template = environment().get_template("sections/alike.html.j2")
+    assert "no noise arm to read these numbers beside" in template.render(data=alike.find(view), view=view)
+    claims["related"][0]["value"] = "0.7"
+    with pytest.raises(ConfigError, match=r"related\[0\]\.value is a str; expected a number"):
+        load_claims(claims)
+
+
 def claims_of(out: Path) -> list[dict[str, Any]]:
     claims: list[dict[str, Any]] = json.loads((out / "claims.json").read_text())["claims"]
     return claims
@@ -697,7 +744,7 @@ def test_a_study_opens_with_what_it_can_and_cannot_decide(
     # Without a noise control it says so, and claims nothing.
     other = shutil.copytree(out, tmp_path / "other")
     claims = json.loads((other / "claims.json").read_text())
-    del claims["noise"]
+    del claims["noise"], claims["related"]
     (other / "claims.json").write_text(json.dumps(claims))
     for where in (
         write_markdown(other, tmp_path / "o.md").read_text(),

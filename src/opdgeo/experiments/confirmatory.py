@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import polars as pl
 
 from opdgeo.diagnostics import DIAGNOSTICS
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import regime
+from opdgeo.experiments import regime, related
 from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
 from opdgeo.experiments.distances import APART, at_the_end, from_null
 from opdgeo.experiments.reduced import SCHEMA
@@ -59,11 +59,15 @@ OWN = "as the paper compares"
 
 @dataclass(frozen=True)
 class Units:
-    """The files that count: their rows with a column `point`, what each says of itself, and what was left out and why."""
+    """The files that count: their rows with a column `point`, what each says of itself, and what was left out and why.
+
+    `relations` are the rows of pairs (`related.py`), with a column `point` too; the first units that were kept have none.
+    """
 
     rows: pl.DataFrame
     about: list[dict[str, Any]]
     left_out: dict[str, str]
+    relations: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=related.COLUMNS | {"point": pl.String}))
 
     def at(self, point: Point) -> pl.DataFrame:
         """The rows of a point, borrowed arms included."""
@@ -84,6 +88,7 @@ def load(folder: Path) -> Units:
             f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
         )
     rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
+    relations = [pl.DataFrame(schema=related.COLUMNS | {"point": pl.String})]
     for path in sorted(folder.glob("*.parquet")):
         said = pl.read_parquet_metadata(path)
         if not {"point", "seed", "rules"} <= said.keys() or said["point"] not in regime.BY_NAME:
@@ -106,8 +111,12 @@ def load(folder: Path) -> Units:
                 if k != "ARROW:schema"
             }
         )
-        rows.append(pl.read_parquet(path).with_columns(point=pl.lit(point.name)).select(*SCHEMA, "point"))
-    return Units(pl.concat(rows), about, left_out)
+        table = pl.read_parquet(path).with_columns(point=pl.lit(point.name))
+        if "over" in table.columns:
+            relations.append(table.filter(pl.col("over").is_not_null()).select(*related.COLUMNS, "point"))
+            table = table.filter(pl.col("over").is_null())
+        rows.append(table.select(*SCHEMA, "point"))
+    return Units(pl.concat(rows), about, left_out, pl.concat(relations))
 
 
 def judged(units: Units) -> dict[str, Any]:
@@ -126,6 +135,11 @@ def judged(units: Units) -> dict[str, Any]:
         "claims": claims,
         "arms": [row for point in regime.POINTS for row in _arms(point, data[point.name])],
         "sizes": sizes(units).to_dicts(),
+        "related": [
+            {"point": point.name} | row
+            for point in regime.POINTS
+            for row in related.over_seeds(units.relations.filter(point=point.name).drop("point"))
+        ],
         "units": units.about,
         "left_out": units.left_out,
     }
@@ -333,11 +347,46 @@ def page(found: dict[str, Any]) -> str:
         at = last.get((point, arm), {})
         cells = [_number((row := at.get(q.name)) and {**row, "mean": row["excess"]}) for q in APART]
         lines.append(f"| {point} | {arm} | " + " | ".join(cells) + " |")
+    lines += _related(found["related"])
     minutes = sum(sum(unit["minutes"].values()) for unit in found["units"])
     lines += ["", f"{len(found['units'])} units, {minutes:.0f} minutes of processor time."]
     if found["left_out"]:
         lines += ["", "Not counted: " + "; ".join(f"{name} ({why})" for name, why in found["left_out"].items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _related(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of relations, a line a pair of arms and point; nothing where no unit has any."""
+    if not rows:
+        return []
+    columns = list(dict.fromkeys((row["diagnostic"], row["variant"]) for row in rows))
+    heads = [headline.column for name, _ in columns if (headline := DIAGNOSTICS[name].headline)]
+    lines = [
+        "",
+        "## Do the updates move alike?",
+        "",
+        "An open question of the paper's, reported without a verdict. The last updates of two arms of a seed, from the same anchor, compared as "
+        "[`opdgeo relate`](../relate.md) does: all matrices as one long vector, or their mean where there is no such number. Mean over seeds with the 95 % "
+        "interval; behind it, after “by chance”, what two independent isotropic updates of the same sizes share, where that is 0 its standard deviation. A noise "
+        "arm has learned nothing: what two arms share with it as well is not the work of an objective. The first units were kept without these numbers.",
+        "",
+        "| point | arms | seeds | " + " | ".join(heads) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    pairs: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in rows:
+        pairs.setdefault((row["point"], row["arm"], row["other"]), {})[row["diagnostic"], row["variant"]] = row
+    for (point, arm, other), numbers in pairs.items():
+        seeds = max(len(row["seeds"]) for row in numbers.values())
+        cells = []
+        for column in columns:
+            found = numbers.get(column, {"value": None, "null": None, "null_std": None})
+            around = DIAGNOSTICS[column[0]].around_zero
+            chance = found["null_std" if around else "null"]
+            beside = "" if chance is None else f", by chance {'± ' if around else ''}{chance:.3g}"
+            cells.append(_number(found | {"mean": found["value"]}) + beside)
+        lines.append(f"| {point} | {arm} and {other} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _short(q: Quantity) -> str:

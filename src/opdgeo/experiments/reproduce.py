@@ -1,4 +1,4 @@
-"""The study: models and anchors → arms → trajectories → claims → page, for every seed.
+"""The study: models and anchors → arms → trajectories and pairs of updates → claims → page, for every seed.
 
 A seed is an independent repetition from the shared base: its own anchor, prompts and sampling. The SFT arm is the anchor's own
 training, base → anchor, as in the paper. Runs go one to a process, each as soon as what it starts from is there, the longest way
@@ -27,14 +27,15 @@ from typing import Any
 import polars as pl
 
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import noise, regime
+from opdgeo.experiments import noise, regime, related
 from opdgeo.experiments import study as arms_of
 from opdgeo.experiments.claims import judge, missing, outcomes
 from opdgeo.experiments.distances import at_the_end, from_null
 from opdgeo.experiments.presets import make_teacher
 from opdgeo.experiments.reduced import reduced
-from opdgeo.experiments.rules import EXPLORATORY, OPD, VERSION
+from opdgeo.experiments.rules import EXPLORATORY, OPD, SFT, VERSION
 from opdgeo.experiments.study import BY_NAME, Arm
+from opdgeo.files import write_atomically
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.results import Result, load_result, summarise, write_json
@@ -46,15 +47,18 @@ GEOMETRY = "geometry"  # ARM/geometry/: the arm's own data files
 
 @dataclass(frozen=True)
 class Job:
-    """One run of an arm, what is measured of it (`measures`), or the making of a model (`arm` None)."""
+    """One run of an arm, what is measured of it (`measures`), how alike the updates of several are (`relates`), or the making of a
+    model (no `config`)."""
 
     name: str
-    """The folder below arms/ or models/."""
+    """The folder below arms/, models/, or of pairs in the study's own."""
     arm: Arm | None = None
     seed: int = 0
     config: TrainConfig | None = None
     needs: tuple[str, ...] = ()
     measures: bool = False
+    relates: tuple[str, ...] = ()
+    """Checkpoints below arms/, all from the origin of `config`."""
     cost: int = 5000
     """Sequences that it trains on; a rollout costs twice a demonstration."""
 
@@ -117,9 +121,14 @@ def reproduce(
             },
         }
         result = Result(measurements, curves, summarise(measurements, first["null"]), run)
+        pairs = pl.concat(
+            [pl.DataFrame(schema=related.COLUMNS)]
+            + [related.rows(load_result(out / job.name), job.needs) for job in jobs if job.relates]
+        )
         # An earlier study's verdicts must not stand beside this one's data.
         (out / "claims.json").unlink(missing_ok=True)
         result.save(out)
+        write_atomically(out / related.TABLE, lambda path: pairs.write_parquet(path))
         logs = {name: read_log(out / "arms" / name) for name in names}
         claims = {
             "preset": preset,
@@ -135,6 +144,7 @@ def reproduce(
             "claims": judge(measurements, logs),
             "from_null": at_the_end(from_null(reduced(measurements)).to_dicts()),
             "left_out": missing(measurements, logs),
+            "related": related.over_seeds(pairs),
             "noise": noise.beside(
                 measurements, {j.arm.name: j.config for j in jobs if j.arm and j.config}, names, preset
             ),
@@ -160,7 +170,18 @@ def plan(arms: list[Arm], seeds: range, preset: str, out: Path, *, rehearse: boo
             jobs.append(Job(name, arm, seed, config, tuple(before), cost=cost))
             if arm.tracked:
                 jobs.append(Job(f"{name}/{GEOMETRY}", arm, seed, config, (name,), measures=True, cost=cost // 5))
-    return [*(Job(name) for name in sorted(models)), *jobs]
+    return [*(Job(name) for name in sorted(models)), *jobs, *_pairs({job.name: job for job in jobs}, seeds)]
+
+
+def _pairs(runs: dict[str, Job], seeds: range) -> Iterator[Job]:
+    """Whose last updates are related: of each seed the arms from its anchor, and over the seeds SFT, whose base they share."""
+    groups = {f"related/seed{seed}": [arms_of.folder(arm, seed) for arm in related.ARMS] for seed in seeds}
+    groups[f"related/{SFT}"] = [arms_of.folder(SFT, seed) for seed in seeds]
+    for name, folders in groups.items():
+        known = {f: config for f in folders if f in runs and (config := runs[f].config)}
+        if len(known) > 1:
+            last = tuple(f"{f}/step-{config.steps:06d}" for f, config in known.items())
+            yield Job(name, config=next(iter(known.values())), needs=tuple(known), relates=last, cost=1000)
 
 
 def _named(table: pl.DataFrame, arm: str) -> pl.DataFrame:
@@ -258,6 +279,8 @@ def _end_with_the_parent() -> None:
 def _done(job: Job, out: Path) -> bool:
     from opdgeo.training.train import finished
 
+    if job.relates:
+        return related.holds(out / job.name, [out / "arms" / name for name in job.relates])
     if job.arm is None or job.config is None:
         return (out / "models" / job.name).is_dir()
     folder = out / "arms" / job.name
@@ -265,7 +288,7 @@ def _done(job: Job, out: Path) -> bool:
 
 
 def _do(job: Job, preset: str, out: Path, rehearse: bool, threads: int) -> int:
-    """Make a model, train an arm or measure its trajectory, on `threads` of BLAS; whatever is there already is kept.
+    """Make a model, train an arm, measure its trajectory or relate its update to others, on `threads` of BLAS; whatever is there already is kept.
 
     Returns the peak memory of this process in bytes.
     """
@@ -278,6 +301,10 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool, threads: int) -> int:
     from opdgeo.training.train import quiet, train
 
     torch.set_num_threads(threads)
+    if job.relates and job.config:
+        updates = [out / "arms" / name for name in job.relates]
+        related.relate_arms(models.resolve(job.config.origin), updates, out / job.name, rehearse=rehearse)
+        return peak_memory()
     if job.arm is None or job.config is None:
         with quiet():
             derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)

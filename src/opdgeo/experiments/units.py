@@ -5,7 +5,8 @@
 Units come in order of worth, one a process and core; what is kept already is not run again, and a killed unit goes on from its
 finished arms and the trainer states in WORK. When a unit is finished its numbers (`reduced.py`) stand in KEEP/POINT-seedN.parquet,
 with the version and hash of the rules, dates, minutes, machine and the hash of every arm's settings in the file's metadata;
-its weights are then deleted. Nothing else has to be kept: verdicts come from these files alone
+its weights are then deleted. The same file holds, in columns of their own, how alike the arms' last updates are (`related.py`); no verdict
+reads that, and the first units were kept without it. Nothing else has to be kept: verdicts come from these files alone
 (`python -m opdgeo.experiments.confirmatory docs/results`).
 
 An arm's settings are its `config.json`; their hash leaves out folders, which differ from machine to machine. A seed's anchor is
@@ -35,7 +36,7 @@ import polars as pl
 from filelock import FileLock
 
 from opdgeo.errors import ConfigError
-from opdgeo.experiments import regime, study
+from opdgeo.experiments import regime, related, study
 from opdgeo.experiments.reduced import reduced, walk
 from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, Point
 from opdgeo.experiments.reproduce import _start_worker
@@ -151,6 +152,8 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
             f"{here} was begun under rules {old}; expected {regime.rules_hash()}. Delete the folder: such a unit never counts."
         )
     tables, hashes, minutes = [], dict[str, str](), dict[str, float]()
+    last: dict[str, tuple[Path, Path]] = {}  # arm → what it starts from, and its last checkpoint
+    relations: pl.DataFrame | None = None
     for arm in arms_of(point):
         config = settings(point, arm, seed, out, short=short)
         where = out / "anchors" if arm == SFT else here
@@ -166,13 +169,14 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
                 few: dict[str, Any] = _few() if short else {}
                 track(base, folder, workers=1, out=geometry, **few).save(geometry)
         hashes[arm] = settings_hash(config)
+        last[arm] = base, folder / f"step-{config.steps:06d}"
         log = read_log(folder)
         if arm == SFT and point.name == regime.S1:
             continue  # measured from the base in the other points
         if _tracked(point, arm):
-            found = load_result(geometry).measurements
+            measured = load_result(geometry).measurements
             name = study.folder(arm, seed)
-            table = found.with_columns((pl.lit(f"{name}/") + pl.col("checkpoint")).alias("checkpoint"))
+            table = measured.with_columns((pl.lit(f"{name}/") + pl.col("checkpoint")).alias("checkpoint"))
             tables += [reduced(table, {name: log}), walk(folder, base, config, arm, seed)]
         else:
             tables.append(reduced(_no_measurements(), {study.folder(arm, seed): log}))
@@ -182,6 +186,13 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
             file=sys.stderr,
             flush=True,
         )
+    alike = [last[arm] for arm in related.ARMS if arm in point.arms]
+    if len(alike) > 1:
+        clock = time.process_time()
+        updates = [checkpoint for _, checkpoint in alike]
+        found = related.relate_arms(alike[0][0], updates, here / "related", rehearse=short)
+        relations = related.rows(found, [update.parent.name for update in updates])
+        minutes["related"] = round((time.process_time() - clock) / 60, 2)
     metadata = {
         "point": point.name,
         "seed": str(seed),
@@ -197,6 +208,8 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
         "rehearsal": str(short),
     }
     table = pl.concat(tables).with_columns(pl.col("value", "null", "excess").cast(pl.Float64))
+    if relations is not None:  # of other columns too
+        table = pl.concat([table, relations], how="diagonal")
     keep.mkdir(parents=True, exist_ok=True)
     write_atomically(
         kept, lambda path: table.write_parquet(path, compression="zstd", compression_level=19, metadata=metadata)

@@ -54,6 +54,12 @@ _ROW = {
 _TOGETHER = {"value": _NUMBER, "error": _NUMBER, "null_mean?": (_NUMBER, None), "null_std?": (_NUMBER, None)}
 _CHECKPOINT = {"checkpoint": _TEXT, "step?": (_COUNT, None), "unmoved?": _COUNT, "diagnostics": [_ROW]}
 _PAIR = {**_CHECKPOINT, "other": _TEXT, "diagnostics": [{**_ROW, "together": (_TOGETHER, None)}]}
+_RELATED = {
+    **dict.fromkeys(("arm", "other", "diagnostic", "variant"), _TEXT),
+    **dict.fromkeys(("value", "low", "high", "null", "null_std"), (_NUMBER, None)),
+    "seeds": [_COUNT],
+    "reason?": (_TEXT, None),
+}
 _LOCKING = {
     "run": _TEXT,
     "side": _TEXT,
@@ -277,6 +283,7 @@ def claims_of(data: Any, path: Path) -> dict[str, Any]:
     if not isinstance(claims, list) or any(not isinstance(c, dict) or any(k not in c for k in needed) for c in claims):
         raise _broken(path, "no list of claims", '{"claims": [...]}, each with ' + ", ".join(needed))
     _check(data.get("from_null", []), [_FROM_NULL], path, "from_null")
+    _check(data.get("related", []), [_RELATED], path, "related")
     return dict(data)
 
 

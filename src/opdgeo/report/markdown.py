@@ -9,6 +9,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.report import apart, limits
 from opdgeo.report.data import load
 from opdgeo.report.glossary import about, arm_label, number
+from opdgeo.report.pairs import of_study
 from opdgeo.report.terminal import OUTCOMES, unit_of
 
 
@@ -36,6 +37,7 @@ def write_markdown(out: Path, path: Path) -> Path:
         lines += _claim(claim)
     lines += apart.as_text(claims)
     lines += ["## What training reached", "", *_outcomes(claims.get("outcomes") or {}), ""]
+    lines += _alike(claims)
     if left := claims.get("left_out"):
         lines += ["## Left out", "", *(f"* {line}" for line in left), ""]
     lines += [
@@ -153,3 +155,17 @@ def _outcomes(outcomes: dict[str, Any]) -> list[str]:
             cells.append(" → ".join(shown))
         lines.append(f"| {arm_label(arm)} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _alike(claims: dict[str, Any]) -> list[str]:
+    """How alike the arms' last updates are, a sentence a pair; nothing where the study did not relate them."""
+    between, among = of_study(claims)
+    said = [between.said(*pair) for pair in between.by_likeness()] + (among.sentences() if among.by_likeness() else [])
+    if not said:
+        return []
+    text = "An open question of the paper's, reported without a verdict. Of every two arms that start from the same SFT checkpoint: their last updates, "
+    text += "means over seeds, and in brackets what two independent isotropic updates of the same sizes have."
+    if among.by_likeness():
+        text += " At the end two runs of SFT from the shared base, in different seeds."
+    sentences = ("".join(part if isinstance(part, str) else number(*part) for part in parts) for parts in said)
+    return ["## Do these updates move alike?", "", text, "", *(f"* {sentence}" for sentence in sentences), ""]

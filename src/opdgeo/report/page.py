@@ -13,6 +13,7 @@ from opdgeo.report.charts import Chart
 from opdgeo.report.data import Results
 from opdgeo.report.glossary import clean
 from opdgeo.report.sections import (
+    alike,
     experts,
     judged,
     maps,
@@ -33,6 +34,7 @@ SECTIONS: tuple[Section[Any], ...] = (
     sizes.OTHERS,
     judged.SECTION,
     outcomes.SECTION,
+    alike.SECTION,
     values.SECTION,
     maps.SECTION,
     experts.SECTION,

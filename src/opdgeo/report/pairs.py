@@ -13,7 +13,8 @@ from rich.text import Text
 from opdgeo.diagnostics import of_pairs
 from opdgeo.diagnostics.diagnostic import Diagnostic, Part
 from opdgeo.report.data import pairs_of
-from opdgeo.report.glossary import clean, is_primary, number
+from opdgeo.report.glossary import arm_label, clean, is_primary, number, split_seed
+from opdgeo.report.limits import ARMS
 from opdgeo.report.terminal import _new_table
 from opdgeo.report.verdict import Finding, findings, headlines
 
@@ -93,7 +94,7 @@ class Pairs:
 
     def columns(self) -> list[tuple[Diagnostic, str]]:
         """What there is a matrix of: the primary variants of the diagnostics, in their order."""
-        one = next(iter(self.by_names.values()), {})
+        one: dict[str, Any] = next(iter(self.by_names.values()), {"diagnostics": []})
         return [
             (of_pairs()[f.diagnostic], f.variant)
             for f in findings(one)
@@ -160,6 +161,28 @@ class Pairs:
     def why(self, first: str, other: str) -> str:
         reasons = [row.get("reason") for row in self.by_names[first, other]["diagnostics"]]
         return clean(next((r for r in reasons if r), "no reason is known"))
+
+
+def of_study(claims: dict[str, Any]) -> tuple[Pairs, Pairs]:
+    """The pairs of a study, claims.json's `related`: of arms that start from one checkpoint, and of one arm in several seeds.
+
+    Every number is a mean over seeds and has no reading: the study reports them.
+    """
+    between: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    among: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in claims.get("related") or []:
+        if row["diagnostic"] not in of_pairs():
+            continue
+        same = split_seed(row["arm"])[0] == split_seed(row["other"])[0]
+        null = None if row["null"] is None else {"mean": row["null"], "std": row["null_std"]}
+        first, second = (ARMS.get(arm, arm_label(arm)) for arm in (row["arm"], row["other"]))
+        group = among if same else between
+        group.setdefault((first, second), []).append(row | {"mean": row["value"], "null": null})
+    arms, seeds = (
+        Pairs([{"checkpoint": a, "other": b, "diagnostics": rows} for (a, b), rows in group.items()])
+        for group in (between, among)
+    )
+    return arms, seeds
 
 
 def _filled(clause: str, value: float | None, unit: str) -> list[Part]:

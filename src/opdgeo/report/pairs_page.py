@@ -37,7 +37,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
         "remarks": results.run.get("remarks") or [],
         "sizes": _sizes(results),
         "leading": label(*leading) if leading else "",
-        "matrices": [_matrix(pairs, d, variant) for d, variant in pairs.columns()],
+        "matrices": [matrix(pairs, d, variant) for d, variant in pairs.columns()],
         "lines": _lines(pairs, ranked or pairs.unordered()),
         "curves": _curves(view, pairs, ranked),
         "maps": _maps(view, pairs, ranked),
@@ -83,7 +83,7 @@ def _sizes(results: Results) -> dict[str, Any]:
     return {"heads": [f.label for f in every], "rows": rows, "steps": any(row["step"] is not None for row in rows)}
 
 
-def _matrix(pairs: Pairs, diagnostic: Diagnostic, variant: str) -> dict[str, Any]:
+def matrix(pairs: Pairs, diagnostic: Diagnostic, variant: str) -> dict[str, Any]:
     """One number of all pairs: rows and columns in the order of the clustering. The colour is the distance from chance, of what is
     beyond it; without nulls the size of the number."""
     names = pairs.ordered()
@@ -113,7 +113,7 @@ def _shown(cell: Cell, largest: float, names: tuple[str, str]) -> dict[str, Any]
     if value is None:
         tip = f"{clean(names[0])} and {clean(names[1])}: {clean(cell.found.row.get('reason') or 'undefined')}"
     elif cell.chance is not None:
-        tip += f", chance {cell.chance_text()}; {cell.reading}"
+        tip += f", chance {cell.chance_text()}" + (f"; {cell.reading}" if cell.found.reading else "")
     return {
         "value": value,
         "chance": None if value is None else cell.chance,
