@@ -406,7 +406,19 @@ def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
     keep = tmp_path / "results" / "units"
 
     def run(points: str) -> None:
-        command = ["-o", tmp_path / "work", "--keep", keep, "--rehearse", "--seeds", 1, "--workers", 1, "--points", points]
+        command = [
+            "-o",
+            tmp_path / "work",
+            "--keep",
+            keep,
+            "--rehearse",
+            "--seeds",
+            1,
+            "--workers",
+            1,
+            "--points",
+            points,
+        ]
         done = run_python("-m", "opdgeo.experiments.units", *command, libraries="training")
         assert done.returncode == 0, done.stderr[-3000:]
 
