@@ -97,7 +97,7 @@ def tost(x: np.ndarray | Sequence[float], margin: float) -> float:
 def _mean_and_error(x: np.ndarray) -> tuple[float, float, int]:
     """Mean, its standard error and the degrees of freedom of `x` (seeds,); no error with one seed."""
     df = len(x) - 1
-    return float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x)) if df else math.nan, df
+    return float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x)) if df > 0 else math.nan, df
 
 
 def _one_sided(mean: float, error: float, df: int, bound: float) -> float:
