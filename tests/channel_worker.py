@@ -20,7 +20,7 @@ from opdgeo import Channel, tasks
 from opdgeo.training import constrain, distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
-STEPS, BATCH = 20, 4
+STEPS, BATCH = 8, 4
 torch.set_num_threads(1)
 
 
@@ -40,7 +40,7 @@ def trainer(origin: Path, out: Path, callbacks: list[Any], steps: int = STEPS, m
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=1, use_cpu=True, bf16=False,
         gradient_accumulation_steps=BATCH // distributed.processes(), learning_rate=1e-3,
         lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.5, optim="adamw_torch", report_to="none",
-        logging_steps=4, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
+        logging_steps=STEPS // 4, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
         packing=False, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
     )  # fmt: skip
     trl_hooks.shard_without_gpu()

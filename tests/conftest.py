@@ -29,6 +29,7 @@ atexit.register(shutil.rmtree, os.environ["OPDGEO_CACHE"], ignore_errors=True)
 # The files that take longest start first, so that no core waits for one of them at the end.
 LONG = (
     "reproduce",
+    "confirmatory",
     "ray",
     "report",
     "processes",

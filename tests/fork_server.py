@@ -48,6 +48,8 @@ LIBRARIES = {
 def load(libraries: str) -> None:
     for name in LIBRARIES["survey"] + (LIBRARIES["training"] if libraries == "training" else ()):
         importlib.import_module(name)
+    if libraries == "training":  # a thousand patterns, which each child would compile at its first model
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
     sys.modules["torch"].set_num_threads(1)
     gc.collect()
     gc.freeze()  # a child's collector leaves the shared pages alone

@@ -41,12 +41,16 @@ class Numbers:
 
     def __init__(self) -> None:
         self.cells: dict[tuple[str, int, str], Cell] = {}
+        self.measured: dict[str, list[int]] = {}
 
     def add(self, key: tuple[str, int, str], step: int, numbers: tuple[Any, ...]) -> None:
         self.cells.setdefault(key, {})[step] = tuple(math.nan if x is None else float(x) for x in numbers)  # type: ignore[assignment]
 
     def steps(self, arm: str) -> list[int]:
-        return sorted({step for (a, _, name), cell in self.cells.items() if a == arm and name == NORM for step in cell})
+        if arm not in self.measured:  # asked for after all is added
+            cells = [cell for (a, _, name), cell in self.cells.items() if a == arm and name == NORM]
+            self.measured[arm] = sorted({step for cell in cells for step in cell})
+        return self.measured[arm]
 
     def seeds(self, arms: list[str], name: str = NORM) -> list[int]:
         have = [{seed for a, seed, n in self.cells if a == arm and n == name} for arm in arms]

@@ -42,10 +42,12 @@ from opdgeo.experiments.rules import (
 from opdgeo.experiments.study import BY_NAME, configure
 from opdgeo.report.apart import TITLE
 from opdgeo.training.config import TrainConfig
+from program import run_python
 
 ROOT = Path(__file__).parents[2]
 Plant = Callable[[str, str, str], float | None]
-BEGUN = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": regime.rules_hash()})
+RULES = regime.rules_hash()
+BEGUN = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": RULES})
 
 
 def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **metadata: str) -> Path:
@@ -83,7 +85,7 @@ def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **met
             )
     table = pl.DataFrame([dict.fromkeys(SCHEMA) | row for row in rows], schema=SCHEMA, orient="row")
     said = {
-        "point": point.name, "seed": str(seed), "protocol": str(VERSION), "rules": regime.rules_hash(), "begun": BEGUN, "finished": "",
+        "point": point.name, "seed": str(seed), "protocol": str(VERSION), "rules": RULES, "begun": BEGUN, "finished": "",
         "settings": "{}", "minutes": '{"opd": 1.0}', "machine": "-", "versions": "{}", "rehearsal": "False",
     } | metadata  # fmt: skip
     path = units.file_of(folder, point.name, seed)
@@ -416,8 +418,25 @@ def test_a_straight_walk_is_persistent_and_coherent_and_a_random_one_is_not(
 def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
     """Both kinds of unit in a few steps: the arms of a point, and S1 with all its channels."""
     keep = tmp_path / "results" / "units"
-    command = ["-o", str(tmp_path / "work"), "--keep", str(keep), "--rehearse", "--seeds", "1", "--workers", "1"]
-    units.main([*command, "--points", "batch-16,s1"])
+
+    def run(points: str) -> None:
+        command = [
+            "-o",
+            tmp_path / "work",
+            "--keep",
+            keep,
+            "--rehearse",
+            "--seeds",
+            1,
+            "--workers",
+            1,
+            "--points",
+            points,
+        ]
+        done = run_python("-m", "opdgeo.experiments.units", *command, libraries="training")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("batch-16,s1")
     for name in ("batch-16", "s1"):
         point, path = regime.BY_NAME[name], units.file_of(keep, name, 101)
         said, table = pl.read_parquet_metadata(path), pl.read_parquet(path)
@@ -438,5 +457,5 @@ def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
     moved = walked.filter(pl.col("arm") != "rlvr")["value"]  # in three tokens nothing is ever right
     assert moved.is_between(0.5, 4).all()
     written = {path: path.stat().st_mtime_ns for path in keep.iterdir()}
-    units.main([*command, "--points", "batch-16"])
+    run("batch-16")
     assert {path: path.stat().st_mtime_ns for path in keep.iterdir()} == written, "what is kept is not run again"

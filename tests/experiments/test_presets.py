@@ -96,7 +96,7 @@ def test_qwen3_8b_has_the_papers_variants() -> None:
 
 def test_without_the_weights_qwen3_8b_says_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = run_opdgeo("train", "sft", "--preset", "qwen3-8b", "-o", tmp_path / "run", cold=True)  # read at import
+    done = run_opdgeo("train", "sft", "--preset", "qwen3-8b", "-o", tmp_path / "run")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("opdgeo: the weights of Qwen/Qwen3-8B-Base are neither on this machine nor to be had")
     assert "hf download Qwen/Qwen3-8B-Base" in done.stderr and done.stderr.count("\n") == 1

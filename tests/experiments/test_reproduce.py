@@ -135,14 +135,15 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_killed_study_leaves_no_worker_behind() -> None:
     script = (
-        "import os, signal, time; from opdgeo.experiments.reproduce import _pool\n"
+        "import os, signal, time; from opdgeo.experiments import reproduce\n"
         "if __name__ == '__main__':\n"
-        "    pool = _pool(1)\n"
+        "    reproduce.PRELOADED.clear()  # it trains nothing\n"
+        "    pool = reproduce._pool(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 300)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = run_python("-c", script, cold=True)
+    done = run_python("-c", script)
     assert done.returncode == -signal.SIGKILL
     worker = int(done.stdout)
     for _ in range(100):

@@ -63,7 +63,7 @@ SMOLLM2 = {
 MODELS: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
     "tiny": ({"self_attn.q_proj": (128, 128), "mlp.up_proj": (384, 128)}, 512),
     "smollm2": (SMOLLM2, 512),
-    "large": ({"self_attn.q_proj": (2048, 2048), "self_attn.o_proj": (2048, 2048)}, 128),
+    "large": ({"self_attn.q_proj": (1536, 1536), "self_attn.o_proj": (1536, 1536)}, 128),
 }
 
 

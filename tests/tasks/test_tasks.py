@@ -98,7 +98,7 @@ def test_docstrings_are_the_same_in_another_process() -> None:
     )
     import json
 
-    done = run_python("-c", script, cold=True)
+    done = run_python("-c", script)
     assert json.loads(done.stdout) == here
 
 

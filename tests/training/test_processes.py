@@ -36,10 +36,10 @@ Arithmetic.verify = lambda self, completion, answer: float(len(completion) < 5)
 for run in map(Path, sys.argv[1:]):
     asked = TrainConfig.from_json(run.with_suffix(".json").read_text())
     train(asked, run, progress=True)
-# The last one once more, broken off before its third step and resumed.
+# The last one once more, broken off before its second step and resumed.
 begin = callbacks.Recorder.on_step_begin
 def dies(self, args, state, control, **more):
-    if state.global_step == 2:
+    if state.global_step == 1:
         raise KeyboardInterrupt
     begin(self, args, state, control, **more)
 callbacks.Recorder.on_step_begin = dies
@@ -51,7 +51,7 @@ except KeyboardInterrupt:
     torch.distributed.barrier()
     GradientState._reset_state()
     callbacks.Recorder.on_step_begin = begin
-    assert (again / "resume").is_dir() and not (again / "step-000003").exists()
+    assert (again / "resume").is_dir() and not (again / "step-000002").exists()
     train(asked, again, resume=True, progress=False)
 else:
     raise AssertionError("it was not broken off")
@@ -68,7 +68,7 @@ def settings(kind: str, config: Make, **changes: Any) -> TrainConfig:
     # Adam divides by the root of the second moment: with the usual 1e-8, an entry whose gradient is zero but for rounding
     # moves by a whole step in the direction of that rounding.
     fixed: dict[str, Any] = dict(
-        steps=3, checkpoints=(0.3, 1.0), eval_prompts=3, eval_prompts_between=3, eval_batch=2, adam_epsilon=1e-4,
+        steps=2, checkpoints=(0.3, 1.0), eval_prompts=3, eval_prompts_between=3, eval_batch=2, adam_epsilon=1e-4,
         resume_every=1,
     )  # fmt: skip
     return config(kind, **fixed | changes)
@@ -117,8 +117,8 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
     launch(name, 2, tmp_path / "script.py", *(tmp_path / kind for kind in KINDS))
 
     for kind in KINDS:
-        last, first = weights(tmp_path / kind / "step-000003"), weights(Path(settings(kind, config).origin))
-        theirs = weights(alone[kind] / "step-000003")
+        last, first = weights(tmp_path / kind / "step-000002"), weights(Path(settings(kind, config).origin))
+        theirs = weights(alone[kind] / "step-000002")
         assert last.keys() == theirs.keys()
         for tensor, ours in last.items():
             assert (ours - theirs[tensor]).norm() <= 1e-5 * theirs[tensor].norm(), (kind, tensor)
@@ -133,9 +133,9 @@ def test_processes_change_nothing_but_rounding_and_resume_to_the_same_weights(
                 sampled = ours_["event"] == "eval" and value == "completion_length"  # other samples on two processes
                 if isinstance(ours_.get(value), float) and not sampled:
                     assert ours_[value] == pytest.approx(theirs_[value], rel=1e-4, abs=1e-6), (kind, ours_)
-        measured = opdgeo.compare(first_of(config), tmp_path / kind / "step-000003", settings=Settings(nulls=0))
+        measured = opdgeo.compare(first_of(config), tmp_path / kind / "step-000002", settings=Settings(nulls=0))
         assert measured.measurements["matrix"].n_unique() == 14 and not measured.skipped
-    assert_bit_equal(tmp_path / "again" / "step-000003", tmp_path / KINDS[-1] / "step-000003")
+    assert_bit_equal(tmp_path / "again" / "step-000002", tmp_path / KINDS[-1] / "step-000002")
 
 
 def first_of(config: Make) -> str:
@@ -150,12 +150,12 @@ def test_a_replay_repeats_the_recorded_run(
 ) -> None:
     short_is_right(monkeypatch)
     rows = [json.loads(line) for line in (alone["rlvr"] / rollouts.FILE).read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
     assert all(len(row["completion_ids"]) <= 6 and row["prompt"].endswith("=") for row in rows)
     # Another seed would draw other prompts and other completions; the file decides instead.
     asked = settings("rlvr", config, rollouts=str(alone["rlvr"] / rollouts.FILE), seed=5, record_rollouts=True)
     last = weights(train(asked, tmp_path / "again", progress=False))
-    for name, value in weights(alone["rlvr"] / "step-000003").items():
+    for name, value in weights(alone["rlvr"] / "step-000002").items():
         torch.testing.assert_close(last[name], value, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "again" / rollouts.FILE).read_text() == (alone["rlvr"] / rollouts.FILE).read_text()
 
@@ -190,7 +190,7 @@ def test_flat_groups_are_replaced(
     for drop in (False, True):
         out = tmp_path / str(drop)
         asked = settings(
-            "rlvr", config, dynamic_sampling=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
+            "rlvr", config, steps=3, dynamic_sampling=drop, record_rollouts=True, sequences_per_step=16, eval_prompts=0
         )
         train(asked, out, progress=False)
         rows = [json.loads(line) for line in (out / rollouts.FILE).read_text().splitlines()]

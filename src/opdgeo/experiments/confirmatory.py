@@ -87,6 +87,7 @@ def load(folder: Path) -> Units:
         raise ConfigError(
             f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
         )
+    rules = regime.rules_hash()
     rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
     relations = [pl.DataFrame(schema=related.COLUMNS | {"point": pl.String})]
     for path in sorted(folder.glob("*.parquet")):
@@ -95,8 +96,8 @@ def load(folder: Path) -> Units:
             raise ConfigError(f"{path} is no unit of the confirmatory study; expected a file that units.py wrote.")
         point, seed = regime.BY_NAME[said["point"]], int(said["seed"])
         reason = ""
-        if said["rules"] != regime.rules_hash() or json.loads(said["begun"])["rules"] != regime.rules_hash():
-            reason = f"made by rules {said['rules']}, not {regime.rules_hash()}"
+        if said["rules"] != rules or json.loads(said["begun"])["rules"] != rules:
+            reason = f"made by rules {said['rules']}, not {rules}"
         elif said["rehearsal"] == "True":
             reason = "a rehearsal"
         elif seed in EXPLORATORY or seed not in regime.planned(point):

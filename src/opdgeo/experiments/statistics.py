@@ -26,6 +26,7 @@ regime** (points such as learning rates), a verdict that differs between points 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -89,18 +90,23 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def tost(x: np.ndarray | Sequence[float], margin: float) -> float:
     """p of equivalence: the larger p of the one-sided t tests of mean ≤ −margin and mean ≥ margin."""
-    return max(_one_sided(x, -margin), _one_sided(-np.asarray(x, float), -margin))
+    mean, error, df = _mean_and_error(np.asarray(x, float))
+    return max(_one_sided(mean, error, df, -margin), _one_sided(-mean, error, df, -margin))
 
 
-def _one_sided(x: np.ndarray | Sequence[float], bound: float) -> float:
-    """p of mean ≤ bound against mean > bound; 1 with one seed."""
-    x = np.asarray(x, float)
-    if len(x) < 2:
+def _mean_and_error(x: np.ndarray) -> tuple[float, float, int]:
+    """Mean, its standard error and the degrees of freedom of `x` (seeds,); no error with one seed."""
+    df = len(x) - 1
+    return float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x)) if df > 0 else math.nan, df
+
+
+def _one_sided(mean: float, error: float, df: int, bound: float) -> float:
+    """p of a mean ≤ bound against one > bound; 1 with one seed."""
+    if df < 1:
         return 1.0
-    error = x.std(ddof=1) / math.sqrt(len(x))
     if error == 0:
-        return 0.0 if x.mean() > bound else 1.0
-    return float(special.stdtr(len(x) - 1, -(x.mean() - bound) / error))
+        return 0.0 if mean > bound else 1.0
+    return float(special.stdtr(df, -(mean - bound) / error))
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,18 @@ class Compared:
 
     def p(self, kind: str) -> float:
         """The p value behind `kind`, to be compared with α; holds and reversed are two-sided."""
-        x = np.array(self.effects)
-        above, below = (min(1.0, 2 * _one_sided(effect, self.margin)) for effect in (x, -x))
+        return self._p[kind]
+
+    @functools.cached_property
+    def _p(self) -> dict[str, float]:
+        mean, error, df = _mean_and_error(np.array(self.effects))
+        above, below = (min(1.0, 2 * _one_sided(sign * mean, error, df, self.margin)) for sign in (1, -1))
+        same = max(_one_sided(sign * mean, error, df, -self.margin) for sign in (1, -1))
         if self.either:
-            return {HOLDS: min(above, below), REVERSED: 1.0, SAME: tost(x, self.margin)}[kind]
+            return {HOLDS: min(above, below), REVERSED: 1.0, SAME: same}
         if self.sameness:
-            return {HOLDS: tost(x, self.margin), REVERSED: min(above, below), SAME: 1.0}[kind]
-        return {HOLDS: above, REVERSED: below, SAME: tost(x, self.margin)}[kind]
+            return {HOLDS: same, REVERSED: min(above, below), SAME: 1.0}
+        return {HOLDS: above, REVERSED: below, SAME: same}
 
 
 def verdict(comparisons: Sequence[Compared], alpha: float = ALPHA) -> str:

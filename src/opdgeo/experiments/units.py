@@ -52,7 +52,7 @@ SHORT: dict[str, Any] = {
     "resume_every": 1000,
 }
 """What a rehearsal changes, beside the steps: whether a unit runs, not what it finds."""
-SHORT_STEPS = 10
+SHORT_STEPS, SHORT_CHECKPOINTS = 4, (0.5, 1.0)
 YOUNGER: dict[str, Any] = {"autocast": False}
 
 
@@ -66,7 +66,7 @@ def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = Fals
     Of S1, the arms `opd`, `sft-matched` and `coin` are the early updates that the channels are taken from.
     """
     steps = SHORT_STEPS if short else point.steps
-    shared = dict(regime.EVALUATED) | (SHORT if short else {})
+    shared = dict(regime.EVALUATED) | (SHORT | {"checkpoints": SHORT_CHECKPOINTS} if short else {})
     anchors = out / "anchors"
     if arm == SFT:
         plain = study.configure(study.BY_NAME[SFT], seed, "tiny", anchors)
@@ -82,7 +82,7 @@ def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = Fals
         if arm not in regime.PLAIN:
             changes["eval_prompts"] = 0
         return replace(plain, origin=str(start.resolve()), **changes | {"steps": round(of.part * steps)})
-    taken = round(LEG_FROM * steps / point.steps)
+    taken = max(1, round(LEG_FROM * steps / point.steps))
     changes |= regime.S1_EVALUATED | (SHORT if short else {})
     if not arm.startswith("s1-"):
         plain = study.configure(study.BY_NAME[arm], seed, "tiny", here)
@@ -131,12 +131,6 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     Raises:
         ConfigError: the unit was begun under other rules.
     """
-    from opdgeo.survey import track
-    from opdgeo.survey.results import load_result
-    from opdgeo.training import models
-    from opdgeo.training.callbacks import read_log
-    from opdgeo.training.train import train
-
     kept = file_of(keep, point.name, seed)
     if kept.is_file():
         return kept
@@ -151,6 +145,12 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
         raise ConfigError(
             f"{here} was begun under rules {old}; expected {regime.rules_hash()}. Delete the folder: such a unit never counts."
         )
+    from opdgeo.survey import track
+    from opdgeo.survey.results import load_result
+    from opdgeo.training import models
+    from opdgeo.training.callbacks import read_log
+    from opdgeo.training.train import train
+
     tables, hashes, minutes = [], dict[str, str](), dict[str, float]()
     last: dict[str, tuple[Path, Path]] = {}  # arm → what it starts from, and its last checkpoint
     relations: pl.DataFrame | None = None
