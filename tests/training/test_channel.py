@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +207,32 @@ def test_the_command_writes_channel_and_adapter_and_says_what_is_inside(tmp_path
     assert len(channel) == 28 and {s.k for s in channel.subspaces.values()} == {4}
     assert "down_proj" in done.stdout and "energy inside" in done.stdout and done.stderr == ""
     assert json.loads((tmp_path / "c" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_command_replaces_no_other_updates_channel_in_silence(planted, tmp_path: Path) -> None:
+    base, tuned, _ = planted
+    other = shutil.copy(tuned, tmp_path / "other.safetensors")
+    out = tmp_path / "c"
+    channel = partial(run_opdgeo, "channel", base)
+    assert channel(tuned, "-k", 2, "-o", out).returncode == 0
+    kept = (out / "channel.safetensors").read_bytes()
+    refused = channel(other, "-o", out)
+    assert refused.returncode == 2 and (out / "channel.safetensors").read_bytes() == kept
+    for said in ("another update", str(base), str(tuned), "--overwrite", str(out)):
+        assert said in refused.stderr, refused.stderr
+    assert channel(tuned, "-k", 3, "-o", out).returncode == 0, "the same pair goes on"
+    assert (out / "adapter").exists() and Channel.load(out)[UP].k == 3
+    assert channel(other, "--side", "left", "-o", out, "--overwrite").returncode == 0
+    assert Channel.load(out).source["tuned"] == str(other)
+    assert not (out / "adapter").exists(), "the adapter of the channel before is none of this one"
+    for name in ("run.json", "log.jsonl"):
+        measured = tmp_path / name.partition(".")[0]
+        measured.mkdir()
+        (measured / name).write_text("{}")
+        refused = channel(tuned, "-o", measured, "--overwrite")
+        assert refused.returncode == 2 and "another folder" in refused.stderr
+        assert [p.name for p in measured.iterdir()] == [name]
+    (tmp_path / "file").write_text("mine")
+    refused = channel(tuned, "-o", tmp_path / "file")
+    assert refused.returncode == 2 and "is a file" in refused.stderr, refused.stderr
+    assert channel(tuned, "-o", tmp_path / "one.safetensors").returncode == 0
