@@ -284,6 +284,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         at_the_end: a trajectory's: it compares with the last checkpoint, and is measured when all are known. Otherwise it
             is measured checkpoint by checkpoint, while ΔW is in memory.
         pair: its value for two updates, from the leading k directions of each; for the live monitor.
+        pair_null: the mean of that for two points of a walk of independent increments, from the shape, the angle between the
+            points (`trajectory.walk_angle`) and k.
         of: a run's: the diagnostic that it is computed from.
         answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
             None where it has nothing to say.
@@ -326,6 +328,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     directions: Callable[[Settings], int] | None = None
     at_the_end: bool = False
     pair: Callable[[Spectrum | None, Spectrum | None, int], Value] | None = None
+    pair_null: Callable[[tuple[int, int], float, int], float] | None = None
     of: str | None = None
     answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
     since: Callable[[list[int], list[float | None], float], int | None] | None = None
