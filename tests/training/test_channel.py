@@ -58,6 +58,8 @@ def test_the_planted_subspace_is_found(side: str, planted) -> None:
     assert channel[OUT].k == 0 and channel[OUT].inside is None
     outside = channel.energy_outside(base, tuned)
     assert outside[UP] == pytest.approx(1.25 / 21.25, rel=1e-5) and outside[OUT] is None
+    assert repr(channel) == f"Channel({side}, 3 matrices, K=0–2, from {base} → {tuned})"
+    assert "random=0" in repr(Channel.random(channel, 0)) and len(repr(opdgeo.open_checkpoint(base))) < 300
 
 
 @pytest.mark.parametrize(

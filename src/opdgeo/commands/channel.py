@@ -6,7 +6,6 @@ import argparse
 import sys
 from contextlib import suppress
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 from opdgeo.commands.common import DONE

@@ -81,6 +81,13 @@ class Channel:
     def __len__(self) -> int:
         return len(self.subspaces)
 
+    def __repr__(self) -> str:
+        ks = sorted({s.k for s in self.subspaces.values()})
+        directions = f"K={ks[0]}" if len(ks) == 1 else f"K={ks[0]}–{ks[-1]}" if ks else "empty"
+        ends = [self.source.get(end) for end in ("base", "tuned")]
+        origin = f"from {ends[0]} → {ends[1]}" if all(ends) else ", ".join(f"{k}={v!r}" for k, v in self.source.items())
+        return f"Channel({self.side}, {len(self)} matrices, {directions}, {origin})"
+
     def __getitem__(self, name: str) -> Subspace:
         try:
             return self.subspaces[name]
