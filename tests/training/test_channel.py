@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_k_by_number_energy_and_stable_rank(choice: str, up: int, down: int, pla
 def test_a_k_that_does_not_exist_is_refused(choice: str) -> None:
     with pytest.raises(ConfigError, match="expected a whole number"):
         parse_choice(choice)
+
+
+def test_a_channel_that_holds_everything_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("base", "tuned"):
+        square, wide = rng.standard_normal((16, 16)), rng.standard_normal((16, 24))
+        write_checkpoint(tmp_path / name, {OUT: square, UP: wide}, "float32")
+    with caplog.at_level(logging.WARNING):
+        Channel.extract(tmp_path / "base", tmp_path / "tuned", 15)
+        assert caplog.messages == []
+        Channel.extract(tmp_path / "base", tmp_path / "tuned", 500)
+    (said,) = caplog.messages
+    assert f"k is 500: all 16 directions of {OUT} are in the channel, and so of 1 of 2 matrices" in said
 
 
 def test_projection_twice_is_once_and_leaves_nothing_outside(planted) -> None:
