@@ -253,6 +253,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
             of one matrix. "run": the table of all matrices and checkpoints; it adds no rows and stands under its name in
             `summary.json`.
         unit: "share" (shown in per cent), "degrees" or "number".
+        counts: what a number is a number of, such as "directions"; empty where it has no unit.
         weighting: how its mean over matrices is taken: every matrix counts once, or as often as it has entries.
         reads: the settings that its values depend on. Whatever asks for W₀'s or W₊'s spectrum reads `rank` and `mask_rank`;
             whatever asks for ΔW's reads `top_k`.
@@ -298,6 +299,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     name: str
     scope: Literal["update", "trajectory", "pair", "run"]
     unit: Literal["share", "degrees", "number"] = "number"
+    counts: str = ""
     weighting: Literal["matrices", "entries"] = "matrices"
     reads: tuple[str, ...] = ()
     variants: Callable[[Settings], list[str]] = _one
