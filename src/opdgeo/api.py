@@ -43,12 +43,13 @@ class Result(survey.Result):
         from opdgeo.report.pairs import print_pairs
         from opdgeo.report.terminal import print_summary
 
-        console = Console(file=io.StringIO(), width=80, color_system=None)
+        shown = io.StringIO()
+        console = Console(file=shown, width=80, color_system=None)
         if "pairs" in self.summary:
             print_pairs(self.summary, console)
         else:
             print_summary(self.summary, console, everything=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+        return shown.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         """What a notebook shows: a short table of the means beside their nulls."""
