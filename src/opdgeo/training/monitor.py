@@ -445,7 +445,7 @@ class _Subject:
             values = d.measure(update)
             beside = {v: Value(chances[d.name, v][0]) for v in values if (d.name, v) in chances}
             if d.weighting == "entries":
-                values, beside = self.over_rows(values), self.over_rows(beside)
+                values, beside = self.over_rows(values), beside and self.over_rows(beside)
             found |= {(d.name, v): value for v, value in values.items()}
             if d in wanted:
                 nulls |= {(d.name, v): null.value for v, null in beside.items() if not math.isnan(null.value or 0.0)}
