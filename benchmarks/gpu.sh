@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU must prove, in eight minutes: one table, and gpu-proof/gpu.json. docs/gpu.md says what each line is.
+# Everything that a GPU must prove, in at most eight minutes: one table, and gpu-proof/gpu.json. docs/gpu.md says what each line is.
 #
 #     benchmarks/gpu.sh                       # on a machine with an NVIDIA GPU
 #     benchmarks/gpu.sh --double              # on any machine: small shapes, a double in place of the GPU

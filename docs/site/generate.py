@@ -123,7 +123,7 @@ def page_of(d: Diagnostic) -> str:
     average = "a matrix counts by its entries" if d.weighting == "entries" else "every matrix counts once"
     null = "The same value by construction: the null has the size of the update." if d.size else NULL[d.scope]
     figure, shown = charts.inline_svg(picture(d)), variant_label(d.name, shown_variant(d))
-    unit = {"share": ", in per cent", "degrees": ", in degrees"}.get(d.unit, "") if d.scope != "run" else ", in steps"
+    unit = {"share": ", in per cent", "degrees": ", in degrees"}.get(d.unit, f", in {d.counts}" if d.counts else "")
     caption = (
         f"{d.title}{unit}. " + SHOWN[d.scope] + (f" Of several variants it shows this one: {shown}." if shown else "")
     )

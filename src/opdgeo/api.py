@@ -5,6 +5,7 @@ The survey knows nothing of the report, so the two are joined here, above both.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import cached_property, wraps
 from pathlib import Path
@@ -34,6 +35,21 @@ class Result(survey.Result):
         from opdgeo.report.notebook import charts
 
         return charts(self)
+
+    def __repr__(self) -> str:
+        """What a terminal shows: the short table that the command prints, 80 columns wide."""
+        from rich.console import Console
+
+        from opdgeo.report.pairs import print_pairs
+        from opdgeo.report.terminal import print_summary
+
+        shown = io.StringIO()
+        console = Console(file=shown, width=80, color_system=None)
+        if "pairs" in self.summary:
+            print_pairs(self.summary, console)
+        else:
+            print_summary(self.summary, console, everything=False)
+        return shown.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         """What a notebook shows: a short table of the means beside their nulls."""

@@ -197,6 +197,9 @@ def test_a_saved_result_comes_back(
     assert isinstance(result, opdgeo.Result) and result.measurements.equals(
         pl.read_parquet(out / "measurements.parquet")
     )
+    printed = str(result).splitlines()
+    assert "final subspace" in printed[0] and "stable rank" in str(result).lower()
+    assert len(printed) < 60 and max(map(len, printed)) <= 80 and repr(result) == str(result)
     result.save(str(tmp_path / "copy"))
     again = opdgeo.load(tmp_path / "copy")
     assert again.measurements.equals(result.measurements) and again.curves.equals(result.curves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
@@ -41,6 +42,26 @@ def test_every_diagnostic_is_explained(name: str, capsys: pytest.CaptureFixture[
     assert max(map(len, lines)) <= 80
 
 
+READING = (Path(__file__).parents[2] / "docs" / "reading.md").read_text()
+BOLD = [
+    word
+    for row in re.findall(r"^\|(.*)", READING, re.M)
+    for cell in re.findall(r"\*\*(.+?)\*\*", row)
+    for word in cell.split(", ")
+]
+
+
+@pytest.mark.parametrize("word", [*dict.fromkeys(BOLD), "error"])
+def test_every_word_of_the_tables_is_explained(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from opdgeo.commands import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", word])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert len(said) > 40 and max(map(len, said.splitlines())) <= 80
+
+
 def test_the_list_and_a_wrong_name() -> None:
     listed = run_opdgeo("explain")
     assert listed.returncode == 0
@@ -48,3 +69,4 @@ def test_the_list_and_a_wrong_name() -> None:
     wrong = run_opdgeo("explain", "stablerank")
     assert wrong.returncode == 2
     assert "Did you mean stable_rank?" in wrong.stderr
+    assert "unit      directions" in run_opdgeo("explain", "effective-rank").stdout

@@ -26,11 +26,11 @@ PAGES = [
     ROOT / "tests" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-LANGUAGES = {"bash", "python", "sql", "text"}
+LANGUAGES = {"bash", "python", "sql", "text", "bibtex"}
 
 # The first pattern that is found in a command or in a block of Python says why it does not run here.
 NOT_RUN = {
-    r"^git |^pip ": "it needs the network",
+    r"^git |^pip |^uv |^python3 -m venv": "it needs the network",
     r"^make |pytest": "it is this suite, or holds it",
     r"^ray |--engine ray": "it needs a cluster; tests/survey/test_ray.py starts one",
     r" (Qwen|Kwai-Klear)/|^opdgeo published": "it needs the hub; tests/checkpoints/test_hub.py and tests/experiments/test_published.py have one of their own",

@@ -100,7 +100,7 @@ def test_trls_own_trainers_log_the_geometry(trainer: str, tmp_path: Path) -> Non
     few = ("--steps", 2, "--every", 1, "--sequences", 2, "--out", "run")
     done = run_python(EXAMPLES / "monitor_in_trl.py", trainer, *few, cwd=tmp_path, libraries="training")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("geometry/stable_rank") == 2
+    assert done.stdout.count("'geometry/stable_rank'") == 2
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     first, second = (row for row in state["log_history"] if "loss" in row)
     assert 0 < first["geometry/norm"] < second["geometry/norm"] and 0 < second["geometry/similarity_first"] <= 1

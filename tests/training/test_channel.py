@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +59,8 @@ def test_the_planted_subspace_is_found(side: str, planted) -> None:
     assert channel[OUT].k == 0 and channel[OUT].inside is None
     outside = channel.energy_outside(base, tuned)
     assert outside[UP] == pytest.approx(1.25 / 21.25, rel=1e-5) and outside[OUT] is None
+    assert repr(channel) == f"Channel({side}, 3 matrices, K=0–2, from {base} → {tuned})"
+    assert "random=0" in repr(Channel.random(channel, 0)) and len(repr(opdgeo.open_checkpoint(base))) < 300
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,19 @@ def test_k_by_number_energy_and_stable_rank(choice: str, up: int, down: int, pla
 def test_a_k_that_does_not_exist_is_refused(choice: str) -> None:
     with pytest.raises(ConfigError, match="expected a whole number"):
         parse_choice(choice)
+
+
+def test_a_channel_that_holds_everything_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("base", "tuned"):
+        square, wide = rng.standard_normal((16, 16)), rng.standard_normal((16, 24))
+        write_checkpoint(tmp_path / name, {OUT: square, UP: wide}, "float32")
+    with caplog.at_level(logging.WARNING):
+        Channel.extract(tmp_path / "base", tmp_path / "tuned", 15)
+        assert caplog.messages == []
+        Channel.extract(tmp_path / "base", tmp_path / "tuned", 500)
+    (said,) = caplog.messages
+    assert f"k is 500: all 16 directions of {OUT} are in the channel, and so of 1 of 2 matrices" in said
 
 
 def test_projection_twice_is_once_and_leaves_nothing_outside(planted) -> None:
@@ -205,3 +223,32 @@ def test_the_command_writes_channel_and_adapter_and_says_what_is_inside(tmp_path
     assert len(channel) == 28 and {s.k for s in channel.subspaces.values()} == {4}
     assert "down_proj" in done.stdout and "energy inside" in done.stdout and done.stderr == ""
     assert json.loads((tmp_path / "c" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_command_replaces_no_other_updates_channel_in_silence(planted, tmp_path: Path) -> None:
+    base, tuned, _ = planted
+    other = shutil.copy(tuned, tmp_path / "other.safetensors")
+    out = tmp_path / "c"
+    channel = partial(run_opdgeo, "channel", base)
+    assert channel(tuned, "-k", 2, "-o", out).returncode == 0
+    kept = (out / "channel.safetensors").read_bytes()
+    refused = channel(other, "-o", out)
+    assert refused.returncode == 2 and (out / "channel.safetensors").read_bytes() == kept
+    for said in ("another update", str(base), str(tuned), "--overwrite", str(out)):
+        assert said in refused.stderr, refused.stderr
+    assert channel(tuned, "-k", 3, "-o", out).returncode == 0, "the same pair goes on"
+    assert (out / "adapter").exists() and Channel.load(out)[UP].k == 3
+    assert channel(other, "--side", "left", "-o", out, "--overwrite").returncode == 0
+    assert Channel.load(out).source["tuned"] == str(other)
+    assert not (out / "adapter").exists(), "the adapter of the channel before is none of this one"
+    for name in ("run.json", "log.jsonl"):
+        measured = tmp_path / name.partition(".")[0]
+        measured.mkdir()
+        (measured / name).write_text("{}")
+        refused = channel(tuned, "-o", measured, "--overwrite")
+        assert refused.returncode == 2 and "another folder" in refused.stderr
+        assert [p.name for p in measured.iterdir()] == [name]
+    (tmp_path / "file").write_text("mine")
+    refused = channel(tuned, "-o", tmp_path / "file")
+    assert refused.returncode == 2 and "is a file" in refused.stderr, refused.stderr
+    assert channel(tuned, "-o", tmp_path / "one.safetensors").returncode == 0

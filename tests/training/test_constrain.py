@@ -321,6 +321,8 @@ def test_fused_and_transposed_matrices_are_held_in_any_loop(side: str, tmp_path:
     save_file({n: t for n, t in moved.items() if n != "lm_head.weight"}, tmp_path / "b" / "model.safetensors")
     held = Channel.extract(tmp_path / "a", tmp_path / "b", 3, side)  # type: ignore[arg-type]
     assert len(held) == 12
+    with pytest.raises(ConfigError, match=r"no ChannelLinear.*prepare\(model, channel, 'adapter'\)"):
+        constrain.Constraint(model.named_parameters(), held, "adapter")
     constrain.prepare(model, held, "update")
     constraint = constrain.Constraint(model.named_parameters(), held, "update")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

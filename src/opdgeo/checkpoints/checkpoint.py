@@ -68,8 +68,8 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: dict[str, Stored]
-    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(repr=False)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     format: str = "safetensors"
     repository: str = ""  # the name by which it was fetched from the hub

@@ -253,6 +253,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
             of one matrix. "run": the table of all matrices and checkpoints; it adds no rows and stands under its name in
             `summary.json`.
         unit: "share" (shown in per cent), "degrees" or "number".
+        counts: what a number is a number of, such as "directions"; empty where it has no unit.
         weighting: how its mean over matrices is taken: every matrix counts once, or as often as it has entries.
         reads: the settings that its values depend on. Whatever asks for W₀'s or W₊'s spectrum reads `rank` and `mask_rank`;
             whatever asks for ΔW's reads `top_k`.
@@ -284,6 +285,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         at_the_end: a trajectory's: it compares with the last checkpoint, and is measured when all are known. Otherwise it
             is measured checkpoint by checkpoint, while ΔW is in memory.
         pair: its value for two updates, from the leading k directions of each; for the live monitor.
+        pair_null: the mean of that for two points of a walk of independent increments, from the shape, the angle between the
+            points (`trajectory.walk_angle`) and k.
         of: a run's: the diagnostic that it is computed from.
         answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
             None where it has nothing to say.
@@ -296,6 +299,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     name: str
     scope: Literal["update", "trajectory", "pair", "run"]
     unit: Literal["share", "degrees", "number"] = "number"
+    counts: str = ""
     weighting: Literal["matrices", "entries"] = "matrices"
     reads: tuple[str, ...] = ()
     variants: Callable[[Settings], list[str]] = _one
@@ -326,6 +330,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     directions: Callable[[Settings], int] | None = None
     at_the_end: bool = False
     pair: Callable[[Spectrum | None, Spectrum | None, int], Value] | None = None
+    pair_null: Callable[[tuple[int, int], float, int], float] | None = None
     of: str | None = None
     answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
     since: Callable[[list[int], list[float | None], float], int | None] | None = None

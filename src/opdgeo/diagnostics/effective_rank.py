@@ -138,6 +138,7 @@ def of_gaussian(rows: int, cols: int, top_k: int) -> tuple[float, float]:
 DIAGNOSTIC: OfUpdate = Diagnostic(
     name="effective_rank",
     scope="update",
+    counts="directions",
     reads=("top_k",),
     measure=measure,
     null=null,
@@ -147,7 +148,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     "never below the stable rank and never above the rank.",
     caveat="Unlike the stable rank it sees the whole spectrum, not the largest singular value alone. Of a large matrix only the top "
     "singular values are known. The value is then the middle between two certified bounds, and the column “error” of the data "
-    "file says how far apart they are. The null is read off in the same way.",
+    "file is half their distance. The null is read off in the same way.",
     example="Singular values 2, 1, 1: shares 2/3, 1/6, 1/6 of the energy, exp(0.868) = 2.38.",
     source=f"Roy and Vetterli, The effective rank, EUSIPCO 2007, with shares of the energy for their shares of Σσ; the stable "
     f"rank is that of {PAPER}, §2",

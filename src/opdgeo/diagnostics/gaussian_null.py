@@ -64,7 +64,7 @@ class Isotropic:
     @cached
     def spectra(self) -> np.ndarray:
         """(draws, k) largest singular values, k = `top_k` or the smaller side."""
-        rows, cols = self.base.weights.shape
+        rows, cols = self.base.shape
         return self.norm * nulls.own_singular_values(rows, cols, min(self.settings.top_k, rows, cols))
 
     @cached

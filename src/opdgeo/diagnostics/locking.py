@@ -143,6 +143,7 @@ def label(variant: str) -> str:
 DIAGNOSTIC: OfRun = Diagnostic(
     name="locking",
     scope="run",
+    counts="optimizer steps",
     of=SIMILARITY.name,
     variants=lambda settings: [f"{side}.{k}" for side in SIDES for k in ranks(settings)],
     measure=measure,

@@ -29,6 +29,7 @@ def null(isotropic: Isotropic) -> Null:
 DIAGNOSTIC: OfUpdate = Diagnostic(
     name="stable_rank",
     scope="update",
+    counts="directions",
     reads=("top_k",),
     measure=measure,
     null=null,

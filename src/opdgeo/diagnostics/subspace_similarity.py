@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN = 16  # the paper's K, in tables and verdicts
 SIDES = ("right", "left")
+LIVE_SIZE = (
+    400  # the live monitor's null is drawn at this size: in a tenth of the time, and within about 0.03 of `null`
+)
 
 
 def ranks(settings: Settings) -> list[int]:
@@ -132,6 +135,13 @@ def null(trajectory: Trajectory) -> Null:
     return found
 
 
+def pair_null(shape: tuple[int, int], angle: float, k: int) -> float:
+    """The mean right similarity of two points of a walk. Equal to that of `null` up to a smaller side of `LIVE_SIZE`."""
+    from opdgeo.numerics.nulls import pair_similarity
+
+    return pair_similarity(*shape, (k,), LIVE_SIZE)(angle)["right", k][0]
+
+
 def panel(other: str, side: str, text: str) -> Panel:
     def rank(variant: str) -> int | None:
         found = re.fullmatch(re.escape(name(other, side, 0)[:-1]) + r"(\d+)", variant)
@@ -170,4 +180,5 @@ DIAGNOSTIC: OfTrajectory = Diagnostic(
     directions=lambda settings: max(ranks(settings)),
     at_the_end=True,
     pair=similarity,
+    pair_null=pair_null,
 )

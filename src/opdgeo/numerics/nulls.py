@@ -259,14 +259,14 @@ class PairSimilarity:
     table over θ serves all matrices of a shape, at every pair of checkpoints: its nodes halve θ in `FINE` steps, are
     computed when they are first asked for, from the same draws, and in between the similarity is linear in log θ.
 
-    A smaller side above `SIZE` is replaced by `SIZE` at the same aspect: near the edge of the spectrum the singular vectors
+    A smaller side above `size` is replaced by `size` at the same aspect: near the edge of the spectrum the singular vectors
     depend on tan θ in units of the spacing there, 2 tan θ (rows^−½ + cols^−½)^−⅓ (Johnstone's scaling). At K = 32 that is
-    right to about 0.02, at smaller K to less.
+    right to about 0.02 with `SIZE`, at smaller K to less.
     """
 
-    def __init__(self, rows: int, cols: int, ranks: tuple[int, ...]):
+    def __init__(self, rows: int, cols: int, ranks: tuple[int, ...], size: int = SIZE):
         self.asked, self.ranks, self.lock = (rows, cols), ranks, Lock()
-        shrink = min(1.0, SIZE / min(rows, cols))
+        shrink = min(1.0, size / min(rows, cols))
         self.shape = round(rows * shrink), round(cols * shrink)
         self.draws = 16 if min(self.shape) <= SIZE // 2 else 8
         self.nodes: dict[int, Tensor] = {}
@@ -318,9 +318,9 @@ class PairSimilarity:
 
 
 @lru_cache(maxsize=64)
-def pair_similarity(rows: int, cols: int, ranks: tuple[int, ...]) -> PairSimilarity:
+def pair_similarity(rows: int, cols: int, ranks: tuple[int, ...], size: int = SIZE) -> PairSimilarity:
     """The table of a shape and of these K, ascending; one in a process."""
-    return PairSimilarity(rows, cols, ranks)
+    return PairSimilarity(rows, cols, ranks, size)
 
 
 def _angle(index: int) -> float:

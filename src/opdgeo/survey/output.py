@@ -62,9 +62,7 @@ def check_earlier(
     Raises:
         ConfigError: it may not; the message says what lies there.
     """
-    for name, what in (("claims.json", "a study"), ("arms", "a study"), ("signals.json", "signals")):
-        if (out / name).exists():
-            raise ConfigError(f"{out} holds {what}, which no measurement replaces. Give -o another folder.")
+    check_study(out)
     path = out / "run.json"
     if overwrite or not path.is_file():
         return
@@ -83,6 +81,15 @@ def check_earlier(
         same, what = False, "a run.json that is not of compare, track or relate, or damaged"
     if not same:
         raise ConfigError(f"{out} holds {what}. Give -o another folder, or add --overwrite to replace it.")
+
+
+def check_study(out: Path) -> None:
+    """Raises:
+    ConfigError: `out` holds a study or signals.
+    """
+    for name, what in (("claims.json", "a study"), ("arms", "a study"), ("signals.json", "signals")):
+        if (out / name).exists():
+            raise ConfigError(f"{out} holds {what}, which nothing replaces. Give -o another folder.")
 
 
 def _is(recorded: dict[str, Any], checkpoint: Checkpoint) -> bool:

@@ -59,7 +59,7 @@ LONGEST = 1 << 29  # bytes of a JSON file that is read
 PARTS = ".parts"  # finished matrices of a run that is not complete yet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What `compare`, `track` and `relate` return, and what the data files hold."""
 

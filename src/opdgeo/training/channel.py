@@ -12,6 +12,7 @@ PAPER: "On the Geometry of On-Policy Distillation", §4, projected training. A *
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -27,11 +28,12 @@ from torch import Tensor
 from opdgeo.checkpoints import Checkpoint, Matrix, open_checkpoint, pair
 from opdgeo.diagnostics import Base, Settings, Update
 from opdgeo.diagnostics.update import LowRankUpdate
-from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError
+from opdgeo.errors import CheckpointError, ConfigError, NumericsError, PairingError, printable
 from opdgeo.numerics import subspaces
 from opdgeo.numerics.spectra import LowRankMatrix, Spectrum, principal_angles, truncated_svd
 from opdgeo.numerics.subspaces import Side
 
+log = logging.getLogger(__name__)
 FILE = "channel.safetensors"
 FORMAT = "opdgeo channel 1"
 Choice = int | float | Literal["stable_rank"]
@@ -81,6 +83,13 @@ class Channel:
     def __len__(self) -> int:
         return len(self.subspaces)
 
+    def __repr__(self) -> str:
+        ks = sorted({s.k for s in self.subspaces.values()})
+        directions = f"K={ks[0]}" if len(ks) == 1 else f"K={ks[0]}–{ks[-1]}" if ks else "empty"
+        ends = [self.source.get(end) for end in ("base", "tuned")]
+        origin = f"from {ends[0]} → {ends[1]}" if all(ends) else ", ".join(f"{k}={v!r}" for k, v in self.source.items())
+        return f"Channel({self.side}, {len(self)} matrices, {directions}, {origin})"
+
     def __getitem__(self, name: str) -> Subspace:
         try:
             return self.subspaces[name]
@@ -101,7 +110,8 @@ class Channel:
     ) -> Channel:
         """The top-K singular subspace of ΔW for every matrix of the chosen roles.
 
-        K is cut to the rank of ΔW as stored, up to float64 rounding; a matrix that did not move gets K = 0.
+        K is cut to the rank of ΔW as stored, up to float64 rounding; a matrix that did not move gets K = 0. A warning says where the
+        channel holds every direction, and so nothing back.
 
         Args:
             k: see `Choice`.
@@ -122,6 +132,13 @@ class Channel:
         matrices = pair(opened, tuned, roles).matrices
         for matrix in progress(matrices) if progress else matrices:
             found[matrix.name] = _subspace(matrix, _update(opened, tuned, matrix), k, side)
+        if whole := [s for s in found.values() if s.k == s.basis.shape[0]]:
+            first = whole[0]
+            log.warning(
+                "k is %s: all %d directions of %s are in the channel, and so of %d of %d matrices. There it holds nothing back; give a "
+                "smaller k.",
+                *(k, first.k, printable(first.matrix.name), len(whole), len(found)),
+            )
         return cls(side, found, {"base": str(opened.path), "tuned": str(tuned.path), "k": k})
 
     @classmethod

@@ -250,7 +250,8 @@ class Constraint:
     to both.
 
     Raises:
-        ConfigError: a matrix of the channel has no parameter, or is sharded otherwise than by rows.
+        ConfigError: a matrix of the channel has no parameter, is sharded otherwise than by rows, or for `adapter` has no
+            `ChannelLinear`.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], channel: Channel, mode: Mode = "update"):
@@ -262,6 +263,11 @@ class Constraint:
             if parameter is None:
                 raise ConfigError(f"the model has no parameter {s.matrix.tensor}; expected a channel of this model.")
             factor = named.get(s.matrix.tensor.removesuffix(".weight") + FACTOR) if mode == "adapter" else None
+            if mode == "adapter" and s.k and factor is None:
+                raise ConfigError(
+                    f"the layer of {s.matrix.tensor} is no ChannelLinear, so 'adapter' would train all of its weights; expected "
+                    "prepare(model, channel, 'adapter') before the optimizer is made."
+                )
             if not parameter.requires_grad and factor is None:
                 continue
             self.device = parameter.device

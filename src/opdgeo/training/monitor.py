@@ -5,7 +5,8 @@
 
 Every `every` steps, and at the last one, a few matrices are measured against where training started, with the formulas of
 `opdgeo track`. The means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
-`docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix.
+`docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix. Beside a number stands its null: in closed form, or
+from draws that serve all matrices of a shape for the whole run.
 
 The monitor reads the parameters as the optimizer leaves them. They are fp32 under autocast, under DDP and under FSDP2, whose
 mixed precision keeps fp32 shards. Parameters that are held in bf16 are measured as they are, and a warning says so. Under FSDP2
@@ -18,8 +19,10 @@ before the reporters, so that they see its numbers.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -47,6 +50,9 @@ from opdgeo.diagnostics import (
     diagnostics,
     of_trajectories,
 )
+from opdgeo.diagnostics.diagnostic import Live
+from opdgeo.diagnostics.gaussian_null import gaussian_null
+from opdgeo.diagnostics.trajectory import walk_angle
 from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.numerics import precision, subspaces
@@ -60,7 +66,7 @@ if TYPE_CHECKING:
     from opdgeo.training.channel import Channel
 
 Rule = str | Callable[[Mapping[str, float]], bool]
-PREFIX = "geometry/"
+PREFIX, NULL = "geometry/", "_null"
 FILE = "geometry-monitor.safetensors"  # the channels so far, in every trainer state, so that a resumed run goes on from them
 HISTORY = 16  # earlier channels that are kept; beyond it every second one goes
 log = logging.getLogger(__name__)
@@ -75,15 +81,15 @@ class GeometryMonitor(FirstCallback):
         base: the checkpoint that updates are measured from. Default: the weights as training starts, copied to the CPU; for a
             run that is resumed, the model's `name_or_path`.
         channel: also the share of the update's energy outside this one, `geometry/outside`.
-        stop: ends training once it holds of a log row: "channel/outside > 0.2", or a function of the row.
+        stop: ends training once it holds of a log row: "geometry/outside > 0.2", or a function of the row.
         alert: warns when it begins to hold.
         lock: the similarity from which the channel counts as locked.
 
     Attributes:
-        rows: step, matrix, diagnostic, variant, value of everything measured; of a value None the reason.
+        rows: step, matrix, diagnostic, variant, value and null_mean of everything measured; of a value None the reason.
 
     Raises:
-        ConfigError: a rule that cannot be read, a name that is not in the model, a base that does not fit.
+        ConfigError: a rule that cannot be read or can never be decided, a name that is not in the model, a base that does not fit.
     """
 
     def __init__(
@@ -102,10 +108,10 @@ class GeometryMonitor(FirstCallback):
         if not 0 < lock <= 1:
             raise ConfigError(f"lock is {lock}; expected a similarity in (0, 1].")
         self.every, self.watch, self.base, self.channel, self.lock = every, watch, base, channel, lock
-        self.stop, self.alert = _rule(stop), _rule(alert)
+        self.stop, self.alert = (_rule(rule, channel is not None) for rule in (stop, alert))
         self.rows: list[dict[str, Any]] = []
         self._subjects: list[_Subject] = []
-        self._history: list[tuple[int, dict[str, Spectrum]]] = []
+        self._history: list[tuple[int, dict[str, _Seen]]] = []
         self._pending: dict[str, float] = {}
         self._alerted = self._told = False
 
@@ -115,6 +121,9 @@ class GeometryMonitor(FirstCallback):
         self._subjects = _subjects(model, self.watch, self._origin(model, state))
         if state.global_step:
             self._history = _load_history(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
+            for subject in self._subjects:
+                subject.go_on(self._history, state.global_step)
+        self._check_rules()
         if not self._subjects:
             log.warning("the geometry monitor found no matrix that it can read, and stays silent.")
         elif half := {s.dtype for s in self._subjects} - {torch.float32, torch.float64}:
@@ -144,6 +153,7 @@ class GeometryMonitor(FirstCallback):
             if state.log_history:
                 state.log_history[-1].update(self._pending)
             self._pending = {}
+        self._say_what_is_never_logged(state.global_step, logs)
         if self.alert:
             holds = self.alert(logs)
             if holds and not self._alerted:
@@ -169,49 +179,78 @@ class GeometryMonitor(FirstCallback):
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
         """Measure now and return the means over the matrices by their names in the log."""
-        now: dict[str, Spectrum] = {}
-        values: dict[tuple[str, str], list[float]] = {}
+        now: dict[str, _Seen] = {}
+        values: dict[Name, list[float]] = {}
+        chances: dict[Name, list[float | None]] = {}
         for subject in self._subjects:
             update = subject.update()
-            found: dict[str, dict[str, Value]] = {}
-            for d in diagnostics().values():
-                if d.live:
-                    here = d.measure(update)
-                    found[d.name] = subject.over_rows(here) if d.weighting == "entries" else here
+            found, nulls = subject.measure(update)
+            length = subject.walk(update)
             if update.moved:
-                now[subject.name] = _kept(update.delta_spectrum)
+                here = now[subject.name] = _Seen(_kept(update.delta_spectrum), length)
                 for t in of_trajectories().values():
                     if t.live and t.pair:
-                        found[t.name] = self._against_earlier(t.pair, subject.name, now[subject.name])
+                        for other, (_, earlier) in self._earlier().items():
+                            if subject.name in earlier:
+                                key = t.name, f"{other}.{SETTINGS.top_k}"
+                                found[key], nulls[key] = _pair(t, subject.shape, earlier[subject.name], here)
                 if self.channel and subject.name in self.channel.subspaces:
-                    found["channel"] = {"outside": Value(_outside(self.channel, update, subject.name))}
-            for diagnostic, variants in found.items():
-                for variant, value in variants.items():
-                    row = {"step": step, "matrix": subject.name, "diagnostic": diagnostic, "variant": variant}
-                    self.rows.append(row | {"value": value.value, "reason": value.reason})
-                    if value.value is not None:
-                        values.setdefault((diagnostic, variant), []).append(value.value)
-            subject.near = now[subject.name].right if subject.name in now else subject.near
+                    found[OUTSIDE] = Value(_outside(self.channel, update, subject.name))
+                    basis = self.channel[subject.name].basis
+                    nulls[OUTSIDE] = 1 - basis.shape[1] / basis.shape[0]
+            for key, value in found.items():
+                row = {"step": step, "matrix": subject.name, "diagnostic": key[0], "variant": key[1]}
+                self.rows.append(row | {"value": value.value, "null_mean": nulls.get(key), "reason": value.reason})
+                if value.value is not None:
+                    values.setdefault(key, []).append(value.value)
+                    chances.setdefault(key, []).append(nulls.get(key))
+            subject.near = now[subject.name].spectrum.right if subject.name in now else subject.near
         self._say_what_is_undefined(step)
-        means = {name: sum(found) / len(found) for name, found in values.items()}
-        logs = self._logged(means, now)
+        logs = self._logged({key: (_mean(of), _mean(chances[key])) for key, of in values.items()}, now)
         self._remember(step, now)
         return logs
 
-    def _logged(self, means: dict[tuple[str, str], float], now: dict[str, Spectrum]) -> dict[str, float]:
-        """The means that the diagnostics name for the log."""
+    def _logged(self, means: dict[Name, Beside], now: dict[str, _Seen]) -> dict[str, float]:
+        """The means that the diagnostics name for the log, and beside each its null."""
         logs: dict[str, float] = {}
-        for d in DIAGNOSTICS.values():
-            for live in d.live:
-                found: list[float | None] = [
-                    m for (n, v), m in means.items() if n == d.name and v.startswith(live.variant)
-                ]
-                mean = self._since(d, now) if d.scope == "run" else next(iter(found), None)
-                if mean is not None:
-                    logs[PREFIX + live.name] = 1 - mean if live.complement else mean
-        if OUTSIDE in means:
-            logs[PREFIX + "outside"] = means[OUTSIDE]
+        for name, known, live in _names():
+            if known is None or live is None:
+                beside = means.get(OUTSIDE, NOTHING)
+            elif known.scope == "run":
+                beside = self._since(known, now)
+            else:
+                variants = (m for (n, v), m in means.items() if n == known.name and v.startswith(live.variant))
+                beside = next(variants, NOTHING)
+            for of, x in zip((name, name + NULL), beside, strict=True):
+                if x is not None:
+                    logs[of] = 1 - x if live and live.complement else x
         return logs
+
+    def _check_rules(self) -> None:
+        """Raises:
+        ConfigError: a rule asks for what the monitor will not measure in this run.
+        """
+        here = self.channel is not None and any(s.name in self.channel.subspaces for s in self._subjects)
+        for rule in (self.stop, self.alert):
+            if rule and rule.name.startswith(PREFIX):
+                if not self._subjects:
+                    raise ConfigError(
+                        f"the rule {rule} can never hold: the monitor finds no matrix that it can read here."
+                    )
+                if rule.name.startswith(PREFIX + "outside") and not here:
+                    raise ConfigError(
+                        f"the rule {rule} can never hold: no watched matrix is in the channel; expected some of its "
+                        f"{len(self.channel or ())}. Give watch= their names."
+                    )
+
+    def _say_what_is_never_logged(self, step: int, logs: Mapping[str, float]) -> None:
+        """Warn once where a rule's name is none of the monitor's and none of the trainer's first row either."""
+        for rule in (self.stop, self.alert) if "loss" in logs else ():
+            if rule and not rule.seen:
+                rule.seen = True
+                if rule.name and not rule.name.startswith((PREFIX, "eval_")) and rule.name not in logs:
+                    names = sorted({*logs, *(name for name, *_ in _names())})
+                    log.warning("step %d: %s asks for what this log row lacks.%s", step, rule, _near(rule.name, names))
 
     def _say_what_is_undefined(self, step: int) -> None:
         """Warn once where no matrix has a value of a diagnostic that compares checkpoints, with the reason of the first."""
@@ -221,32 +260,27 @@ class GeometryMonitor(FirstCallback):
                 log.warning("step %d: no %s is logged: %s.", step, d.title.lower(), rows[0]["reason"])
                 self._told = True
 
-    def _earlier(self) -> dict[str, tuple[int, dict[str, Spectrum]]]:
+    def _earlier(self) -> dict[str, tuple[int, dict[str, _Seen]]]:
         return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
 
-    def _against_earlier(self, pair: Pair, name: str, now: Spectrum) -> dict[str, Value]:
-        """A matrix now beside its previous and its first measurement."""
-        return {
-            f"{other}.{SETTINGS.top_k}": pair(_wide(now), _wide(earlier[name]), now.right.shape[1])
-            for other, (_, earlier) in self._earlier().items()
-            if name in earlier
-        }
-
-    def _since(self, known: Diagnostic, now: dict[str, Spectrum]) -> int | None:
-        """The step from which on the channel has been what it is now. `track` would give it if training ended here."""
-        pair = DIAGNOSTICS[known.of].pair if known.of else None
-        if pair is None or known.since is None:
-            return None
-        curve: list[float | None] = []
+    def _since(self, known: Diagnostic, now: dict[str, _Seen]) -> Beside:
+        """The step from which on the channel has been what it is now, and the same of a walk. `track` would give both if training
+        ended here.
+        """
+        of = DIAGNOSTICS[known.of] if known.of else None
+        if of is None or of.pair is None or known.since is None:
+            return NOTHING
+        curve, chances = [], []
         for _, earlier in self._history:
-            found = [
-                pair(_wide(earlier[n]), _wide(now[n]), now[n].right.shape[1]).value for n in now.keys() & earlier.keys()
-            ]
-            values = [x for x in found if x is not None]
-            curve.append(sum(values) / len(values) if values else None)
-        return known.since([s for s, _ in self._history], curve, self.lock)
+            both = [s for s in self._subjects if s.name in now and s.name in earlier]
+            found = [_pair(of, s.shape, earlier[s.name], now[s.name]) for s in both]
+            kept = [(value.value, chance) for value, chance in found if value.value is not None]
+            curve.append(_mean([value for value, _ in kept]))
+            chances.append(_mean([chance for _, chance in kept]))
+        steps = [step for step, _ in self._history]
+        return known.since(steps, curve, self.lock), known.since(steps, chances, self.lock)
 
-    def _remember(self, step: int, now: dict[str, Spectrum]) -> None:
+    def _remember(self, step: int, now: dict[str, _Seen]) -> None:
         if not now:
             return
         self._history.append((step, now))
@@ -270,7 +304,41 @@ class GeometryMonitor(FirstCallback):
 
 SETTINGS = Settings(rank=1)
 OUTSIDE = ("channel", "outside")
-Pair = Callable[[Spectrum | None, Spectrum | None, int], Value]
+Name = tuple[str, str]
+"""Diagnostic and variant."""
+Beside = tuple[float | None, float | None]
+"""A number and its null."""
+NOTHING: Beside = (None, None)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A matrix at one measurement: ΔW's leading right vectors, and the squared length of the walk up to there; None: unknown."""
+
+    spectrum: Spectrum
+    length: float | None
+
+
+def _names() -> list[tuple[str, Diagnostic | None, Live | None]]:
+    """The names in the log that are not those of nulls, with the diagnostic and what it logs."""
+    found = [(PREFIX + live.name, d, live) for d in DIAGNOSTICS.values() for live in d.live]
+    return [*found, (PREFIX + OUTSIDE[1], None, None)]
+
+
+def _mean(of: Sequence[float | None]) -> float | None:
+    """None where one is unknown, or there are none: a null is that of the same matrices as its number."""
+    known = [x for x in of if x is not None]
+    return sum(known) / len(known) if known and len(known) == len(of) else None
+
+
+def _pair(of: Diagnostic, shape: tuple[int, int], earlier: _Seen, now: _Seen) -> tuple[Value, float | None]:
+    """`of` for two measurements of a matrix, and its null."""
+    k = now.spectrum.right.shape[1]
+    chance = None
+    if of.pair_null and earlier.length is not None and now.length is not None:
+        chance = of.pair_null(shape, walk_angle(earlier.length, now.length), k)
+    assert of.pair is not None
+    return of.pair(_wide(now.spectrum), _wide(earlier.spectrum), k), chance
 
 
 @dataclass(frozen=True)
@@ -341,7 +409,12 @@ def _difference(before: Tensor, after: Tensor, norm: float, rows: Rows | None) -
 
 @dataclass
 class _Subject:
-    """One monitored matrix: how to read it now, and the rows of W₀ that this process keeps on the CPU."""
+    """One monitored matrix: how to read it now, and the rows of W₀ and of the last measurement that this process keeps on the CPU.
+
+    Attributes:
+        last: W at the last measurement; None: W₀.
+        length: the squared length of the walk from W₀ to `last`, the sum of the squared steps between measurements.
+    """
 
     matrix: Matrix
     current: Callable[[], Tensor]
@@ -350,10 +423,53 @@ class _Subject:
     rows: Rows | None = None
     near: Tensor | None = None
     known: _Known | None = None
+    last: Tensor | None = None
+    length: float | None = 0.0
 
     @property
     def name(self) -> str:
         return self.matrix.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.rows, self.matrix.cols
+
+    def measure(self, update: Update) -> tuple[dict[Name, Value], dict[Name, float | None]]:
+        """What the log names of one update, and the nulls. The norms, and an update that did not move, are their own."""
+        live = [d for d in diagnostics().values() if d.live]
+        wanted = [d for d in live if not d.size] if update.moved else []
+        chances = gaussian_null(update, wanted, self.name)[0]
+        found: dict[Name, Value] = {}
+        nulls: dict[Name, float | None] = {}
+        for d in live:
+            values = d.measure(update)
+            beside = {v: Value(chances[d.name, v][0]) for v in values if (d.name, v) in chances}
+            if d.weighting == "entries":
+                values, beside = self.over_rows(values), beside and self.over_rows(beside)
+            found |= {(d.name, v): value for v, value in values.items()}
+            if d in wanted:
+                nulls |= {(d.name, v): null.value for v, null in beside.items() if not math.isnan(null.value or 0.0)}
+            elif not update.moved and not d.size:
+                nulls |= {(d.name, v): value.value for v, value in values.items()}
+        return found, nulls
+
+    def walk(self, update: Update) -> float | None:
+        """Go on to the weights as they are now; the squared length of the walk up to them."""
+        if self.length is not None:
+            last = self.last
+            step = (
+                update.norm if last is None else _norm(upload(last, update.weights.device), update.weights, self.rows)
+            )
+            self.length += step**2
+            self.last = update.weights.detach().to("cpu", copy=True)
+        return self.length
+
+    def go_on(self, history: list[tuple[int, dict[str, _Seen]]], step: int) -> None:
+        """Take the walk up again in a run that is resumed: known where it was measured at the step that it is resumed from."""
+        if any(self.name in seen for _, seen in history):
+            at, seen = history[-1]
+            self.length = seen[self.name].length if at == step and self.name in seen else None
+            self.last = None if self.length is None else self.current().detach().to("cpu", copy=True)
 
     def update(self) -> Update:
         weights = self.current()
@@ -485,38 +601,43 @@ def _wide(of: Spectrum) -> Spectrum:
     return replace(of, right=of.right.double())
 
 
-def _save_history(history: list[tuple[int, dict[str, Spectrum]]], path: Path) -> None:
+def _save_history(history: list[tuple[int, dict[str, _Seen]]], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     facts = []
-    for i, (step, spectra) in enumerate(history):
-        for name, of in spectra.items():
-            k = of.right.shape[1]
+    for i, (step, seen) in enumerate(history):
+        for name, one in seen.items():
+            of, k = one.spectrum, one.spectrum.right.shape[1]
             tensors |= {f"{i} {name} right": of.right.contiguous(), f"{i} {name} sigma": of.sigma[: k + 1].contiguous()}
             numbers = {n: getattr(of, n) for n in ("error", "method", "residual", "gram", "tail_bound", "floor")}
-            facts.append({"place": i, "step": step, "matrix": name, **numbers})
+            facts.append({"place": i, "step": step, "matrix": name, "length": one.length, **numbers})
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"history": json.dumps(facts)})
     partial.replace(path)
 
 
-def _load_history(path: Path) -> list[tuple[int, dict[str, Spectrum]]]:
+def _load_history(path: Path) -> list[tuple[int, dict[str, _Seen]]]:
     """What `_save_history` wrote. Empty where the file is missing or not readable."""
-    history: dict[int, tuple[int, dict[str, Spectrum]]] = {}
+    history: dict[int, tuple[int, dict[str, _Seen]]] = {}
     with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
         for fact in json.loads(file.metadata()["history"]):
             i, step, name = (fact.pop(n) for n in ("place", "step", "matrix"))
+            length = fact.pop("length", None)  # a state of an earlier version has none
             right, sigma = (file.get_tensor(f"{i} {name} {part}") for part in ("right", "sigma"))
             of = Spectrum(sigma, right[:0], right, errors=sigma.new_zeros(len(sigma)), **fact)
-            history.setdefault(i, (step, {}))[1][name] = of
+            history.setdefault(i, (step, {}))[1][name] = _Seen(of, length)
         return list(history.values())
     return []
 
 
 class _Decision:
-    """A rule and its words. It gives None for a row that lacks the number it asks for."""
+    """A rule, its words and the name that it asks for. It gives None for a row that lacks that number.
 
-    def __init__(self, words: str, decide: Callable[[Mapping[str, float]], bool | None]):
-        self.words, self.decide, self.asked = words, decide, False
+    `asked`: a row had it. `seen`: the first row of training has been looked at.
+    """
+
+    def __init__(self, words: str, decide: Callable[[Mapping[str, float]], bool | None], name: str = ""):
+        self.words, self.decide, self.name = words, decide, name
+        self.asked = self.seen = False
 
     def __call__(self, logs: Mapping[str, float]) -> bool | None:
         found = self.decide(logs)
@@ -535,7 +656,7 @@ _SIGNS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def _rule(rule: Rule | None) -> _Decision | None:
+def _rule(rule: Rule | None, channel: bool) -> _Decision | None:
     if rule is None or callable(rule):
         return rule and _Decision(getattr(rule, "__name__", "the rule"), rule)
     parts = re.fullmatch(r"\s*(\S+)\s*(>=|<=|>|<)\s*(\S+)\s*", rule)
@@ -543,7 +664,25 @@ def _rule(rule: Rule | None) -> _Decision | None:
         name, sign, limit = parts[1], _SIGNS[parts[2]], float(parts[3])  # type: ignore[index]
     except (TypeError, ValueError):
         raise ConfigError(
-            f"the rule {rule!r} cannot be read; expected a name of the log, a sign and a number, such as 'channel/outside > 0.2', "
+            f"the rule {rule!r} cannot be read; expected a name of the log, a sign and a number, such as 'geometry/outside > 0.2', "
             "or a function of the log row."
         ) from None
-    return _Decision(rule, lambda logs: sign(logs[name], limit) if name in logs else None)
+    known = [logged for logged, *_ in _names()]
+    known += [logged + NULL for logged, d, _ in _names() if d is None or not d.size]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if name not in known and (name.startswith(PREFIX) or near):
+        raise ConfigError(
+            f"the rule {rule!r} asks for {name!r}, which no log row will have; expected one of {', '.join(known)}, or a name of "
+            f"the trainer's own.{_near(name, known)}"
+        )
+    if name.startswith(PREFIX + OUTSIDE[1]) and not channel:
+        raise ConfigError(
+            f"the rule {rule!r} asks for {name!r}, which is logged only with channel=; expected a channel."
+        )
+    return _Decision(rule, lambda logs: sign(logs[name], limit) if name in logs else None, name)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    tails = [k for k in known if k.rpartition("/")[2] == name.rpartition("/")[2]]
+    near = [*tails, *difflib.get_close_matches(name, known, n=1)]
+    return f" Did you mean {near[0]}?" if near else ""
