@@ -23,6 +23,7 @@ from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.report import write_report
 from opdgeo.report.glossary import number
 from opdgeo.report.terminal import print_summary
+from opdgeo.report.verdict import answers
 from opdgeo.survey.kinship import remarks
 from program import run_opdgeo
 from report_data import build
@@ -71,7 +72,7 @@ def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
     at = locked["thresholds"].index(0.8)
 
     def since(step: int | None) -> str:
-        return "not before the last checkpoint" if step is None else f"from step {step} on"
+        return "only at the last checkpoint" if step is None else f"from step {step} on"
 
     expected = (
         f"The final subspace, top 16 right: at step 10, the first checkpoint, {100 * first['mean']:.1f} % of it is there (walk null: "
@@ -82,6 +83,32 @@ def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert expected in words(page.partition('id="verdict"')[2].partition("<h2>")[0])
     assert page.index('id="early"') < page.index('id="diagnostics"')
+
+
+def test_a_narrow_update_is_told_by_its_own_directions(tmp_path: Path) -> None:
+    """Four planted directions in noise, there from the first step on: twelve of the top 16 are noise."""
+    rng = np.random.default_rng(5)
+    base = planted.weights(rng, 80, 64)
+    planned = rng.standard_normal((80, 4)) @ planted.orthonormal(rng, 64, 4).T
+    points = {"base": base}
+    for step in range(1, 5):
+        points[f"run/step-{step:06d}"] = base + 0.01 * step * planned + 1e-3 * rng.standard_normal(base.shape)
+    for name, weights in points.items():
+        planted.write_checkpoint(tmp_path / name, {NAME: weights}, "float32")
+    summary = opdgeo.track(tmp_path / "base", tmp_path / "run", settings=opdgeo.Settings(nulls=1), cache=False).summary
+    text = "".join(p if isinstance(p, str) else number(*p) for p in answers(summary["checkpoints"], summary)[0])
+    rows = {(d["diagnostic"], d["variant"]): d for d in summary["checkpoints"][0]["diagnostics"]}
+    rank = summary["checkpoints"][-1]["diagnostics"]
+    (rank,) = (d["mean"] for d in rank if d["diagnostic"] == "stable_rank")
+    narrow, wide = (rows["subspace_similarity", f"final.{k}"]["mean"] for k in (2, 16))
+    assert 1.5 < rank < 4 and narrow > 0.95 and wide < 0.8
+    assert text.startswith(
+        f"The final subspace, top 2 right (the stable rank of the final update is {rank:.2f}): at step 1, the first checkpoint, "
+        f"{100 * narrow:.1f} % of it is there (walk null: "
+    ), text
+    assert ", and at least 80.0 % from step 1 on (walk null: " in text
+    assert f" The wider top 16: {100 * wide:.1f} % of it is there (walk null: " in text
+    assert "and at least 80.0 % only at the last checkpoint (walk null: " in text and text.count("walk null") == 4
 
 
 def test_a_first_checkpoint_that_did_not_move_leaves_an_answer(runs: Path) -> None:
