@@ -95,13 +95,15 @@ def unresolved(of: Spectrum, k: int, side: str) -> str | None:
     """Why the top-k subspace of an update is not determined; None where it is."""
     if k >= (of.left if side == "left" else of.right).shape[0]:  # the whole space
         return None
-    if of.floor > 0 and float(of.sigma[k - 1]) <= of.floor:
-        rank = int((of.sigma > of.floor).sum())
-        return (
-            f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank "
-            f"{rank} only"
-        )
-    return undetermined(k) if of.subspace_error(k, side) >= 1 else None
+    return rounded(of, k, of.floor) or (undetermined(k) if of.subspace_error(k, side) >= 1 else None)
+
+
+def rounded(of: Spectrum, k: int, floor: float) -> str | None:
+    """Why the k-th singular value of an update tells nothing of it: rounding alone gives such values up to `floor`; None where it does."""
+    if floor <= 0 or float(of.sigma[k - 1]) > floor:
+        return None
+    rank = int((of.sigma > floor).sum())
+    return f"singular value {k} of the update is within the rounding of the stored weights: the update is determined to rank {rank} only"
 
 
 def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
@@ -137,6 +139,10 @@ def _as_it_is(variant: str) -> str:
 
 def _every(variant: str) -> bool:
     return True
+
+
+def _nothing(mean: float) -> str | None:
+    return None
 
 
 Part = str | tuple[float | None, str]
@@ -277,6 +283,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         published: the paper's own values.
         itself: the beginning of the variants that compare the last checkpoint with itself there.
         headline, live, panels: see these classes.
+        doubt: an update's: why a mean over all matrices, those that did not move among them, makes it doubtful that the checkpoints
+            belong together; None where it does not.
 
     What else it offers:
         curves: names in `curves.parquet` and how each is computed; None where this update has none.
@@ -321,6 +329,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     headline: Headline | None = None
     live: tuple[Live, ...] = ()
     panels: tuple[Panel, ...] = ()
+    doubt: Callable[[float], str | None] = _nothing
 
     curves: Mapping[str, Callable[[Subject], Sequence[float | None] | None]] = field(default_factory=dict)
     directions: Callable[[Settings], int] | None = None

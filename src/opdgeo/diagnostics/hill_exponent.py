@@ -1,6 +1,9 @@
 """Hill exponent of the top-k singular values of ΔW (PAPER §2): [ (1/(k−1)) Σ_{i<k} log(σᵢ/σₖ) ]⁻¹.
 
 A small exponent is a heavy tail: few directions far above the rest.
+
+Of an update of lower rank than k, such as a merged LoRA, the k-th value is the rounding of the stored weights, and the exponent is
+undefined. The stable and the effective rank need no such rule: rounding is isotropic, as their null is, and moves them towards it.
 """
 
 from __future__ import annotations
@@ -8,7 +11,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from opdgeo.diagnostics.diagnostic import PAPER, UNMOVED, Diagnostic, Null, Settings, Value, mean_std, undefined
+from opdgeo.diagnostics.diagnostic import (
+    PAPER,
+    UNMOVED,
+    Diagnostic,
+    Null,
+    Settings,
+    Value,
+    mean_std,
+    rounded,
+    undefined,
+)
 
 if TYPE_CHECKING:
     from opdgeo.diagnostics.gaussian_null import Isotropic
@@ -32,6 +45,8 @@ def measure(update: Update) -> dict[str, Value]:
     smallest, error = sigma[-1], update.delta_spectrum.error
     if smallest <= error:
         return {name: undefined(f"singular value {k} of the update is zero within rounding")}
+    if hidden := rounded(update.delta_spectrum, k, update.rounding):
+        return {name: undefined(hidden)}
     total = sum(math.log(s / smallest) for s in sigma[:-1])
     loose = sum(error / (s - error / 2) + error / (smallest - error / 2) for s in sigma[:-1])
     if total <= loose:
