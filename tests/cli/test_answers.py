@@ -167,6 +167,45 @@ def test_two_siblings_are_said_to_be_siblings(runs: Path, tmp_path: Path) -> Non
     assert back == ["BASE is step 60 and step-000010 step 10 of the same run: they look swapped."]
 
 
+def test_a_pair_that_does_not_fit_is_told_first(tmp_path: Path) -> None:
+    """Another model, fewer layers, a swapped pair without a word in its metadata."""
+    rng = np.random.default_rng(1)
+    names = [planted.tensor_name(layer, "mlp.up_proj") for layer in range(3)]
+    base = {name: planted.weights(rng, 24, 16) for name in names}
+    tuned = {name: w + 1e-3 * rng.standard_normal(w.shape) for name, w in base.items()}
+    stranger = {name: planted.weights(rng, 24, 16) for name in names}
+    half = {name: stranger[name] if name == names[0] else w for name, w in base.items()}
+    made = {"base": base, "tuned": tuned, "stranger": stranger, "half": half, "few": {n: base[n] for n in names[:2]}}
+    made["run/checkpoint-30"] = tuned
+    at = {name: planted.write_checkpoint(tmp_path / name, weights, "float32") for name, weights in made.items()}
+
+    def said(first: str, second: str) -> list[str]:
+        settings = opdgeo.Settings(nulls=0, rank=4)
+        remarks: list[str] = opdgeo.compare(at[first], at[second], settings=settings, cache=False).run["remarks"]
+        return remarks
+
+    assert said("base", "tuned") == []
+    assert said("base", "half") == [], "one matrix of three was made anew"
+    (other,) = said("stranger", "tuned")
+    assert re.match(
+        r"BASE and tuned: the difference has 14\d % of the norm of BASE's weights, so the two do not look", other
+    )
+    (lone,) = said("few", "tuned")
+    assert lone.startswith(f"1 of 3 matrices of tuned have no partner in few and are not measured, such as {names[2]}")
+    (lone,) = said("tuned", "few")
+    assert lone.startswith("1 of 3 matrices of tuned have no partner in few")
+    (swapped,) = said("run/checkpoint-30", "base")
+    assert "If training started from base, the two are swapped." in swapped
+    alone = opdgeo.track(at["base"], [at["run/checkpoint-30"]], settings=opdgeo.Settings(nulls=1), cache=False)
+    assert "checkpoint-30 is the only checkpoint, so there is no trajectory" in alone.run["remarks"][0]
+    for everything in (False, True):
+        console = Console(file=io.StringIO(), width=80)
+        print_summary(alone.summary, console, everything=everything, base=str(at["base"]))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert text.startswith("base → checkpoint-30: 3 of 3 matrices moved")
+        assert "to final" not in text and "no earlier checkpoint" not in text
+
+
 def test_siblings_by_the_name_that_transformers_keeps(runs: Path, tmp_path: Path) -> None:
     opened = []
     for name, origin in (("a", "Qwen/Qwen3-8B-Base"), ("b", "Qwen/Qwen3-8B-Base"), ("c", "other/model")):
@@ -184,6 +223,8 @@ def test_a_run_in_the_place_of_a_checkpoint(runs: Path) -> None:
     assert f"opdgeo track BASE {runs / 'opd'}" in done.stderr and "*" not in done.stderr
     with pytest.raises(CheckpointError, match="is a run and not one checkpoint"):
         opdgeo.track(runs / "base", [runs / "opd", runs / "rlvr"])
+    with pytest.raises(CheckpointError, match=r"expected .*\(model\.safetensors, adapter.* holds step-000010\.$"):
+        open_checkpoint(runs / "rlvr" / "step-000040")
 
 
 def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
@@ -205,7 +246,12 @@ def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
     assert row["status"] == "undefined"
     console = Console(file=io.StringIO(), width=200)
     print_summary(result.summary, console)
-    assert f"Over 0 of 1 matrices: Hill exponent (top 16) ({row['reason']})." in console.file.getvalue()  # type: ignore[attr-defined]
+    reason = f"Over 0 of 1 matrices: Hill exponent (top 16) ({row['reason']})."
+    assert reason in console.file.getvalue()  # type: ignore[attr-defined]
+    print_summary(result.summary, console, everything=False)
+    assert console.file.getvalue().count(reason) == 2, "in the short table too"  # type: ignore[attr-defined]
+    (note,) = result.run["checkpoints"][0]["notes"]
+    assert note.startswith("an adapter of rank 3: its updates have no more than 3 directions by construction")
 
 
 def test_a_summary_without_the_newer_keys_still_prints(tmp_path: Path) -> None:
@@ -230,6 +276,8 @@ def test_a_saved_result_comes_back(
     assert (again.summary, again.run) == (result.summary, result.run)
     with pytest.raises(ConfigError, match="not a complete results folder"):
         opdgeo.load(tmp_path)
+    with pytest.raises(ConfigError, match="nosuch does not exist"):
+        opdgeo.load(tmp_path / "nosuch")
     pandas = pytest.importorskip("pandas")
     table: Any = result.to_pandas()
     assert list(table.columns) == result.measurements.columns and len(table) == len(result.measurements)

@@ -64,6 +64,24 @@ def test_track(dtype: str, tmp_path: Path) -> None:
     assert all(r["status"] == "computed" for (s, d, _), r in dense.items() if s == 3 and d == "subspace_similarity")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compare_reads_no_tail_of_rounding(dtype: str, tmp_path: Path) -> None:
+    """A merged LoRA: the top 16 singular values are five of the update and eleven of the rounding."""
+    found = {}
+    for dense in (0.0, 0.5):
+        base, tuned = (
+            planted.write_checkpoint(tmp_path / f"{i}-{dense}", {NAME: weights}, dtype)
+            for i, weights in enumerate(held(dtype, dense)[::3])
+        )
+        result = opdgeo.compare(base, tuned, settings=opdgeo.Settings(nulls=1), cache=False)
+        (found[dense],) = result.measurements.filter(diagnostic="hill_exponent").to_dicts()
+        (entry,) = (d for d in result.summary["checkpoints"][0]["diagnostics"] if d["diagnostic"] == "hill_exponent")
+        assert (entry["mean"] is None) == (entry["null"] is None) == (dense == 0), "nothing to read"
+    assert (found[0.0]["status"], found[0.0]["value"]) == ("undefined", None)
+    assert "rounding of the stored weights" in found[0.0]["reason"] and "rank 5 only" in found[0.0]["reason"]
+    assert found[0.5]["status"] == "computed"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_monitor(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     points = [torch.from_numpy(p).to(dtype) for p in held(str(dtype).removeprefix("torch."))]

@@ -316,11 +316,14 @@ def _notes(config: dict[str, Any], base: Checkpoint, changes: dict[str, Change])
 
 
 def _rank(changes: dict[str, Change]) -> tuple[str, ...]:
-    """What its rank alone says; nothing where a matrix is changed by DoRA, whose updates are of full rank."""
-    loras = [change.lora for change in changes.values()]
-    if not loras or any(lora.magnitude for lora in loras):
+    """What its rank alone says; nothing where it limits nothing: of DoRA, whose updates are of full rank, or a rank of all directions."""
+    rank = 0
+    for lora in (change.lora for change in changes.values()):
+        rank = max(rank, lora.down.shape[0] // lora.experts)
+        if lora.magnitude or rank >= min(lora.up.shape[0], lora.down.shape[1]):
+            return ()
+    if not rank:
         return ()
-    rank = max(lora.down.shape[0] // lora.experts for lora in loras)
     return (
         f"an adapter of rank {rank}: its updates have no more than {rank} directions by construction, so compare their stable and "
         f"effective rank with {rank}, not with chance",

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     for out in args.out:
         page = write_report(out, figures=args.figures)
-        _print_again(out, everything=args.all)
+        print_again(out, everything=args.all)
         print(f"report: {page}")
     if args.markdown:
         from opdgeo.report.markdown import write_markdown
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _print_again(out: Path, *, everything: bool) -> None:
+def print_again(out: Path, *, everything: bool) -> None:
     """The table of a result of compare, track or relate, and its notes; nothing of another folder."""
     from opdgeo.report.data import load_result
 

@@ -341,15 +341,14 @@ def _lacking(checkpoint: dict[str, Any], *, primary: bool = False) -> list[str]:
 
 
 def _noted(shown: Sequence[Finding]) -> list[str]:
-    """What the rows of matrices with a value say of it, such as a rank that was cut."""
-    grouped: dict[tuple[tuple[str, int], ...], list[Finding]] = {}
+    """What the rows of matrices with a value say of it, such as a rank that was cut; of how many where not all say so."""
+    grouped: dict[str, list[Finding]] = {}
     for found in shown:
-        if notes := found.row.get("notes"):
-            grouped.setdefault(tuple(notes.items()), []).append(found)
-    return [
-        f"{', '.join(names(group))}: {', '.join(f'{clean(note)} ({count} matrices)' for note, count in notes)}."
-        for notes, group in grouped.items()
-    ]
+        notes = found.row.get("notes") or {}
+        said = (f"{clean(note)}{f' ({n} matrices)' if n < found.over else ''}" for note, n in notes.items())
+        grouped.setdefault(", ".join(said), []).append(found)
+    lines = (f"{', '.join(names(group))}: {said}." for said, group in grouped.items() if said)
+    return [line[:1].upper() + line[1:] for line in lines]
 
 
 def unmoved_text(still: int, checkpoint: dict[str, Any]) -> str:
