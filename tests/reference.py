@@ -108,10 +108,11 @@ def overlap(mask: Matrix, visible: NDArray[np.bool_]) -> float | None:
 # The table ------------------------------------------------------------------------------------------------------
 
 
-def hill_exponent(spectrum: Matrix, top_k: int) -> float | None:
-    """[1/(k−1) Σ_{i<k} log(σᵢ/σₖ)]⁻¹; None with fewer than two values, σₖ at rounding level, or k equal values."""
+def hill_exponent(spectrum: Matrix, top_k: int, rounding: float = 0.0) -> float | None:
+    """[1/(k−1) Σ_{i<k} log(σᵢ/σₖ)]⁻¹; None with fewer than two values, k equal values, or σₖ at the level of rounding: that of the
+    decomposition, or `rounding`, that of the stored weights."""
     top = spectrum[:top_k]
-    if len(top) < 2 or top[-1] <= 8 * len(spectrum) * EPS * top[0]:
+    if len(top) < 2 or top[-1] <= max(8 * len(spectrum) * EPS * top[0], rounding):
         return None
     total = float(np.log(top[:-1] / top[-1]).sum())
     return (len(top) - 1) / total if total > 1e-12 else None
@@ -186,8 +187,10 @@ def measure(
     mask_rank: int = 64,
     mask_shares: tuple[float, ...] = (0.5, 0.3),
     eta: float = 1e-3,
+    spacing: float = EPS,
 ) -> Reference:
-    """Every diagnostic of one pair; both (rows, cols) float64, finite, the stored entries of each checkpoint."""
+    """Every diagnostic of one pair; both (rows, cols) float64, finite, the stored entries of each checkpoint. `spacing` is the relative
+    one of numbers as `tuned` is stored."""
     rows, cols = base.shape
     delta = tuned - base
     moved = bool(np.any(delta))
@@ -200,12 +203,14 @@ def measure(
 
     frobenius, size = float(np.sqrt((delta**2).sum())), float(np.sqrt((base**2).sum()))
     operator = float(update.s[0])
+    longest = (float(np.sqrt((tuned**2).sum(axis=axis).max())) for axis in (0, 1))
+    rounding = spacing * sum(longest) / np.sqrt(12)  # the norm of independent errors, evenly spread over half a spacing
     values["frobenius_norm", ""] = frobenius
     values["relative_norm", ""] = (frobenius / size if size > 0 else None) if moved else 0.0
     values["operator_norm", ""] = operator
     values["stable_rank", ""] = (frobenius / operator) ** 2 if moved else None
     values["effective_rank", ""] = effective_rank(update.s) if moved else None
-    values["hill_exponent", str(top_k)] = hill_exponent(update.s, top_k) if moved else None
+    values["hill_exponent", str(top_k)] = hill_exponent(update.s, top_k, rounding) if moved else None
 
     k = cut(rank, rows, cols)
     sines: dict[str, Matrix] = {}
