@@ -20,6 +20,7 @@ Matrix = NDArray[np.float64]
 Values = dict[tuple[str, str], float | None]
 
 EPS = float(np.finfo(np.float64).eps)
+SPACING = {"float64": EPS, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # of numbers from 1 on
 
 
 # Precision ------------------------------------------------------------------------------------------------------
@@ -187,10 +188,10 @@ def measure(
     mask_rank: int = 64,
     mask_shares: tuple[float, ...] = (0.5, 0.3),
     eta: float = 1e-3,
-    spacing: float = EPS,
+    stored: str = "float64",
 ) -> Reference:
-    """Every diagnostic of one pair; both (rows, cols) float64, finite, the stored entries of each checkpoint. `spacing` is the relative
-    one of numbers as `tuned` is stored."""
+    """Every diagnostic of one pair; both (rows, cols) float64, finite, the stored entries of each checkpoint. `stored` is the dtype
+    that `tuned` is stored in."""
     rows, cols = base.shape
     delta = tuned - base
     moved = bool(np.any(delta))
@@ -204,7 +205,9 @@ def measure(
     frobenius, size = float(np.sqrt((delta**2).sum())), float(np.sqrt((base**2).sum()))
     operator = float(update.s[0])
     longest = (float(np.sqrt((tuned**2).sum(axis=axis).max())) for axis in (0, 1))
-    rounding = spacing * sum(longest) / np.sqrt(12)  # the norm of independent errors, evenly spread over half a spacing
+    rounding = (
+        SPACING[stored] * sum(longest) / np.sqrt(12)
+    )  # the norm of independent errors, evenly spread over half a spacing
     values["frobenius_norm", ""] = frobenius
     values["relative_norm", ""] = (frobenius / size if size > 0 else None) if moved else 0.0
     values["operator_norm", ""] = operator

@@ -42,7 +42,7 @@ def test_every_row_agrees_with_the_reference(dtype: str, shards: int, tmp_path: 
         for row in pl.read_parquet(out / "curves.parquet").iter_rows(named=True)
     }
     for name in NAMES:
-        expected = measure(planted.stored(BASE[name], dtype), planted.stored(TUNED[name], dtype))
+        expected = measure(planted.stored(BASE[name], dtype), planted.stored(TUNED[name], dtype), stored=dtype)
         check_rows(rows, name, expected.values)
         for curve, values in expected.curves.items():
             tolerance = 1e-6 if curve.startswith("angle") else 1e-9 * values[0]
@@ -189,7 +189,9 @@ def test_ranks_and_masks_choose_the_variants(tmp_path: Path) -> None:
     rows = rows_of(out)
     for name in NAMES:
         before, after = planted.stored(BASE[name], "float32"), planted.stored(TUNED[name], "float32")
-        expected = measure(before, after, rank=5, top_k=4, mask_rank=6, mask_shares=(0.25, 0.4), eta=0.05)
+        expected = measure(
+            before, after, rank=5, top_k=4, mask_rank=6, mask_shares=(0.25, 0.4), eta=0.05, stored="float32"
+        )
         check_rows(rows, name, expected.values)
     for row in rows.values():
         if row["status"] == "computed":
@@ -264,11 +266,19 @@ def test_unmoved_and_non_finite_matrices(tmp_path: Path) -> None:
             assert (row["status"], row["value"], row["null_mean"]) == ("skipped", None, None), (diagnostic, variant)
             assert ("NaN" if name == nan else "inf") in row["reason"] or "finite" in row["reason"]
     check_rows(
-        rows, still, measure(planted.stored(before[still], "float16"), planted.stored(after[still], "float16")).values
+        rows,
+        still,
+        measure(
+            planted.stored(before[still], "float16"), planted.stored(after[still], "float16"), stored="float16"
+        ).values,
     )
     for name in NAMES[3:]:
         check_rows(
-            rows, name, measure(planted.stored(before[name], "float16"), planted.stored(after[name], "float16")).values
+            rows,
+            name,
+            measure(
+                planted.stored(before[name], "float16"), planted.stored(after[name], "float16"), stored="float16"
+            ).values,
         )
     said = " ".join((done.stdout + done.stderr).split())
     assert nan in said.replace(" ", "") or "2 of 14" in said or "12 of 14" in said, said
@@ -294,7 +304,7 @@ def test_odd_shapes_and_scales(scale: float, tmp_path: Path) -> None:
     rows = rows_of(opdgeo.compare(base, tuned, settings=Settings(nulls=2)).measurements)
     for name in before:
         stored = planted.stored(before[name], "float32"), planted.stored(after[name], "float32")
-        check_rows(rows, name, measure(*stored).values)
+        check_rows(rows, name, measure(*stored, stored="float32").values)
 
 
 def test_a_subspace_without_a_gap_is_undefined_with_that_reason(tmp_path: Path) -> None:
@@ -372,7 +382,7 @@ def test_a_trajectory_agrees_with_the_reference(tmp_path: Path) -> None:
     for step, previous in ((2, None), (10, 2), (100, 10)):
         rows = rows_of(frame.filter(step=step))
         for name in NAMES:
-            expected = measure(before[name], before[name] + deltas[step][name]).values
+            expected = measure(before[name], before[name] + deltas[step][name], stored="float32").values
             delta = deltas[step][name]
             others = {"final": deltas[100][name], "previous": deltas[previous][name] if previous else None}
             for kind, other in others.items():

@@ -72,7 +72,7 @@ def test_every_diagnostic_agrees_on_real_weights(dtype: str, smollm2: Path, tmp_
     rows = rows_of(out)
     assert {key[0] for key in rows} == set(base)
     for name in base:
-        expected = measure(planted.stored(base[name], dtype), planted.stored(tuned[name], dtype)).values
+        expected = measure(planted.stored(base[name], dtype), planted.stored(tuned[name], dtype), stored=dtype).values
         check_rows(rows, name, expected)
         for key, value in expected.items():
             assert value is not None, (name, key)

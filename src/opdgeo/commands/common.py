@@ -179,7 +179,8 @@ def _notes(result: Result) -> list[str]:
     """What to know of the checkpoints and of this run, what changes the reading first."""
     run, notes = result.run, notes_of(result.run)
     if reused := run["reused"]:
-        names = {d["diagnostic"] for c in result.summary["checkpoints"] for d in c["diagnostics"]}
+        entries = [*result.summary["checkpoints"], *result.summary.get("pairs", [])]
+        names = {d["diagnostic"] for one in entries for d in one["diagnostics"]}
         least, measured = min(reused.get(name, 0) for name in names), run["pairing"]["measured"]
         what = (
             ", ".join(reused)
