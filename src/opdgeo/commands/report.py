@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_again(out: Path, *, everything: bool) -> None:
     """The table of a result of compare, track or relate, and its notes; nothing of another folder."""
-    from opdgeo.report.data import load_result
+    from opdgeo.report.data import summary_and_run
 
     if (out / "summary.json").is_file() and not (out / "claims.json").exists():
-        summary, run = load_result(out)
+        summary, run = summary_and_run(out)
         show(summary, run, everything=everything, notes=notes_of(run))

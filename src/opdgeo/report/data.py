@@ -176,7 +176,7 @@ def load(out: Path) -> Results:
     return Results(measurements, curves, summary, run, claims, logs, whole, pairs_of(stored, out / "summary.json"))
 
 
-def load_result(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def summary_and_run(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The contents of summary.json and run.json; ConfigError where one is missing or of another shape."""
     summary, run = _json(out / "summary.json"), _json(out / "run.json")
     summary_of(summary, out / "summary.json")

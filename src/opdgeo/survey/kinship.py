@@ -51,9 +51,8 @@ def _alone(request: Request) -> list[str]:
     found: dict[str, str] = {}
     roles = select_roles(request.roles)
     for tuned, pairing in zip(request.checkpoints, request.pairings, strict=True):
-        for side, one, other, names in (
-            ("BASE", request.base, tuned, pairing.base_only), ("TUNED", tuned, request.base, pairing.tuned_only)
-        ):  # fmt: skip
+        sides = [("BASE", request.base, tuned, pairing.base_only), ("TUNED", tuned, request.base, pairing.tuned_only)]
+        for side, one, other, names in sides:
             shapes = {name: one.tensors[name].shape for name in names}
             lone = [
                 m for name, shape in shapes.items() for m in matrices(name, shape, one.config) or [] if m.role in roles

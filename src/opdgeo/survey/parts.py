@@ -186,9 +186,8 @@ def _finished(
 ) -> tuple[dict[str, Measured], list[dict[str, Any]] | None, list[dict[str, Any]]]:
     """The matrices of a finished run of the same inputs in `out`, the manifests, which were compared with that run's, and how that
     run and those before it measured them."""
-    with suppress(
-        ConfigError, AttributeError, KeyError, TypeError, ValueError
-    ):  # no results, or not of the form that we write
+    # No results, or not of the form that we write.
+    with suppress(ConfigError, AttributeError, KeyError, TypeError, ValueError):
         result = load_result(out)
         if result.run.get("inputs") == inputs:
             measured = hashes([result.run["base"], *result.run["checkpoints"]])
