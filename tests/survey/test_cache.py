@@ -166,7 +166,9 @@ def test_the_large_synthetic_pair_at_a_small_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     table = pl.read_parquet(tmp_path / "out" / "measurements.parquet")
     assert table["matrix"].n_unique() == 14
-    assert set(table["status"]) == {"computed"}
+    assert set(table.filter(pl.col("diagnostic") != "hill_exponent")["status"]) == {"computed"}
+    tails = table.filter(diagnostic="hill_exponent")  # the update is smaller than the spacing of bf16 numbers
+    assert all("within the rounding of the stored weights" in reason for reason in tails["reason"])
     assert set(table.filter(role="gate_proj")["rows"]) == {192}
 
 
