@@ -503,7 +503,7 @@ def test_names_that_the_tables_cannot_hold_are_found_at_opening(tmp_path: Path) 
     module = f"base_model.model.{UP.removesuffix('.weight')}"
     factors = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.lora_B.weight": torch.ones(12, 2)}
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    (note,) = open_checkpoint(tmp_path / "adapter", base).notes
+    note, _ = open_checkpoint(tmp_path / "adapter", base).notes
     note.encode()
     assert r"org/\ud800\x1b[2J" in note
     save_file({n: t.to(torch.int8) for n, t in factors.items()}, tmp_path / "adapter" / "adapter_model.safetensors")

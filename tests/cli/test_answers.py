@@ -23,6 +23,7 @@ from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.report import write_report
 from opdgeo.report.glossary import number
 from opdgeo.report.terminal import print_summary
+from opdgeo.report.verdict import answers
 from opdgeo.survey.kinship import remarks
 from program import run_opdgeo
 from report_data import build
@@ -71,7 +72,7 @@ def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
     at = locked["thresholds"].index(0.8)
 
     def since(step: int | None) -> str:
-        return "not before the last checkpoint" if step is None else f"from step {step} on"
+        return "only at the last checkpoint" if step is None else f"from step {step} on"
 
     expected = (
         f"The final subspace, top 16 right: at step 10, the first checkpoint, {100 * first['mean']:.1f} % of it is there (walk null: "
@@ -82,6 +83,32 @@ def test_track_states_its_answer(trajectory: tuple[Path, str]) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert expected in words(page.partition('id="verdict"')[2].partition("<h2>")[0])
     assert page.index('id="early"') < page.index('id="diagnostics"')
+
+
+def test_a_narrow_update_is_told_by_its_own_directions(tmp_path: Path) -> None:
+    """Four planted directions in noise, there from the first step on: twelve of the top 16 are noise."""
+    rng = np.random.default_rng(5)
+    base = planted.weights(rng, 80, 64)
+    planned = rng.standard_normal((80, 4)) @ planted.orthonormal(rng, 64, 4).T
+    points = {"base": base}
+    for step in range(1, 5):
+        points[f"run/step-{step:06d}"] = base + 0.01 * step * planned + 1e-3 * rng.standard_normal(base.shape)
+    for name, weights in points.items():
+        planted.write_checkpoint(tmp_path / name, {NAME: weights}, "float32")
+    summary = opdgeo.track(tmp_path / "base", tmp_path / "run", settings=opdgeo.Settings(nulls=1), cache=False).summary
+    text = "".join(p if isinstance(p, str) else number(*p) for p in answers(summary["checkpoints"], summary)[0])
+    rows = {(d["diagnostic"], d["variant"]): d for d in summary["checkpoints"][0]["diagnostics"]}
+    rank = summary["checkpoints"][-1]["diagnostics"]
+    (rank,) = (d["mean"] for d in rank if d["diagnostic"] == "stable_rank")
+    narrow, wide = (rows["subspace_similarity", f"final.{k}"]["mean"] for k in (2, 16))
+    assert 1.5 < rank < 4 and narrow > 0.95 and wide < 0.8
+    assert text.startswith(
+        f"The final subspace, top 2 right (the stable rank of the final update is {rank:.2f}): at step 1, the first checkpoint, "
+        f"{100 * narrow:.1f} % of it is there (walk null: "
+    ), text
+    assert ", and at least 80.0 % from step 1 on (walk null: " in text
+    assert f" The wider top 16: {100 * wide:.1f} % of it is there (walk null: " in text
+    assert "and at least 80.0 % only at the last checkpoint (walk null: " in text and text.count("walk null") == 4
 
 
 def test_a_first_checkpoint_that_did_not_move_leaves_an_answer(runs: Path) -> None:
@@ -140,6 +167,45 @@ def test_two_siblings_are_said_to_be_siblings(runs: Path, tmp_path: Path) -> Non
     assert back == ["BASE is step 60 and step-000010 step 10 of the same run: they look swapped."]
 
 
+def test_a_pair_that_does_not_fit_is_told_first(tmp_path: Path) -> None:
+    """Another model, fewer layers, a swapped pair without a word in its metadata."""
+    rng = np.random.default_rng(1)
+    names = [planted.tensor_name(layer, "mlp.up_proj") for layer in range(3)]
+    base = {name: planted.weights(rng, 24, 16) for name in names}
+    tuned = {name: w + 1e-3 * rng.standard_normal(w.shape) for name, w in base.items()}
+    stranger = {name: planted.weights(rng, 24, 16) for name in names}
+    half = {name: stranger[name] if name == names[0] else w for name, w in base.items()}
+    made = {"base": base, "tuned": tuned, "stranger": stranger, "half": half, "few": {n: base[n] for n in names[:2]}}
+    made["run/checkpoint-30"] = tuned
+    at = {name: planted.write_checkpoint(tmp_path / name, weights, "float32") for name, weights in made.items()}
+
+    def said(first: str, second: str) -> list[str]:
+        settings = opdgeo.Settings(nulls=0, rank=4)
+        remarks: list[str] = opdgeo.compare(at[first], at[second], settings=settings, cache=False).run["remarks"]
+        return remarks
+
+    assert said("base", "tuned") == []
+    assert said("base", "half") == [], "one matrix of three was made anew"
+    (other,) = said("stranger", "tuned")
+    assert re.match(
+        r"BASE and tuned: the difference has 14\d % of the norm of BASE's weights, so the two do not look", other
+    )
+    (lone,) = said("few", "tuned")
+    assert lone.startswith(f"1 of 3 matrices of tuned have no partner in few and are not measured, such as {names[2]}")
+    (lone,) = said("tuned", "few")
+    assert lone.startswith("1 of 3 matrices of tuned have no partner in few")
+    (swapped,) = said("run/checkpoint-30", "base")
+    assert "If training started from base, the two are swapped." in swapped
+    alone = opdgeo.track(at["base"], [at["run/checkpoint-30"]], settings=opdgeo.Settings(nulls=1), cache=False)
+    assert "checkpoint-30 is the only checkpoint, so there is no trajectory" in alone.run["remarks"][0]
+    for everything in (False, True):
+        console = Console(file=io.StringIO(), width=80)
+        print_summary(alone.summary, console, everything=everything, base=str(at["base"]))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert text.startswith("base → checkpoint-30: 3 of 3 matrices moved")
+        assert "to final" not in text and "no earlier checkpoint" not in text
+
+
 def test_siblings_by_the_name_that_transformers_keeps(runs: Path, tmp_path: Path) -> None:
     opened = []
     for name, origin in (("a", "Qwen/Qwen3-8B-Base"), ("b", "Qwen/Qwen3-8B-Base"), ("c", "other/model")):
@@ -157,6 +223,8 @@ def test_a_run_in_the_place_of_a_checkpoint(runs: Path) -> None:
     assert f"opdgeo track BASE {runs / 'opd'}" in done.stderr and "*" not in done.stderr
     with pytest.raises(CheckpointError, match="is a run and not one checkpoint"):
         opdgeo.track(runs / "base", [runs / "opd", runs / "rlvr"])
+    with pytest.raises(CheckpointError, match=r"expected .*\(model\.safetensors, adapter.* holds step-000010\.$"):
+        open_checkpoint(runs / "rlvr" / "step-000040")
 
 
 def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
@@ -178,7 +246,12 @@ def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
     assert row["status"] == "undefined"
     console = Console(file=io.StringIO(), width=200)
     print_summary(result.summary, console)
-    assert f"Over 0 of 1 matrices: Hill exponent (top 16) ({row['reason']})." in console.file.getvalue()  # type: ignore[attr-defined]
+    reason = f"Over 0 of 1 matrices: Hill exponent (top 16) ({row['reason']})."
+    assert reason in console.file.getvalue()  # type: ignore[attr-defined]
+    print_summary(result.summary, console, everything=False)
+    assert console.file.getvalue().count(reason) == 2, "in the short table too"  # type: ignore[attr-defined]
+    (note,) = result.run["checkpoints"][0]["notes"]
+    assert note.startswith("an adapter of rank 3: its updates have no more than 3 directions by construction")
 
 
 def test_a_summary_without_the_newer_keys_still_prints(tmp_path: Path) -> None:
@@ -206,6 +279,8 @@ def test_a_saved_result_comes_back(
     assert (again.summary, again.run) == (result.summary, result.run)
     with pytest.raises(ConfigError, match="not a complete results folder"):
         opdgeo.load(tmp_path)
+    with pytest.raises(ConfigError, match="nosuch does not exist"):
+        opdgeo.load(tmp_path / "nosuch")
     pandas = pytest.importorskip("pandas")
     table: Any = result.to_pandas()
     assert list(table.columns) == result.measurements.columns and len(table) == len(result.measurements)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import planted
+from opdgeo.commands.report import print_again
 from program import run_opdgeo
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "result.schema.json").read_text())
@@ -39,9 +40,26 @@ def test_the_first_table_fits_a_small_terminal(tmp_path: Path) -> None:
     assert int(said.split()[1]) >= 20  # judged numbers, all of which the long table shows
 
 
-def test_everything_is_shown_when_asked(models: dict[str, Path], tmp_path: Path) -> None:
+def test_everything_is_shown_when_asked_and_again_without_the_checkpoints(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ("compare", models["base"], models["step-10"], "--no-report", "--no-cache", "-o", tmp_path / "out")
-    brief, full = run_opdgeo(*command), run_opdgeo(*command, "--all")
+    brief = run_opdgeo(*command)
+    first = json.loads((tmp_path / "out" / "run.json").read_text())
+    full = run_opdgeo(*command, "--all")
+    run_opdgeo(*command)
+    last = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert first["earlier"] == [] and sum(first["timings"].values()) > 0 == sum(last["timings"].values())
+    (earlier,) = last["earlier"]
+    assert earlier == {key: first[key] for key in earlier} and {"command", "seconds", "timings"} <= earlier.keys()
+    assert "taken over from an earlier run: every number" in full.stdout
+    for shown, everything in ((brief, False), (full, True)):
+        print_again(tmp_path / "out", everything=everything)
+        table = capsys.readouterr().out
+        assert table.startswith("base → step-10: 4 of 4 matrices moved") and table.rstrip("\n") in shown.stdout
+    assert "Principal angles (right largest): rank 512 cut to 12: half the smaller side." in " ".join(
+        brief.stdout.split()
+    )
     assert "bit-equal" not in brief.stdout and "bit-equal" in full.stdout
     assert "excess" in full.stdout and full.stdout.count("\n") > brief.stdout.count("\n")
 

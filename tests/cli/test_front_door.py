@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 import opdgeo
 from opdgeo.checkpoints import open_checkpoint, pair
 from opdgeo.checkpoints.names import matrices, other_kind
+from opdgeo.commands import main
+from opdgeo.errors import ConfigError
+from opdgeo.report.notebook import Charts
 from program import run_opdgeo, run_python
 
 
@@ -46,6 +49,25 @@ def test_the_public_names() -> None:
     assert opdgeo.__all__ == ["Channel", "GeometryMonitor", "Result", "Settings", *measuring]
     for name in opdgeo.__all__:
         assert getattr(opdgeo, name).__doc__
+
+
+def test_a_mistyped_command_and_chart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["comapre", "a", "b"])
+    assert ended.value.code == 2 and "did you mean compare?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="Did you mean 'size-stable-rank'"):
+        Charts({"size-stable-rank": None})["size-stable_rank"]  # type: ignore[dict-item]
+
+
+def test_help_names_the_default_of_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, said in (
+        ("demo", "default: opdgeo-demo"),
+        ("compare", "default: opdgeo-out"),
+        ("channel", "--out DIR"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_unknown_preset_is_refused_by_name() -> None:

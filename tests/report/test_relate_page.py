@@ -196,7 +196,10 @@ def test_the_terminal_says_why_a_number_is_missing(tmp_path: Path) -> None:
 
 def test_the_terminal_says_a_line_a_pair(out: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
-    print_pairs(json.loads((out / "summary.json").read_text()), console)
+    summary = json.loads((out / "summary.json").read_text())
+    print_pairs(summary, console)
+    beyond = [p for p in summary["pairs"] for d in p["diagnostics"] if (d["null"] or {}).get("reading") == "geometry"]
+    assert beyond and re.search(r"\d(?: %)? [↑↓]", console.file.getvalue()), "seen without colours too"  # type: ignore[attr-defined]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 80
     for pair in ("opd-0 and opd-1", "rlvr-0 and rlvr-1"):

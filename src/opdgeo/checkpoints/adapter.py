@@ -152,7 +152,7 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
         changes |= _changes(module, found_parts, config, patterns, base=base, places=places, path=path)
     changed = frozenset(m.tensor for m in known if m.name in changes)
     return Adapter(
-        path, base.tensors | whole, base.config, _notes(config, base), base=base, own=own, changes=changes, changed=changed
+        path, base.tensors | whole, base.config, _notes(config, base, changes), base=base, own=own, changes=changes, changed=changed
     )  # fmt: skip
 
 
@@ -311,7 +311,26 @@ def _in_base(name: str, base: Checkpoint) -> str | None:
     return next((alias for alias in _aliases(name) if alias in base.tensors), None)
 
 
-def _notes(config: dict[str, Any], base: Checkpoint) -> tuple[str, ...]:
+def _notes(config: dict[str, Any], base: Checkpoint, changes: dict[str, Change]) -> tuple[str, ...]:
+    return (*_named_base(config, base), *_rank(changes))
+
+
+def _rank(changes: dict[str, Change]) -> tuple[str, ...]:
+    """What its rank alone says; nothing where it limits nothing: of DoRA, whose updates are of full rank, or a rank of all directions."""
+    rank = 0
+    for lora in (change.lora for change in changes.values()):
+        rank = max(rank, lora.down.shape[0] // lora.experts)
+        if lora.magnitude or rank >= min(lora.up.shape[0], lora.down.shape[1]):
+            return ()
+    if not rank:
+        return ()
+    return (
+        f"an adapter of rank {rank}: its updates have no more than {rank} directions by construction, so compare their stable and "
+        f"effective rank with {rank}, not with chance",
+    )
+
+
+def _named_base(config: dict[str, Any], base: Checkpoint) -> tuple[str, ...]:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return ()

@@ -6,10 +6,12 @@ Headers are read when a checkpoint is opened; a tensor's bytes only when it is a
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -174,7 +176,7 @@ def open_weights(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise CheckpointError(
-            f"checkpoint {path} does not exist; expected a folder or file of weights ({expected()}). Check the path."
+            f"checkpoint {path} does not exist; expected a folder or file of weights ({expected()}). {_beside(path)}"
         )
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path} is no regular file and no folder; expected {expected()}. Check the path.")
@@ -281,8 +283,21 @@ def find_weights(path: Path) -> list[tuple[Format, Path]]:
 
 
 def expected() -> str:
-    """The files that are known as weights, for messages."""
-    return ", ".join(f.expected for f in FORMATS)
+    """The files that are known as weights, for messages: what most people have comes first."""
+    common = ["model.safetensors", ADAPTER]
+    return ", ".join(dict.fromkeys([*common, *(f.expected for f in FORMATS)]))
+
+
+def _beside(path: Path) -> str:
+    """What to try where `path` is not there: the checkpoints beside it, else what has a name like it."""
+    with suppress(OSError, CheckpointError):
+        steps = step_folders(path.parent)
+        names = [steps[step].name for step in sorted(steps)]
+        names = names or difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()])
+        if names:
+            some = ", ".join(printable(name) for name in names[-8:])
+            return f"{path.parent} holds {some}{' and earlier ones' if len(names) > 8 else ''}."
+    return "Check the path."
 
 
 def step_of(name: str) -> int | None:

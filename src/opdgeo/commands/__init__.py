@@ -6,6 +6,7 @@ Only the standard library is imported here and at the top of those files, so tha
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import sys
 from typing import NoReturn
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _run(argv: list[str] | None) -> int:
     command_line = parser()
+    _refuse_a_typo(command_line, sys.argv[1:] if argv is None else argv)
     args = command_line.parse_args(argv)
     if args.version:
         from opdgeo import __version__
@@ -134,6 +136,13 @@ def _run(argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("opdgeo: interrupted; nothing half-written was left", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse_a_typo(command_line: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Say which command was meant; argparse lists them all."""
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    if argv and argv[0] not in names and (near := difflib.get_close_matches(argv[0], names, n=1)):
+        command_line.error(f"there is no command {printable(argv[0])!r}; did you mean {near[0]}?")
 
 
 if __name__ == "__main__":

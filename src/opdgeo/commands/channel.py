@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "-k", default="16", help="directions of a matrix: a number, a share of its energy such as 0.9, or stable_rank"
     )
     command.add_argument(
-        "-o", "--out", type=Path, default=Path("opdgeo-channel"), help="folder (default: opdgeo-channel)"
+        "-o", "--out", metavar="DIR", type=Path, default=Path("opdgeo-channel"), help="folder (default: opdgeo-channel)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the channel of another update in OUT")
     command.add_argument(

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opdgeo.errors import ConfigError
 
@@ -21,7 +21,7 @@ DONE, BUG, REFUSED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) -> None:
     """The options of every command that measures checkpoints; `factors`: also those of what compares with the base's factors."""
     command.add_argument(
-        "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: opdgeo-out)"
+        "-o", "--out", type=Path, default=Path("opdgeo-out"), help="results folder (default: %(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the result of another update in OUT")
     command.add_argument(
@@ -146,23 +146,27 @@ def finish(args: argparse.Namespace, result: Result) -> int:
 
 
 def _tell(args: argparse.Namespace, result: Result) -> None:
-    from opdgeo.report.terminal import print_summary
-
-    remarks = len(result.run["remarks"])
-    notes = _notes(result)
-    for note in notes[:remarks]:
-        print(f"note: {note}")
-    if "pairs" in result.summary:
-        from opdgeo.report.pairs import print_pairs
-
-        print_pairs(result.summary)
-    else:
-        print_summary(result.summary, everything=args.all)
-    for note in notes[remarks:]:
-        print(f"note: {note}")
+    show(result.summary, result.run, everything=getattr(args, "all", False), notes=_notes(result))
     if not args.no_report:
         print(f"report: {_page(args.out)}")
     print(f"data:   {args.out}/measurements.parquet, curves.parquet, summary.json, run.json")
+
+
+def show(summary: dict[str, Any], run: dict[str, Any], *, everything: bool, notes: list[str]) -> None:
+    """Print the table of a result between its notes, what changes the reading first. `run` is checked (`report.data.load`)."""
+    from opdgeo.report.terminal import print_summary
+
+    remarks = len(run.get("remarks") or [])
+    for note in notes[:remarks]:
+        print(f"note: {note}")
+    if "pairs" in summary:
+        from opdgeo.report.pairs import print_pairs
+
+        print_pairs(summary)
+    else:
+        print_summary(summary, everything=everything, base=(run.get("base") or {}).get("path", ""))
+    for note in notes[remarks:]:
+        print(f"note: {note}")
 
 
 def _page(out: Path) -> Path:
@@ -173,17 +177,34 @@ def _page(out: Path) -> Path:
 
 def _notes(result: Result) -> list[str]:
     """What to know of the checkpoints and of this run, what changes the reading first."""
+    run, notes = result.run, notes_of(result.run)
+    if reused := run["reused"]:
+        entries = [*result.summary["checkpoints"], *result.summary.get("pairs", [])]
+        names = {d["diagnostic"] for one in entries for d in one["diagnostics"]}
+        least, measured = min(reused.get(name, 0) for name in names), run["pairing"]["measured"]
+        what = (
+            ", ".join(reused)
+            if not least
+            else "every number"
+            if least == measured
+            else f"{least} of {measured} matrices"
+        )
+        notes.insert(len(run["remarks"]), f"taken over from an earlier run: {what}")
+    return notes
+
+
+def notes_of(run: dict[str, Any]) -> list[str]:
+    """What run.json says that is worth knowing beside the table, its remarks first."""
     from opdgeo.report.glossary import clean
 
-    run = result.run
-    notes = [clean(remark) for remark in run["remarks"]]
-    if reused := run["reused"]:
-        notes.append(f"taken over from an earlier run: {', '.join(reused)}")
+    notes = [clean(remark) for remark in run.get("remarks") or []]
     for label in ("base_only", "tuned_only", "unrecognised"):
-        if names := run["pairing"][label]:
+        if names := (run.get("pairing") or {}).get(label):
             some = ", ".join(map(clean, names[:3]))
             notes.append(
                 f"{label.replace('_', ' ')}: {len(names)} tensors not measured, such as {some} (all in run.json)"
             )
-    of_checkpoints = (note for c in (run["base"], *run["checkpoints"]) for note in c.get("notes", []))
+    of_checkpoints = (
+        note for c in (run.get("base") or {}, *(run.get("checkpoints") or [])) for note in c.get("notes", [])
+    )
     return notes + [clean(note) for note in dict.fromkeys(of_checkpoints)]

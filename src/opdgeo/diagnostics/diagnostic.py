@@ -139,6 +139,10 @@ def _every(variant: str) -> bool:
     return True
 
 
+def _nothing(mean: float) -> str | None:
+    return None
+
+
 Part = str | tuple[float | None, str]
 """A part of a sentence: words, or a number with its unit."""
 
@@ -278,6 +282,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         published: the paper's own values.
         itself: the beginning of the variants that compare the last checkpoint with itself there.
         headline, live, panels: see these classes.
+        doubt: an update's: why a mean over all matrices, those that did not move among them, makes it doubtful that the checkpoints
+            belong together; None where it does not.
 
     What else it offers:
         curves: names in `curves.parquet` and how each is computed; None where this update has none.
@@ -325,6 +331,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     headline: Headline | None = None
     live: tuple[Live, ...] = ()
     panels: tuple[Panel, ...] = ()
+    doubt: Callable[[float], str | None] = _nothing
 
     curves: Mapping[str, Callable[[Subject], Sequence[float | None] | None]] = field(default_factory=dict)
     directions: Callable[[Settings], int] | None = None

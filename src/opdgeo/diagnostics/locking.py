@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.diagnostics.diagnostic import PAPER, Diagnostic, Live, Part
 from opdgeo.diagnostics.rows import compared
+from opdgeo.diagnostics.stable_rank import DIAGNOSTIC as STABLE_RANK
 from opdgeo.diagnostics.subspace_similarity import DIAGNOSTIC as SIMILARITY
 from opdgeo.diagnostics.subspace_similarity import SHOWN, SIDES, name, parts, ranks
 
@@ -95,44 +96,59 @@ def _median_step(steps: list[int | None]) -> int | None:
 
 
 def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Part] | None:
-    """How early the final subspace is there, and from when on it stays: for K = 16, right, or the largest K below with a value.
+    """How early the final subspace is there, and from when on it stays.
+
+    Past the directions that carry the update the rest is noise, and Sim_K of noise is that of chance. So the largest K leads that is
+    not above the stable rank of the final update (its mean over matrices, rounded), at least 1 and at most 16; the paper's K = 16
+    stands behind it. Of a K without a value the next smaller one is told, and the reason.
 
     `checkpoints` are those of one run in `summary.json`, `rows` what `measure` found of it.
     """
     unit = "step" if all(c.get("step") is not None for c in checkpoints) else "checkpoint"
     of = [{d["variant"]: d for d in c["diagnostics"] if d["diagnostic"] == SIMILARITY.name} for c in checkpoints]
     place = next((i for i, known in enumerate(of[:-1]) if any(d["mean"] is not None for d in known.values())), 0)
-    first = of[place]
-    why = None
-    for row in sorted(rows, key=lambda r: -r["rank"]):
-        if row["side"] != "right" or row["rank"] > SHOWN or not row.get("steps"):
-            continue
-        entry = first.get(name("final", "right", row["rank"]), {})
-        if entry.get("mean") is None:
+    right = [r for r in rows if r["side"] == "right" and r["rank"] <= SHOWN and r.get("steps")]
+    why, told = None, []
+    for row in sorted(right, key=lambda r: -r["rank"]):
+        entry = of[place].get(name("final", "right", row["rank"]), {})
+        if entry.get("mean") is not None:
+            told.append((row, entry))
+        elif not told:
             why = why or entry.get("reason")
-            continue
-        at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - TOLD))
-        chance = (entry["null"] or {}).get("mean")
-        said: list[Part] = [
-            "The final subspace, top ",
-            (row["rank"], "integer"),
-            f" right: at {unit} ",
-            (row["steps"][place], "integer"),
-        ]
-        said += [
-            ", the first that moved, " if place else ", the first checkpoint, ",
-            (entry["mean"], "share"),
-            " of it is there",
-        ]
-        said += [] if chance is None else [" (walk null: ", (chance, "share"), ")"]
-        said += [", and at least ", (row["thresholds"][at], "share"), *_from(unit, row["step"][at])]
-        said += [] if chance is None else [" (walk null:", *_from(unit, row["null_step"][at]), ")"]
-        return [*said, f". K = {SHOWN}: {why}." if why else "."]
-    return [f"How early the final subspace is there has no answer: {why}."] if why else None
+    if not told:
+        return [f"How early the final subspace is there has no answer: {why}."] if why else None
+    carried = _stable_rank(checkpoints[-1])
+    widest, entry = told[0]
+    led = [one for one in told if one[0]["rank"] <= max(1, round(carried))] if carried is not None else []
+    lead = led[0] if led else told[0]
+    said: list[Part] = ["The final subspace, top ", (lead[0]["rank"], "integer"), " right"]
+    if lead[0] is not widest and carried is not None:
+        said += [" (the stable rank of the final update is ", (carried, "number"), ")"]
+    said += [f": at {unit} ", (lead[0]["steps"][place], "integer")]
+    said += [", the first that moved, " if place else ", the first checkpoint, ", *_there(*lead, unit), "."]
+    if lead[0] is not widest:
+        said += [" The wider top ", (widest["rank"], "integer"), ": ", *_there(widest, entry, unit), "."]
+    return [*said, f" K = {SHOWN}: {why}."] if why else said
+
+
+def _stable_rank(checkpoint: dict[str, Any]) -> float | None:
+    """The mean over matrices, None where it is not known."""
+    found = (d["mean"] for d in checkpoint["diagnostics"] if d["diagnostic"] == STABLE_RANK.name)
+    return next(found, None)
+
+
+def _there(row: dict[str, Any], entry: dict[str, Any], unit: str) -> list[Part]:
+    """How much of a subspace is there, and from when on it is nearly all, each beside the walk null."""
+    at = min(range(len(row["thresholds"])), key=lambda i: abs(row["thresholds"][i] - TOLD))
+    chance = (entry["null"] or {}).get("mean")
+    said: list[Part] = [(entry["mean"], "share"), " of it is there"]
+    said += [] if chance is None else [" (walk null: ", (chance, "share"), ")"]
+    said += [", and at least ", (row["thresholds"][at], "share"), *_from(unit, row["step"][at])]
+    return said if chance is None else [*said, " (walk null:", *_from(unit, row["null_step"][at]), ")"]
 
 
 def _from(unit: str, step: int | None) -> list[Part]:
-    return [" not before the last checkpoint"] if step is None else [f" from {unit} ", (step, "integer"), " on"]
+    return [" only at the last checkpoint"] if step is None else [f" from {unit} ", (step, "integer"), " on"]
 
 
 def label(variant: str) -> str:
@@ -152,7 +168,8 @@ DIAGNOSTIC: OfRun = Diagnostic(
     meaning="The locking step is the first checkpoint from which Sim_K to the final update stays at or above the threshold, of the "
     "mean over matrices. The last checkpoint is left out, as it equals itself.",
     caveat="The null is the same step of the walk's curve, for a walk locks too. Only a lock well before the walk's says that the "
-    "channel was found early. The threshold is a choice, so the step is given for all of them.",
+    "channel was found early. The threshold is a choice, so the step is given for all of them. Beyond the stable rank of the update "
+    "its directions are mostly noise, and those of a K above it lock late or never.",
     example="Similarities 0.4, 0.7, 0.6, 0.9 at steps 10, 20, 30, 40 of 50: locked above 0.5 from step 20 on, above 0.8 from step 40 on.",
     source=f"this program; {PAPER}, §1, L4, reads it off the curve of the similarity",
     answer=answer,

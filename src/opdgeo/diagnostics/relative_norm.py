@@ -26,6 +26,16 @@ def null(isotropic: Isotropic) -> Null:
     return {"": (isotropic.norm / size, 0.0)} if size > 0 else {}
 
 
+def doubt(mean: float) -> str | None:
+    """Two unrelated models are nearly orthogonal, so that their difference is longer than either: ‖W₊ − W₀‖² ≈ ‖W₊‖² + ‖W₀‖²."""
+    if mean <= 1:
+        return None
+    return (
+        f"the difference has {100 * mean:.0f} % of the norm of BASE's weights, so the two do not look like base and tuned of one model "
+        "(two unrelated models of equal norms differ by 141 %)"
+    )
+
+
 DIAGNOSTIC: OfUpdate = Diagnostic(
     name="relative_norm",
     scope="update",
@@ -43,4 +53,5 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     charted=("",),
     headline=Headline("", "relative norm", "the update has {} of the norm of the weights it started from"),
     live=(Live("relative_norm"),),
+    doubt=doubt,
 )

@@ -186,7 +186,7 @@ class Update:
         found = truncated_svd(self.delta, most, angle=1e-5, start=self.start, rank=k)
         return replace(found, floor=self.rounding)
 
-    @property
+    @cached
     def rounding(self) -> float:
         """How large the singular values are that the rounding of W₊ as it is stored gives to ΔW."""
         return precision.rounding(*precision.squares(self.weights), self.weights.dtype)

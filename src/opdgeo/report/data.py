@@ -48,6 +48,7 @@ _ROW = {
     "matrices?": _COUNT,
     "weighting?": _TEXT,
     "reason?": (_TEXT, None),
+    "notes?": {"*": _COUNT},
     "null": ({**_BESIDE, "kind?": _TEXT, "reading?": (_TEXT, None)}, None),
     "roles?": {"*": {**_STATISTICS, "null_mean?": (_NUMBER, None), "computed?": _COUNT, "total?": _COUNT}},
 }
@@ -185,6 +186,16 @@ def load(out: Path) -> Results:
         for arm in sorted(p for p in (out / "arms").glob("*") if p.is_dir() and not p.name.startswith(".")):
             logs[arm.name] = _lines(arm / "log.jsonl")
     return Results(measurements, curves, summary, run, claims, logs, whole, pairs_of(stored, out / "summary.json"))
+
+
+def summary_and_run(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of summary.json and run.json; ConfigError where one is missing or of another shape."""
+    summary, run = _json(out / "summary.json"), _json(out / "run.json")
+    summary_of(summary, out / "summary.json")
+    pairs_of(summary, out / "summary.json")
+    whole_runs(summary, out / "summary.json")
+    _check(run, _RUN, out / "run.json", "it")
+    return summary, run
 
 
 def load_summary(source: Path | str | dict[str, Any]) -> list[dict[str, Any]]:

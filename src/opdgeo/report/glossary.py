@@ -32,6 +32,11 @@ def clean(text: object, limit: int | None = None) -> str:
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+def stem(path: str) -> str:
+    """The last part of a path or of a name on the hub."""
+    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
+
+
 def about(name: str) -> Diagnostic:
     """The diagnostic of that name. Data files may name one that this version does not know: it gets a bare one."""
     return DIAGNOSTICS.get(name) or Diagnostic(

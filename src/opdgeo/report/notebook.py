@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 from opdgeo.diagnostics import of_pairs
+from opdgeo.errors import ConfigError
 from opdgeo.report import page, pairs_page
 from opdgeo.report.charts import Chart
 from opdgeo.report.data import Results, pairs_of, runs, summary_of, whole_runs
@@ -20,11 +22,26 @@ MOST = 12
 """Arms or pairs of a table; the summary has all."""
 
 
-def charts(result: Result) -> dict[str, Chart]:
+class Charts(dict[str, Chart]):
+    """Charts by name, in the order of the page.
+
+    Raises:
+        ConfigError: a name that the page does not have is asked for.
+    """
+
+    def __missing__(self, name: str) -> Chart:
+        near = difflib.get_close_matches(str(name), self, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "`list(result.charts)` has all."
+        raise ConfigError(
+            f"this result has no chart {name!r}; expected a name such as {', '.join(list(self)[:3])}. {hint}"
+        )
+
+
+def charts(result: Result) -> Charts:
     """The charts of the result's page by name, in the order of the page."""
     results = _results(result)
     found = pairs_page.charts_of(results) if results.kind == "relate" else page.charts_of(results)
-    return {chart.name: chart for chart in found}
+    return Charts((chart.name, chart) for chart in found)
 
 
 def table(result: Result) -> str:

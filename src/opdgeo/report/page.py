@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from opdgeo.report.charts import Chart
 from opdgeo.report.data import Results
-from opdgeo.report.glossary import clean
+from opdgeo.report.glossary import clean, stem
 from opdgeo.report.sections import (
     alike,
     experts,
@@ -83,9 +82,5 @@ def _title(results: Results) -> Title:
         preset = (results.claims or {}).get("preset")
         sub = f"opdgeo reproduce, preset {clean(preset)}" if preset else "opdgeo reproduce"
         return Title("SFT, OPD and RLVR: where the weights moved", sub)
-    base = clean(_stem((results.run.get("base") or {}).get("path", "base")), 60)
+    base = clean(stem((results.run.get("base") or {}).get("path", "base")), 60)
     return Title("Where the weights moved", f"{base} → {clean(results.summary[-1]['checkpoint'], 60)}")
-
-
-def _stem(path: str) -> str:
-    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)

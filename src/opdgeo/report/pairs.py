@@ -15,7 +15,7 @@ from opdgeo.diagnostics.diagnostic import Diagnostic, Part
 from opdgeo.report.data import pairs_of
 from opdgeo.report.glossary import arm_label, clean, is_primary, number, split_seed
 from opdgeo.report.limits import ARMS
-from opdgeo.report.terminal import _new_table
+from opdgeo.report.terminal import _new_table, print_table
 from opdgeo.report.verdict import Finding, findings, headlines
 
 READINGS = {"geometry": "beyond chance", "size": "chance", "unclear": "unclear"}
@@ -210,7 +210,7 @@ def print_pairs(summary: Summary, console: Console | None = None) -> None:
 
 def _print_lines(pairs: Pairs, console: Console) -> None:
     """One line a pair: the headlines, chance in brackets."""
-    table = _new_table("Pairs: all matrices together, chance in brackets; bold: beyond chance")
+    table = _new_table("Pairs: all matrices together, chance in brackets; ↑ ↓: above or below it")
     table.add_column("pair")
     shown = [(d, d.headline) for d in of_pairs().values() if d.headline]
     for _, headline in shown:
@@ -220,14 +220,14 @@ def _print_lines(pairs: Pairs, console: Console) -> None:
         cells = []
         for d, headline in shown:
             cell = pairs.cell(*pair, d.name, headline.variant)
-            text = Text(number(None if cell is None else cell.value, d.unit))
+            text = Text(f"{number(None if cell is None else cell.value, d.unit)} {cell.side if cell else ''}".rstrip())
             if cell is not None and cell.reading == "beyond chance":
                 text.stylize("bold cyan")
             if cell is not None and cell.chance is not None:
                 text.append(f"\n({cell.chance_text()})", style="dim")
             cells.append(text)
         table.add_row(Text(" and ".join(pairs.short(name, 24) for name in pair)), *cells)
-    console.print(table)
+    print_table(table, console)
     console.print(Text("Every number of every pair, both ways, is on the page and in summary.json."))
 
 
@@ -259,7 +259,7 @@ def _print_one(pairs: Pairs, console: Console) -> None:
                 Text(f"{cell.reading} {cell.side}".rstrip(), style=_STYLE.get(cell.reading, "")),
                 Text(f"{found.over}/{found.row['total']}", style="" if found.over == found.row["total"] else "yellow"),
             )
-    console.print(table)
+    print_table(table, console)
     console.print(
         Text(
             "all: all matrices together as one long vector; mean: over matrices, each once. chance: of all, else of the mean."

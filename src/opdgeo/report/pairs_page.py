@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from opdgeo.diagnostics.diagnostic import Diagnostic
 from opdgeo.report import charts
 from opdgeo.report.charts import Chart, Scale, Series
 from opdgeo.report.data import Results
-from opdgeo.report.glossary import clean, label, number, role_order
+from opdgeo.report.glossary import clean, label, number, role_order, stem
 from opdgeo.report.pairs import Cell, Pairs
 from opdgeo.report.sections import maps, provenance
 from opdgeo.report.sections.section import AXIS, Figure, View
@@ -30,7 +29,7 @@ def build(results: Results) -> tuple[str, list[Chart]]:
     ranked = pairs.by_likeness()
     leading = pairs.leading()
     context = {
-        "base": clean(_stem((results.run.get("base") or {}).get("path", "base")), 60),
+        "base": clean(stem((results.run.get("base") or {}).get("path", "base")), 60),
         "names": pairs.ordered(),
         "sentences": pairs.sentences(),
         "still": list(pairs.still()),
@@ -58,10 +57,6 @@ def charts_of(results: Results) -> list[Chart]:
     _curves(view, pairs, ranked)
     _maps(view, pairs, ranked)
     return view.charts
-
-
-def _stem(path: str) -> str:
-    return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
 
 
 def _sizes(results: Results) -> dict[str, Any]:

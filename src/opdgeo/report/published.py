@@ -15,7 +15,7 @@ from opdgeo.report.data import _check, _json, load_summary
 from opdgeo.report.glossary import about, clean, is_primary, label, number
 from opdgeo.report.sections.section import AXIS, Figure, scale_of
 from opdgeo.report.sections.sizes import SIZE
-from opdgeo.report.terminal import _new_table
+from opdgeo.report.terminal import _new_table, print_table
 from opdgeo.report.verdict import Finding, find, findings
 from opdgeo.report.view import environment, slug
 
@@ -91,7 +91,7 @@ def print_published(out: Path, console: Console | None = None) -> None:
             number(found[0] if found else None, "share"),
             Text(number(found[1] if found else None, "share"), style="dim"),
         )
-    console.print(table)
+    print_table(table, console)
     console.print(
         Text("size: relative norm of the update; by chance: an isotropic update of the same size"), style="dim"
     )

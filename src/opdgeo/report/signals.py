@@ -14,7 +14,7 @@ from rich.text import Text
 from opdgeo.report.charts import Chart, Group, Scale, Series, distribution, inline_svg, trajectory
 from opdgeo.report.data import _broken, _json, _table
 from opdgeo.report.glossary import clean, number
-from opdgeo.report.terminal import _new_table
+from opdgeo.report.terminal import _new_table, print_table
 from opdgeo.report.view import environment
 
 TABLE = "signals.parquet"
@@ -237,10 +237,10 @@ def print_signals(summary: Summary, console: Console | None = None) -> None:
         for title, head, rows in tables(found, intervals=False):
             table = _new_table(f"{checkpoint}: {title}")
             for i, column in enumerate(head):
-                table.add_column(column, justify="right" if i else "left", no_wrap=True)
+                table.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
-            console.print(table)
+            print_table(table, console)
             console.print()
         for sentence in sentences(found):
             console.print(Text(f"• {sentence}"))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from opdgeo.report.data import load_claims, load_summary, load_whole_runs, runs
-from opdgeo.report.glossary import ARMS, SUFFIX, arm_label, clean, interval_decimals, is_primary, number
+from opdgeo.report.glossary import ARMS, SUFFIX, about, arm_label, clean, interval_decimals, is_primary, number, stem
 from opdgeo.report.verdict import (
     Finding,
     answers,
@@ -32,11 +34,16 @@ _VERDICT = dict.fromkeys(_GOOD, "bold green") | dict.fromkeys(_BAD, "bold red") 
 
 
 def print_summary(
-    out_or_summary: Path | str | dict[str, Any], console: Console | None = None, *, everything: bool = True
+    out_or_summary: Path | str | dict[str, Any],
+    console: Console | None = None,
+    *,
+    everything: bool = True,
+    base: str = "",
 ) -> None:
     """Print the diagnostics of a run: its last checkpoint in full, the earlier ones in one table. Several arms stand side by side.
 
     Without `everything`, one line a diagnostic, which fits a terminal of 80 columns and 25 lines with what `compare` says after it.
+    `base` is the place of the checkpoint before training; tables are titled with its name.
     Raises ConfigError when the folder has no readable summary.json.
     """
     console = console or Console()
@@ -49,11 +56,11 @@ def print_summary(
             for said in answers(checkpoints, load_whole_runs(out_or_summary)):
                 parts = (clean(part) if isinstance(part, str) else number(*part) for part in said)
                 console.print(Text("".join(parts), style="bold"))
-            _print_trajectory(checkpoints, console)
-        if everything:
-            _print_full(checkpoints[-1], console, earlier=checkpoints[:-1])
+            _print_trajectory(checkpoints, console, base)
         else:
-            _print_brief(checkpoints[-1], console, earlier=checkpoints[:-1])
+            checkpoints = [_by_itself(checkpoints[0])]
+        show = _print_full if everything else _print_brief
+        show(checkpoints[-1], console, checkpoints[:-1], base)
 
 
 def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = None) -> None:
@@ -88,9 +95,9 @@ def print_claims(claims: dict[str, Any] | Path | str, console: Console | None = 
             values.add_row(Text(clean(claim["id"])), *cells)
         if measured - set(arms):
             others.append(f"{claim['id']}: {claim.get('explanation') or ''}")
-    console.print(verdicts)
+    print_table(verdicts, console)
     console.print()
-    console.print(values)
+    print_table(values, console)
     console.print()
     for line in others:
         console.print(Text(clean(line)))
@@ -127,7 +134,7 @@ def print_channel(rows: list[dict[str, Any]], console: Console | None = None) ->
             Text(number(row["chance"], "share"), style="dim"),
             number(row["gap"], "share"),
         )
-    (console or Console()).print(table)
+    print_table(table, console or Console())
 
 
 OUTCOMES = (
@@ -159,10 +166,26 @@ def _interval(mean: float | None, low: float | None, high: float | None, unit: s
     return f"{shown[0]} [{shown[1]}, {shown[2]}]{SUFFIX.get(unit, '')}"
 
 
-def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]] = ()) -> None:
+def _by_itself(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without what compares it with others."""
+    rows = [row for row in checkpoint["diagnostics"] if about(row["diagnostic"]).scope != "trajectory"]
+    return checkpoint | {"diagnostics": rows or checkpoint["diagnostics"]}
+
+
+def _title(checkpoint: dict[str, Any], base: str) -> str:
+    """Which pair, in its direction, and how many of its matrices moved."""
+    pair = f"{clean(stem(base), 60)} → " if base else ""
+    size = next((f.row for f in findings(checkpoint) if about(f.diagnostic).size), None)
+    moved = (
+        "" if size is None else f": {size['computed'] - checkpoint.get('unmoved', 0)} of {size['total']} matrices moved"
+    )
+    return f"{pair}{clean(checkpoint['checkpoint'], 60)}{moved}"
+
+
+def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]], base: str) -> None:
     if still := unmoved(checkpoint):
         console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
-    table = _new_table(checkpoint["checkpoint"])
+    table = _new_table(_title(checkpoint, base))
     table.add_column("diagnostic")
     wide = console.width >= 100
     for name in ("mean", "null", "excess [95 %]" if wide else "excess"):
@@ -184,19 +207,19 @@ def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[
             _reading(found),
             Text(f"{found.over}/{row['total']}", style="" if found.over == row["total"] else "yellow"),
         )
-    console.print(table)
-    for line in sentences(checkpoint, earlier):
+    print_table(table, console)
+    for line in [*sentences(checkpoint, earlier), *_lacking(checkpoint), *_noted(findings(checkpoint))]:
         console.print(Text(line))
 
 
-def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]]) -> None:
+def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence[dict[str, Any]], base: str) -> None:
     """One line a diagnostic, then the size of the update and how many of its numbers that size explains."""
     every = findings(checkpoint)
     if still := unmoved(checkpoint):
         console.print(Text(unmoved_text(still, checkpoint), style="yellow"))
     if not earlier:
-        table = _new_table(checkpoint["checkpoint"])
-        table.add_column("diagnostic", no_wrap=True)
+        table = _new_table(_title(checkpoint, base))
+        table.add_column("diagnostic")
         table.add_column("measured", justify="right", no_wrap=True)
         table.add_column("by chance", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
@@ -207,7 +230,7 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
                 table.add_row(
                     _name(found), number(found.row["mean"], found.unit), null, Text() if itself else _reading(found)
                 )
-        console.print(table)
+        print_table(table, console)
     size = sentences(checkpoint, earlier)[0]
     console.print(Text(size))
     if not size.startswith("Size:"):
@@ -216,11 +239,15 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
     if judged := {key: counts[key] for key in ("geometry", "size", "unclear") if key in counts}:
         words = {"geometry": "beyond it", "size": "explained by it", "unclear": "unclear"}
         said = ", ".join(f"{n} {words[key]}" for key, n in judged.items())
-        console.print(Text(f"Of {sum(judged.values())} numbers beside their chance at that size: {said}."))
+        console.print(
+            Text(f"Of {sum(judged.values())} numbers beside their chance at that size (--all lists them): {said}.")
+        )
     elif "no null" in counts:
         console.print(Text("Without null models nothing separates geometry from size."))
-    if few := [f for f in incomplete(checkpoint) if is_primary(f.diagnostic, f.variant)]:
-        console.print(Text(f"Not over all matrices: {', '.join(names(few))}; give --all to see why.", style="yellow"))
+    for line in _lacking(checkpoint, primary=True):
+        console.print(Text(line, style="yellow"))
+    for line in _noted([f for f in every if is_primary(f.diagnostic, f.variant)]):
+        console.print(Text(line, style="dim"))
 
 
 def _new_table(title: str) -> Table:
@@ -231,6 +258,18 @@ def _new_table(title: str) -> Table:
         pad_edge=False,
         show_edge=False,
     )
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print a table whose labels wrap where it is too wide, and whose numbers are always whole: if need be the terminal wraps its lines."""
+    for column in table.columns:
+        lines = (line for cell in (column.header, *column.cells) for line in str(cell).split("\n"))
+        if column.no_wrap:
+            column.min_width = max(map(cell_len, lines))
+    least = Measurement.get(console, console.options.update(width=1 << 16), table).minimum
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
 
 
 def _name(found: Finding) -> Text:
@@ -245,8 +284,12 @@ def _reading(found: Finding) -> Text:
         return Text("undefined", style="yellow")
     if found.reading is None:
         return Text("no null", style="dim")
-    side = {"above": " ↑", "below": " ↓"}.get(found.side, "") if found.reading == "geometry" else ""
-    return Text(clean(found.reading) + side, style=_STYLE.get(found.reading, ""))
+    return Text(clean(found.reading) + _arrow(found), style=_STYLE.get(found.reading, ""))
+
+
+def _arrow(found: Finding) -> str:
+    """The side of the null on which a number lies that size does not explain."""
+    return {"above": " ↑", "below": " ↓"}.get(found.side, "") if found.reading == "geometry" else ""
 
 
 def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> list[str]:
@@ -275,8 +318,18 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
             lines.append(f"{text}: {', '.join(names(groups[key]))}.")
     if groups.get("no null"):
         lines.append("Without null models nothing separates geometry from size.")
+    return lines
+
+
+def _lacking(checkpoint: dict[str, Any], *, primary: bool = False) -> list[str]:
+    """What is not over all matrices that moved, and why; `primary`: of what the short table shows."""
+    if did_not_move(checkpoint):
+        return []
+    lines = []
     left_out: dict[tuple[int, int, str | None], list[Finding]] = {}
     for found in incomplete(checkpoint):
+        if primary and not is_primary(found.diagnostic, found.variant):
+            continue
         total = found.row["total"] - unmoved(checkpoint)
         left_out.setdefault((found.over, total, found.row.get("reason")), []).append(found)
     for (over, total, reason), group in left_out.items():
@@ -285,6 +338,17 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
             f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
         )
     return lines
+
+
+def _noted(shown: Sequence[Finding]) -> list[str]:
+    """What the rows of matrices with a value say of it, such as a rank that was cut; of how many where not all say so."""
+    grouped: dict[str, list[Finding]] = {}
+    for found in shown:
+        notes = found.row.get("notes") or {}
+        said = (f"{clean(note)}{f' ({n} matrices)' if n < found.over else ''}" for note, n in notes.items())
+        grouped.setdefault(", ".join(said), []).append(found)
+    lines = (f"{', '.join(names(group))}: {said}." for said, group in grouped.items() if said)
+    return [line[:1].upper() + line[1:] for line in lines]
 
 
 def unmoved_text(still: int, checkpoint: dict[str, Any]) -> str:
@@ -305,7 +369,7 @@ def names(found: list[Finding]) -> list[str]:
     ]
 
 
-def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> None:
+def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console, base: str) -> None:
     """Mean of each primary diagnostic by checkpoint, its null underneath; then what is not shown, and why.
 
     Where not all checkpoints fit, some are chosen evenly, with the first and the last.
@@ -313,7 +377,8 @@ def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> No
     room, every = max(2, (console.width - 30) // 13), checkpoints
     if len(checkpoints) > room:
         checkpoints = [checkpoints[round(i * (len(checkpoints) - 1) / (room - 1))] for i in range(room)]
-    table, whys = _new_table("Trajectory: mean over matrices, null underneath"), dict[str, list[Finding]]()
+    start = f" from {clean(stem(base), 60)}" if base else ""
+    table, whys = _new_table(f"Trajectory{start}: mean over matrices, null underneath"), dict[str, list[Finding]]()
     table.add_column("diagnostic")
     for checkpoint in checkpoints:
         name, step = checkpoint["checkpoint"].rpartition("/")[2], checkpoint.get("step")
@@ -326,7 +391,7 @@ def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> No
             for found in cells:
                 if found is None or found.row["mean"] is None:
                     whys.setdefault((found and found.row.get("reason")) or "not measured", []).append(column)
-    console.print(table)
+    print_table(table, console)
     if left := [c for c in every if not any(c is shown for shown in checkpoints)]:
         names_ = ", ".join(clean(c["checkpoint"].rpartition("/")[2]) for c in left)
         console.print(Text(f"Not shown, for want of room: {names_}. summary.json and the page have all {len(every)}."))
@@ -334,10 +399,13 @@ def _print_trajectory(checkpoints: list[dict[str, Any]], console: Console) -> No
         console.print(Text(f"–: {clean(why)} ({', '.join(names(list({id(c): c for c in columns}.values())))})"))
 
 
-def _cell(found: Finding | None, between: str = " ") -> Text:
+def _cell(found: Finding | None, between: str = " ", *, arrows: bool = False) -> Text:
+    """The number, with an arrow where size does not explain it if `arrows` are asked for, and its null."""
     if found is None:
         return Text("–")
-    text = Text(number(found.row["mean"], found.unit))
+    text = Text(number(found.row["mean"], found.unit) + (_arrow(found) if arrows else ""))
+    if arrows and found.reading == "geometry":
+        text.stylize("bold cyan")
     if found.null and found.reading != "by construction":
         text.append(f"{between}({number(found.null.get('mean'), found.unit)})", style="dim")
     return text
@@ -345,7 +413,7 @@ def _cell(found: Finding | None, between: str = " ") -> Text:
 
 def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None:
     """Last checkpoint of every arm side by side: mean, its null in brackets, and whether it differs."""
-    table = _new_table("Last checkpoint of every arm (first seed): mean over matrices (null); bold: reading “geometry”")
+    table = _new_table("Last checkpoint of every arm (first seed): mean over matrices (null); ↑ ↓: reading “geometry”")
     table.add_column("diagnostic")
     for arm in arms:
         table.add_column(Text(arm_label(arm)), justify="right", no_wrap=True)
@@ -358,11 +426,9 @@ def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None
                 (f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (column.diagnostic, column.variant)),
                 None,
             )
-            cell = _cell(found, between)
-            if found is not None and found.reading == "geometry":
-                cell.stylize("bold cyan", 0, len(number(found.row["mean"], found.unit)))
+            cell = _cell(found, between, arrows=True)
             if found is not None and found.over < found.row["total"]:
                 cell.append(f"{between}{found.over}/{found.row['total']}", style="yellow")
             cells.append(cell)
         table.add_row(_name(column), *cells)
-    console.print(table)
+    print_table(table, console)

@@ -27,6 +27,11 @@ from opdgeo.files import Journal, remove_orphans
 from opdgeo.survey.measure import Measured, outdated
 from opdgeo.survey.results import PARTS, frames, load_result
 
+PROVENANCE = (
+    *("opdgeo", "command", "started", "seconds", "peak_memory_bytes", "versions", "platform", "device"),
+    *("timings", "seconds_by_shape"),
+)
+"""The keys of run.json that are kept of a run whose numbers another one takes over."""
 COMPUTING = ("checkpoints", "numerics", "diagnostics", "survey")
 LIBRARIES = ("torch", "numpy", "scipy")
 
@@ -97,7 +102,9 @@ class Parts:
         self.stamps = list(stamps or [stamp(c) for c in checkpoints])
         self.inputs = inputs(self.stamps, checkpoints, trajectory, device, pairs=pairs)
         self.folder = out / PARTS if out else None
-        self.finished, self.manifests = _finished(out, self.inputs, checkpoints) if out else ({}, None)
+        self.finished, self.manifests, self.earlier = (
+            _finished(out, self.inputs, checkpoints) if out else ({}, None, [])
+        )
         self._kept: dict[Matrix, Measured | tuple[int, int]] = {}  # or its place in the journal
         self._journal: Journal | None = None
         self._names, self._pairs, self._found = (
@@ -176,21 +183,31 @@ def hashes(manifests: Sequence[Any]) -> list[list[str]]:
 
 def _finished(
     out: Path, inputs: str, checkpoints: Sequence[Checkpoint]
-) -> tuple[dict[str, Measured], list[dict[str, Any]] | None]:
-    """The matrices of a finished run of the same inputs in `out`, and the manifests, which were compared with that run's."""
-    with suppress(ConfigError, AttributeError, KeyError, TypeError):  # no results, or not of the form that we write
+) -> tuple[dict[str, Measured], list[dict[str, Any]] | None, list[dict[str, Any]]]:
+    """The matrices of a finished run of the same inputs in `out`, the manifests, which were compared with that run's, and how that
+    run and those before it measured them."""
+    # No results, or not of the form that we write.
+    with suppress(ConfigError, AttributeError, KeyError, TypeError, ValueError):
         result = load_result(out)
         if result.run.get("inputs") == inputs:
             measured = hashes([result.run["base"], *result.run["checkpoints"]])
             manifests = [c.manifest() for c in checkpoints]
             if measured != hashes(manifests):  # other bytes, of which the file system says nothing
-                return {}, manifests
+                return {}, manifests, []
             if not _are_rows(result.measurements, result.curves, {c.name for c in checkpoints[1:]}):
-                return {}, manifests
+                return {}, manifests, []
             rows, curves = (_by_matrix(table) for table in (result.measurements, result.curves))
             found = {m: Measured(of, curves.get(m, []), result.run["settings"]) for m, of in rows.items()}
-            return found, manifests
-    return {}, None
+            return found, manifests, _earlier(result.run)
+    return {}, None, []
+
+
+def _earlier(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that measured what `run` holds, the oldest first. One that took over every number measured nothing."""
+    before = list(run.get("earlier", []))
+    runs = [*before, {key: run[key] for key in PROVENANCE}] if any(run["timings"].values()) else before
+    json.dumps(runs, allow_nan=False, ensure_ascii=False).encode()  # as it is written again
+    return runs
 
 
 def _by_matrix(table: Any) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,9 +170,17 @@ def load_result(out: str | Path) -> Result:
         ConfigError: a file is missing or unreadable.
     """
     out = Path(out)
+    if not out.exists():
+        raise ConfigError(
+            f"{out} does not exist; expected the results folder of an earlier run. Check the path, or run compare, track or relate with "
+            "-o first."
+        )
+    names = (*OnDisk.NAMES, "summary.json", "run.json")
     try:
-        if missing := [name for name in (*OnDisk.NAMES, "summary.json", "run.json") if not (out / name).is_file()]:
-            raise FileNotFoundError(f"without {', '.join(missing)}")
+        if missing := [name for name in names if not (out / name).is_file()]:
+            raise FileNotFoundError(
+                "none of them is there" if len(missing) == len(names) else f"without {', '.join(missing)}"
+            )
         tables = [pl.read_parquet(out / name) for name in OnDisk.NAMES]
         for table, columns in zip(tables, (MEASUREMENTS, CURVES), strict=True):
             if odd := [name for name, kind in columns.items() if table.schema.get(name) != kind]:
@@ -205,7 +214,7 @@ def summarise(measurements: pl.DataFrame | pl.LazyFrame, null: str) -> dict[str,
     The table is in memory or, without pairs, in a file.
     `mean`, `median`, `p10`, `p90`, the null and the excess are over the same `matrices` of the `total` (see `compared`), so that
     mean − null = excess; `mean_computed` is over all that have a value (`computed`), those that did not move among them.
-    `unmoved` counts these; `reason` is the most frequent one of moved matrices without a value.
+    `unmoved` counts these; `reason` is the most frequent one of moved matrices without a value, `notes` counts those of matrices with one.
     A null's `reading` compares the mean excess over the null, with its 95 % bootstrap interval over matrices, with a
     margin (0.02 for shares, 10 % of the null otherwise): "size" when the interval lies within the margin, "geometry" when
     it lies outside, "unclear" when it does neither, "by construction" for the norms. Its `std` is that of one matrix.
@@ -268,6 +277,7 @@ def _entries(table: pl.DataFrame | pl.LazyFrame, still: str, null: str) -> dict[
         kind = {"trajectory": "walk", "pair": "independent"}.get(diagnostic.scope, null)
         entry["null"] = _against_null(group, diagnostic, kind)
         entry["reason"] = _why(group)
+        entry["notes"] = _notes(group)
         entry["roles"] = {
             str(role): _statistics(part, diagnostic) | {"null_mean": _mean(part.compared, "null_mean", diagnostic)}
             for (role,), part in group.by("role")
@@ -329,6 +339,12 @@ def _why(group: _Rows) -> str | None:
         lacking &= group["moved"]
     reasons: list[str] = group["reason"][lacking].tolist()
     return max(dict.fromkeys(reasons), key=reasons.count, default=None)
+
+
+def _notes(group: _Rows) -> dict[str, int]:
+    """What rows with a value say of it, such as a rank that was cut, and how many matrices say so."""
+    reasons = group["reason"][group["has value"]].tolist()
+    return dict(Counter(reason for reason in reasons if reason is not None))
 
 
 def _mean(group: _Rows, column: str, diagnostic: Diagnostic) -> float | None:

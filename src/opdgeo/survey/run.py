@@ -18,9 +18,8 @@ from typing import Any, Protocol
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError
-from opdgeo.survey import engines, fetching
+from opdgeo.survey import engines, fetching, kinship
 from opdgeo.survey.cache import SpectrumCache
-from opdgeo.survey.kinship import remarks
 from opdgeo.survey.measure import Job, Measured, outdated
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.output import check_earlier, check_folder
@@ -246,12 +245,15 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         "timings": dict(timings),
         "seconds_by_shape": dict(by_shape),
         "reused": dict(reused),
+        "earlier": parts.earlier if reused else [],
         "inputs": parts.inputs,
-        "remarks": remarks(request.base, request.checkpoints),
+        "remarks": kinship.known(request),
     }
     if request.pairs:
         run["pairs"] = len(request.checkpoints) * (len(request.checkpoints) - 1) // 2
-    return tables.result(settings.null, run)
+    result = tables.result(settings.null, run)
+    result.run["remarks"][:0] = kinship.measured(result.summary)
+    return result
 
 
 def plan_text(request: Request, workers: int | None = None) -> str:
@@ -266,7 +268,7 @@ def plan_text(request: Request, workers: int | None = None) -> str:
     text = describe(planned, request.pairings[0], len(request.checkpoints), workers)
     for line in fetching.account(request.every, request.work):
         text += f"\nto fetch: {line}"
-    notes = [*remarks(request.base, request.checkpoints), *(note for c in request.every for note in c.notes)]
+    notes = [*kinship.known(request), *(note for c in request.every for note in c.notes)]
     return "\n".join([text, *dict.fromkeys(f"note: {note}" for note in notes)])
 
 
