@@ -63,7 +63,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     meaning="How steeply the largest singular values of the update fall. A small exponent is a heavy tail: one or a few directions "
     "stand far above the rest.",
     caveat="The paper does not give its k; the k used here is in the variant. A flat spectrum, as the null has, gives a large "
-    "exponent.",
+    "exponent. Of an update of lower rank than k, such as a LoRA that was merged, the last values are the rounding of the stored weights.",
     example="Singular values 4, 2, 1 and k = 3: log 4 and log 2 have the mean 1.04, and 1 / 1.04 = 0.96.",
     source=f"{PAPER}, §2, Hill exponent",
     label=lambda variant: f"top {variant}",
