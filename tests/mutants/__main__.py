@@ -24,12 +24,16 @@ from typing import Any
 
 import one_thread  # noqa: F401 (before what it holds)
 from mutants import process
-from mutants.changes import Change, Place, changes
+from mutants.changes import Place, changes
 from mutants.process import ROOT
 
 FOLDERS = ["src/opdgeo/numerics", "src/opdgeo/diagnostics", "src/opdgeo/checkpoints"]
-TESTS = ["tests/numerics", "tests/diagnostics", "tests/checkpoints", "tests/gpu/test_numerics.py", "tests/docs/test_docstring_examples.py",
-         "tests/survey/test_compare.py", "tests/survey/test_relate.py", "tests/survey/test_means.py"]  # fmt: skip
+TESTS = [
+    *(f"tests/{folder}/test_*.py" for folder in ("numerics", "diagnostics", "checkpoints")),
+    *(f"tests/survey/test_{name}.py" for name in ("compare", "relate", "means")),
+    "tests/gpu/test_numerics.py",
+    "tests/docs/test_docstring_examples.py",
+]
 KEPT = ROOT / "build" / "mutants.json"  # which test runs which line
 MOST = 60.0  # processor seconds of tests for one change
 CONTROLS = 3  # runs without a change, of the tests of some: none may fail
@@ -57,7 +61,7 @@ class Lines:
         now = hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()
         kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
         known = kept.get("files", {}) if kept.get("sources") == now else {}
-        files = [f for place in TESTS for f in ([ROOT / place] if place.endswith(".py") else sorted((ROOT / place).glob("test_*.py")))]
+        files = [f for place in TESTS for f in sorted(ROOT.glob(place))]
         wanted = {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
         old = [f for f, digest in wanted.items() if known.get(f, {}).get("digest") != digest]
         if old:
@@ -96,9 +100,13 @@ class Lines:
                     found |= self.of[source].get(line, set())
         if not found and not place.runs:
             found = set().union(*here.values())
-        key = {t: (max(0, math.ceil(math.log(max(self.seconds[t], 1e-3) / 0.1, 4))), t.partition("::")[0], self.seconds[t], t) for t in found}  # fmt: skip
+
+        def order(test: str) -> tuple[int, str, float, str]:
+            about = max(0, math.ceil(math.log(max(self.seconds[test], 1e-3) / 0.1, 4)))
+            return about, test.partition("::")[0], self.seconds[test], test
+
         chosen, total = {}, 0.0
-        for test in sorted(found, key=key.__getitem__):
+        for test in sorted(found, key=order):
             total += self.seconds[test]
             if total > MOST and chosen:
                 break
@@ -164,9 +172,9 @@ def all_mutants(only: list[str]) -> list[Mutant]:
     for path in (p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))):
         file = str(path.relative_to(ROOT))
         for i, c in enumerate(changes(ast.parse(path.read_text()))):
-            mutant = Mutant(file, i, c.line, c.what, c.place)
-            if not only or any(str(mutant).startswith(o) or f"{file.removeprefix('src/opdgeo/')}:{c.line}" == o for o in only):
-                found.append(mutant)
+            short = file.removeprefix("src/opdgeo/")
+            if not only or any(f"{short}:{c.line}" == o or (short + "/").startswith(o.rstrip("/") + "/") for o in only):
+                found.append(Mutant(file, i, c.line, c.what, c.place))
     return found
 
 
@@ -178,13 +186,26 @@ def wilson(killed: int, of: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(prog="mutants", description="Change the numerics, the diagnostics and the readers, and see whether a test notices.")  # fmt: skip
-    options.add_argument("--seed", type=int, default=int(time.time()), help="of the sample (default: the time; it is printed)")  # fmt: skip
+    options = argparse.ArgumentParser(
+        prog="mutants",
+        description="Change the numerics, the diagnostics and the readers, and see whether a test notices.",
+    )
+    options.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the sample (default: the time; it is printed)"
+    )
     options.add_argument("--count", type=int, default=400, help="changes in the sample (default: 400)")
     options.add_argument("--all", action="store_true", help="every change")
-    options.add_argument("--only", action="append", default=[], metavar="PLACE", help="numerics, numerics/nulls.py or numerics/nulls.py:120")  # fmt: skip
+    options.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="numerics, numerics/nulls.py or numerics/nulls.py:120",
+    )
     options.add_argument("--list", action="store_true", help="say what would be changed, and run nothing")
-    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: one a core)")  # fmt: skip
+    options.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: one a core)"
+    )
     args = options.parse_args()
     found = all_mutants(args.only)
     sample = found if args.all else random.Random(args.seed).sample(found, min(args.count, len(found)))
@@ -208,11 +229,16 @@ def main() -> int:
                 continue
             counts[what].append(mutant)
             print(f"{what:8} {seconds:6.1f} s  {mutant}  {by}", flush=True)
-    killed, survivors = len(counts["killed"]) + len(counts["time"]), sorted(map(str, counts["survived"] + counts["not run"]))  # fmt: skip
+    killed, survivors = (
+        len(counts["killed"]) + len(counts["time"]),
+        sorted(map(str, counts["survived"] + counts["not run"])),
+    )
     low, high = wilson(killed, len(sample))
     print(*(f"survived: {s}" for s in survivors), sep="\n")
-    print(f"seed {args.seed}: {killed} of {len(sample)} killed, {killed / len(sample):.1%} (95 % interval {low:.1%} to {high:.1%}); "
-          f"{len(counts['time'])} of them by the time limit, {len(counts['not run'])} of the others run by no test; {spent:.0f} s of processor time")  # fmt: skip
+    print(
+        f"seed {args.seed}: {killed} of {len(sample)} killed, {killed / len(sample):.1%} (95 % interval {low:.1%} to {high:.1%}); "
+        f"{len(counts['time'])} of them by the time limit, {len(counts['not run'])} of the others run by no test; {spent:.0f} s of processor time"
+    )
     if wrong:
         print("A test fails without a change, so the figures above say nothing:", *wrong, sep="\n")
     return bool(wrong)

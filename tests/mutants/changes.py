@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import ast
 import copy
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-    ast.BitXor: ast.BitAnd,
-}  # fmt: skip
+_BOTH = {
+    "Lt": "LtE",
+    "Gt": "GtE",
+    "Eq": "NotEq",
+    "Is": "IsNot",
+    "In": "NotIn",
+    "And": "Or",
+    "Add": "Sub",
+    "Mult": "Div",
+}
+_BOTH |= {"LShift": "RShift", "BitAnd": "BitOr"}
+OPERATORS = {
+    **_BOTH,
+    **{b: a for a, b in _BOTH.items()},
+    "FloorDiv": "Mult",
+    "Mod": "Mult",
+    "Pow": "Mult",
+    "BitXor": "BitAnd",
+}
 NEGATED = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)  # whose change is the negation already
 PROSE = {"title", "formula", "meaning", "caveat", "example", "source", "headline", "label"}  # of a `Diagnostic`
 SPEED = {"BLOCK", "KEPT", "BINS", "CACHED", "WHOLE", "CONNECTIONS", "RUN"}  # sizes that change how long a thing takes
@@ -85,9 +96,9 @@ def _alternatives(node: Any) -> Iterator[ast.AST]:
     match node:
         case ast.Compare(ops=ops):
             for i, op in enumerate(ops):
-                yield changed(ops=[*ops[:i], OPERATORS[type(op)](), *ops[i + 1 :]])
-        case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op) if type(op) in OPERATORS:
-            yield changed(op=OPERATORS[type(op)]())
+                yield changed(ops=[*ops[:i], _other(op), *ops[i + 1 :]])
+        case ast.BinOp(op=op) | ast.AugAssign(op=op) | ast.BoolOp(op=op) if type(op).__name__ in OPERATORS:
+            yield changed(op=_other(op))
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
         case ast.Constant(value=bool(value)):
@@ -121,9 +132,15 @@ def _alternatives(node: Any) -> Iterator[ast.AST]:
                     yield changed(keywords=[*keywords[:i], *keywords[i + 1 :]])
 
 
+def _other(operator: ast.AST) -> ast.AST:
+    return getattr(ast, OPERATORS[type(operator).__name__])()
+
+
 def _worth_negating(test: ast.expr) -> bool:
     simple = isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], NEGATED)
-    return not (simple or isinstance(test, ast.Constant) or (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)))
+    return not (
+        simple or isinstance(test, ast.Constant) or (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not))
+    )
 
 
 def _not(test: ast.expr) -> ast.expr:
@@ -137,7 +154,9 @@ def _text(node: ast.AST) -> bool:
 
 
 def _left_out(parent: ast.AST, field: str, node: Any) -> bool:
-    if field in ("annotation", "returns", "decorator_list") or (field == "args" and _named(parent) == "cast" and node is parent.args[0]):  # type: ignore[attr-defined]
+    if field in ("annotation", "returns", "decorator_list"):
+        return True
+    if isinstance(parent, ast.Call) and _named(parent) == "cast" and node is parent.args[0]:
         return True
     match node:
         case ast.JoinedStr() | ast.Assert() | ast.Expr(value=ast.Constant()):
@@ -179,13 +198,17 @@ def _inside(parent: ast.AST, field: str, node: Any, place: Place) -> Place:
 
 def _shown(before: ast.AST, after: ast.AST) -> str:
     """Both as they read on a line, of a statement with a body the condition; of long ones, what differs and a little around it."""
-    texts = [
-        " ".join(ast.unparse(n.test if isinstance(n, ast.If | ast.While) else n).split()) for n in (before, after)
-    ]
-    start = len(os.path.commonprefix(texts))
-    end = len(os.path.commonprefix([t[start:][::-1] for t in texts]))
+    texts = [" ".join(ast.unparse(n.test if isinstance(n, ast.If | ast.While) else n).split()) for n in (before, after)]
+    start = _alike(*texts)
+    end = _alike(*(t[start:][::-1] for t in texts))
     if start > 40:
         texts = ["…" + t[start - 30 :] for t in texts]
     if end > 30:
         texts = [t[: 20 - end] + "…" for t in texts]
     return " → ".join(texts)
+
+
+def _alike(first: str, second: str) -> int:
+    """How many letters two texts share at their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -102,7 +102,7 @@ def _server(place: Path) -> Iterator[None]:
     if os.fork() == 0:
         os.close(write)
         os.dup2(read, 0)
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115, PTH123
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
         request = fork_server.serve(f"{place}/socket")
         if request is None:
             os._exit(0)

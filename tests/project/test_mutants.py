@@ -35,13 +35,19 @@ EXPECTED = {
     8: {"100 → 101", "100 → 99"},
     10: {"1 → 2", "1 → 0", "'m' → 'XXm'"},
     13: {
-        "width < 0 or height < 0 → not (width < 0 or height < 0)", "width < 0 or height < 0 → width < 0 and height < 0",
-        "width < 0 or height < 0 → width <= 0 or height < 0", "width < 0 or height < 0 → width < 0 or height <= 0",
-        "width < 0 → width < 1", "width < 0 → width < -1", "height < 0 → height < 1", "height < 0 → height < -1",
+        "width < 0 or height < 0 → not (width < 0 or height < 0)",
+        "width < 0 or height < 0 → width < 0 and height < 0",
+        "width < 0 or height < 0 → width <= 0 or height < 0",
+        "width < 0 or height < 0 → width < 0 or height <= 0",
+        "width < 0 → width < 1",
+        "width < 0 → width < -1",
+        "height < 0 → height < 1",
+        "height < 0 → height < -1",
     },
     14: {"raise ValueError(f'{width} + 1 is below 0') → pass"},
     16: {
-        "sorted((w for w in [width] if w), reverse=True) → sorted((w for w in [width] if w))", "reverse=True → reverse=False",
+        "sorted((w for w in [width] if w), reverse=True) → sorted((w for w in [width] if w))",
+        "reverse=True → reverse=False",
         "(w for w in [width] if w) → (w for w in [width] if not w)",
     },
     17: {
@@ -50,10 +56,14 @@ EXPECTED = {
         "cast('list[int]', kept)[0] * height if LIMIT < width else LIMIT",
         "cast('list[int]', kept)[0] * height if not LIMIT… → cast('list[int]', kept)[0] / height if not LIMIT…",
         "not LIMIT < width → not LIMIT <= width",
-        "cast('list[int]', kept)[0] → cast('list[int]', kept)[1]", "cast('list[int]', kept)[0] → cast('list[int]', kept)[-1]",
+        "cast('list[int]', kept)[0] → cast('list[int]', kept)[1]",
+        "cast('list[int]', kept)[0] → cast('list[int]', kept)[-1]",
     },
-    19: {"dict(title='Area', unit='m', said='two words') → dict(title='Area', said='two words')", "unit='m' → unit='XXm'"},
-}  # fmt: skip
+    19: {
+        "dict(title='Area', unit='m', said='two words') → dict(title='Area', said='two words')",
+        "unit='m' → unit='XXm'",
+    },
+}
 
 
 def variants() -> list[tuple[int, str, str, CodeType]]:
