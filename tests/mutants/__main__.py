@@ -25,9 +25,8 @@ from typing import Any
 import one_thread  # noqa: F401 (before what it holds)
 from mutants import process
 from mutants.changes import Place, changes
-from mutants.process import ROOT
+from mutants.process import FOLDERS, ROOT
 
-FOLDERS = ["src/opdgeo/numerics", "src/opdgeo/diagnostics", "src/opdgeo/checkpoints"]
 TESTS = [
     *(f"tests/{folder}/test_*.py" for folder in ("numerics", "diagnostics", "checkpoints")),
     *(f"tests/survey/test_{name}.py" for name in ("compare", "relate", "means")),
@@ -131,7 +130,7 @@ def lines_of(file: str) -> tuple[str, dict[str, Any]]:
     with folder() as place:
 
         def work(place: Path) -> int:
-            lines = process.Lines(FOLDERS, place)
+            lines = process.Lines(place)
             process.run([file], lines)
             (place / "found").write_text(json.dumps(lines.found()))
             return 0
@@ -209,6 +208,8 @@ def main() -> int:
     args = options.parse_args()
     found = all_mutants(args.only)
     sample = found if args.all else random.Random(args.seed).sample(found, min(args.count, len(found)))
+    if not sample:
+        options.error("nothing to change there; --list shows what is")
     if args.list:
         print(*sample, sep="\n")
         return 0

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
@@ -32,6 +33,7 @@ import processor_time
 import program
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ["src/opdgeo/numerics", "src/opdgeo/diagnostics", "src/opdgeo/checkpoints"]  # what is changed
 CONTEXT = "OPDGEO_MUTANTS_CONTEXT"
 MEMORY = 4 << 30  # bytes of addresses beyond what a child starts with
 
@@ -54,7 +56,7 @@ def forked(work: Callable[[Path], int], place: Path, seconds: float, wait: float
     if pid == 0:
         os.setsid()
         _limits(seconds)
-        os.environ |= {"TMPDIR": str(place), "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+        os.environ["TMPDIR"] = str(place)
         tempfile.tempdir = None
         os.chdir(ROOT)
         with (place / "output").open("wb") as output:
@@ -66,6 +68,8 @@ def forked(work: Callable[[Path], int], place: Path, seconds: float, wait: float
                 status = work(place)
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -152,9 +156,8 @@ class Lines:
     After the run `tests` holds, of each test that passed, its processor time and its lines by file.
     """
 
-    def __init__(self, folders: list[str], place: Path):
+    def __init__(self, place: Path):
         self.place, self.fixtures, self.seconds, self.failed = place, {}, {}, set()
-        os.environ[FOLDERS] = os.pathsep.join(folders)
         self.measure = _measured()
         self.measure.start()
         self._in("")
@@ -210,15 +213,12 @@ class Lines:
         return {"tests": tests, "failed": sorted(self.failed & self.seconds.keys())}
 
 
-FOLDERS = "OPDGEO_MUTANTS_FOLDERS"
-
-
 def _name(fixture: Any) -> str:
     return f"fixture {fixture.baseid} {fixture.argname}"
 
 
 def _measured() -> coverage.Coverage:
-    include = [f"{ROOT / folder}/*" for folder in os.environ[FOLDERS].split(os.pathsep)]
+    include = [f"{ROOT / folder}/*" for folder in FOLDERS]
     return coverage.Coverage(data_file=None, config_file=False, include=include)
 
 
