@@ -35,7 +35,6 @@ TESTS = [
     "tests/docs/test_docstring_examples.py",
 ]
 KEPT = ROOT / "build" / "mutants.json"  # which test runs which line
-MOST = 60.0  # processor seconds of tests for one change
 CONTROLS = 3  # runs without a change, of the tests of some: none may fail
 
 
@@ -83,9 +82,9 @@ class Lines:
                         self.of.setdefault(source, {}).setdefault(line, set()).add(test)
         self.text = {source: (ROOT / source).read_text().splitlines() for source in self.of}
 
-    def tests(self, mutant: Mutant) -> dict[str, float]:
-        """The tests that a change may concern, with their seconds, the quick ones first; those of a file together where they are about
-        as quick, since they share its fixtures."""
+    def tests(self, mutant: Mutant, most: float) -> dict[str, float]:
+        """The tests that a change may concern, with their seconds, `most` together: the quick ones first; those of a file together
+        where they are about as quick, since they share its fixtures."""
         place, here = mutant.place, self.of.get(mutant.file, {})
         found: set[str] = set()
         if place.runs:
@@ -107,7 +106,7 @@ class Lines:
         chosen, total = {}, 0.0
         for test in sorted(found, key=order):
             total += self.seconds[test]
-            if total > MOST and chosen:
+            if total > most and chosen:
                 break
             chosen[test] = self.seconds[test]
         return chosen
@@ -181,7 +180,11 @@ def all_mutants(only: list[str]) -> list[Mutant]:
         file = str(path.relative_to(ROOT))
         for i, c in enumerate(changes(ast.parse(path.read_text()))):
             short = file.removeprefix("src/opdgeo/")
-            if not only or any(f"{short}:{c.line}" == o or (short + "/").startswith(o.rstrip("/") + "/") for o in only):
+            if not only or any(
+                o in (f"{short}:{c.line}", f"{short}:{c.line}  {c.what}")
+                or (short + "/").startswith(o.rstrip("/") + "/")
+                for o in only
+            ):
                 found.append(Mutant(file, i, c.line, c.what, c.place))
     return found
 
@@ -208,8 +211,9 @@ def main() -> int:
         action="append",
         default=[],
         metavar="PLACE",
-        help="numerics, numerics/nulls.py or numerics/nulls.py:120",
+        help="numerics, numerics/nulls.py, numerics/nulls.py:120, or a line of --list",
     )
+    options.add_argument("--most", type=float, default=60.0, help="seconds of tests for a change (default: 60)")
     options.add_argument("--list", action="store_true", help="say what would be changed, and run nothing")
     options.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (default: one a core)"
@@ -226,12 +230,13 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # a child's collector leaves the shared pages alone
     lines = Lines(args.jobs)
-    tasks = [(mutant, lines.tests(mutant)) for mutant in sample]
-    controls = [(Mutant(m.file, -1, m.line, "nothing", m.place), tests) for m, tests in tasks if tests][:CONTROLS]
+    tasks = [(mutant, lines.tests(mutant, args.most)) for mutant in sample]
+    quick = [(m, tests) for m, tests in tasks if 0 < sum(tests.values()) < 10][:CONTROLS]
+    controls = [(Mutant(m.file, -1, m.line, "nothing", m.place), tests) for m, tests in quick]
     print(f"seed {args.seed}: {len(sample)} of {len(found)} changes, {args.jobs} processes", flush=True)
     counts: dict[str, list[Mutant]] = {"killed": [], "time": [], "survived": [], "not run": []}
     spent, wrong = 0.0, []
-    for mutant, what, by, seconds in spread(outcome, controls + tasks, args.jobs):
+    for mutant, what, by, seconds in spread(outcome, tasks + controls, args.jobs):
         spent += seconds
         if mutant.index < 0:
             wrong += [] if what == "survived" else [f"{mutant}: {what} by {by}"]
