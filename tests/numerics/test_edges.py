@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from opdgeo.numerics.krylov import Goal, block_krylov
+from opdgeo.numerics.nulls import shifts
 from opdgeo.numerics.operators import DenseMatrix
 
 
@@ -23,3 +26,20 @@ def test_known_directions_spare_blocks(shape: tuple[int, int]) -> None:
         found = block_krylov(matrix, goal, right[:, :known])
         assert found is not None and found.errors.max() <= 3e-7 * 10
         assert bool(((found.sigma - sigma[:4]).abs() <= found.errors).all())
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
+def test_the_mean_of_the_shifts_is_that_of_many_matrices(shape: tuple[int, int]) -> None:
+    """To second order; drawn in pairs ±G, whose first order cancels."""
+    rng = torch.Generator().manual_seed(0)
+    sigma = torch.tensor([9.0, 7.5, 5.0, 4.0, 2.5, 1.5], dtype=torch.float64)
+    matrix, scale = torch.zeros(*shape, dtype=torch.float64), 0.02
+    matrix.diagonal().copy_(sigma)
+    noise = scale * torch.randn(4000, *shape, dtype=torch.float64, generator=rng)
+    both = torch.linalg.svdvals(matrix + noise) + torch.linalg.svdvals(matrix - noise)
+    expected = (both / 2 - sigma).mean(dim=0)
+    spread = (both / 2 - sigma).std(dim=0) / math.sqrt(len(noise))
+    found = shifts(sigma, *shape, scale, 64, torch.Generator().manual_seed(1))
+    first = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * scale
+    assert float((found - first).std(dim=0).max()) < 1e-15
+    assert bool(((found - first).mean(dim=0) - expected).abs().le(4.5 * spread + 0.01 * expected.abs()).all())

@@ -1,0 +1,120 @@
+"""Planted trajectories, and which rows a mean is over: each checkpoint is told from its neighbours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Trajectory, Update
+from opdgeo.diagnostics.rows import compared
+from opdgeo.diagnostics.trajectory import Point
+from opdgeo.numerics.spectra import spectrum
+
+ROWS, COLS = 14, 11
+# Of four checkpoints, which left and right basis directions ΔW has, strongest first, with the singular values 4 and 3.
+DIRECTIONS = [((0, 1), (0, 1)), ((1, 2), (2, 3)), ((2, 3), (2, 0)), ((3, 1), (0, 5))]
+SIGMA = (4.0, 3.0)
+
+
+@pytest.fixture(scope="module")
+def run() -> list[Trajectory]:
+    """The matrix at each checkpoint. The walk's increments are 1, 2, 3 and 4."""
+    settings = Settings(top_k=2, rank=4, mask_rank=4)
+    rng = torch.Generator().manual_seed(0)
+    base = Base(torch.randn(ROWS, COLS, dtype=torch.float64, generator=rng), settings)
+    deltas = []
+    for left, right in DIRECTIONS:
+        delta = torch.zeros(ROWS, COLS, dtype=torch.float64)
+        for u, v, s in zip(left, right, SIGMA, strict=True):
+            delta[u, v] = s
+        deltas.append(delta)
+    points = [Point(spectrum=spectrum(d, 5), increment=i) for i, d in enumerate(deltas, 1)]
+    updates = [Update(base, base.weights + d) for d in deltas]
+    return [Trajectory((ROWS, COLS), settings, points, i, update) for i, update in enumerate(updates)]
+
+
+def shared(side: str, k: int, one: int, other: int) -> set[int]:
+    at = ("left", "right").index(side)
+    return set(DIRECTIONS[one][at][:k]) & set(DIRECTIONS[other][at][:k])
+
+
+def test_similarities_are_the_shares_of_common_directions(run: list[Trajectory]) -> None:
+    for t, here in enumerate(run):
+        found = DIAGNOSTICS["subspace_similarity"].measure(here)
+        for side, k, kind in itertools.product(("left", "right"), (1, 2), ("final", "previous")):
+            value = found[f"{kind}.{k}" if side == "right" else f"{kind}.left.{k}"]
+            other = len(run) - 1 if kind == "final" else t - 1
+            if other < 0:
+                assert value.status == "undefined" and value.reason == "there is no earlier checkpoint"
+            else:
+                assert value.value == pytest.approx(len(shared(side, k, t, other)) / k, abs=1e-9)
+                assert value.error is not None and value.error < 1e-9
+        assert found["final.4"].status == ("undefined")  # each update has rank 2
+
+
+def test_energies_are_those_of_the_directions_in_the_earlier_channel(run: list[Trajectory]) -> None:
+    for t, here in enumerate(run):
+        found = DIAGNOSTICS["channel_energy"].measure(here)
+        for side, kind in itertools.product(("left", "right"), ("first", "previous")):
+            value = found[f"{kind}.2" if side == "right" else f"{kind}.left.2"]
+            if t == 0:
+                assert value.status == "undefined"
+                continue
+            common = shared(side, 2, t, 0 if kind == "first" else t - 1)
+            own = DIRECTIONS[t][("left", "right").index(side)]
+            expected = sum(s**2 for s, d in zip(SIGMA, own, strict=True) if d in common) / 25
+            assert value.value == pytest.approx(expected, abs=1e-9)
+            assert value.error is not None and value.error < 1e-8
+
+
+def test_the_walk_of_a_trajectory(run: list[Trajectory]) -> None:
+    """cos² of the angle between two points is the share of the later one's squared length that the earlier one has."""
+    lengths = [1, 5, 14, 30]
+    assert run[0].lengths() == lengths
+    for t, other in itertools.product(range(4), range(4)):
+        angle = run[t].angle(other)
+        first, later = sorted((lengths[t], lengths[other]))
+        assert angle == pytest.approx(math.acos(math.sqrt(first / later)), abs=1e-12)
+    gaps = [Point(increment=1.0), Point(finite=False), Point(increment=2.0), Point(), Point(increment=1.0)]
+    there = Trajectory((3, 3), Settings(), gaps, 2)
+    assert there.lengths() == [1.0, None, 5.0, None, None]
+    assert [there.angle(i) is None for i in range(5)] == [False, True, False, True, True]
+
+
+def test_the_null_of_the_energy_in_an_earlier_channel(run: list[Trajectory]) -> None:
+    """It keeps cos²θ of what a Gaussian has in its own channel, and gains chance."""
+    from opdgeo.numerics.nulls import own_energy
+
+    own, spread = own_energy(ROWS, COLS, 2)
+    for t, here in enumerate(run):
+        found = DIAGNOSTICS["channel_energy"].null(here)
+        kept = {"first": [1, 1 / 5, 1 / 14, 1 / 30][t], "previous": [None, 1 / 5, 5 / 14, 14 / 30][t]}
+        expected = {} if t == 0 else kept
+        assert {k.partition(".")[0] for k in found} == set(expected)
+        for kind, share in expected.items():
+            for variant, size in ((f"{kind}.2", COLS), (f"{kind}.left.2", ROWS)):
+                assert share is not None
+                assert found[variant] == pytest.approx(
+                    (share * own + (1 - share) * 2 / size, share * spread), abs=1e-12
+                )
+
+
+@pytest.mark.parametrize(
+    ("valued", "nulled", "moved", "expected"),
+    [
+        ("1101", "0110", None, "0100"),  # with a value and a null
+        ("1101", "0010", None, "1101"),  # no row has both: with a value
+        ("1101", "0000", "0110", "0100"),  # no nulls at all: those of matrices that moved
+        ("1101", "0000", "0010", "1101"),  # none of these moved
+        ("1101", "1001", "0100", "1001"),  # a null decides before movement
+    ],
+)
+def test_the_rows_of_a_mean(valued: str, nulled: str, moved: str | None, expected: str) -> None:
+    masks = [None if m is None else np.array([c == "1" for c in m]) for m in (valued, nulled, moved)]
+    assert masks[0] is not None and masks[1] is not None
+    found = compared(masks[0], masks[1], masks[2])
+    assert "".join(str(int(f)) for f in found) == expected
