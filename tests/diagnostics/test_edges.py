@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Trajectory, Update
+from opdgeo.diagnostics.diagnostic import Published
 from opdgeo.diagnostics.rows import compared
 from opdgeo.diagnostics.trajectory import Point
 from opdgeo.numerics.spectra import spectrum
@@ -118,3 +119,9 @@ def test_the_rows_of_a_mean(valued: str, nulled: str, moved: str | None, expecte
     assert masks[0] is not None and masks[1] is not None
     found = compared(masks[0], masks[1], masks[2])
     assert "".join(str(int(f)) for f in found) == expected
+
+
+def test_the_papers_norms_relative_to_weights_of_two_sizes() -> None:
+    """A matrix of 4096 × 4096 entries of standard deviation s has the norm 4096 s."""
+    one = Published("", "sft", 0.1, norm=4096 * 0.06)
+    assert one.relative_norm == pytest.approx((2, 3))

@@ -31,6 +31,7 @@ from mutants.process import FOLDERS, ROOT
 TESTS = [
     *(f"tests/{folder}/test_*.py" for folder in ("numerics", "diagnostics", "checkpoints")),
     *(f"tests/survey/test_{name}.py" for name in ("compare", "relate", "means")),
+    "tests/experiments/test_gradient_signals.py",
     "tests/gpu/test_numerics.py",
     "tests/docs/test_docstring_examples.py",
 ]
