@@ -125,3 +125,24 @@ def test_the_papers_norms_relative_to_weights_of_two_sizes() -> None:
     """A matrix of 4096 × 4096 entries of standard deviation s has the norm 4096 s."""
     one = Published("", "sft", 0.1, norm=4096 * 0.06)
     assert one.relative_norm == pytest.approx((2, 3))
+
+
+def test_the_nulls_beside_the_papers_values_are_those_of_gaussian_weights() -> None:
+    """docs/paper.md, §5; of a part of the matrix, whose update has the same size an entry."""
+    from opdgeo.diagnostics.gaussian_null import gaussian_null
+
+    side, checked = 384, 0
+    wanted = [DIAGNOSTICS["update_sparsity"], DIAGNOSTICS["mask_overlap"]]
+    rng = torch.Generator().manual_seed(0)
+    for at, std in enumerate((0.02, 0.03)):
+        base = Base(std * torch.randn(side, side, generator=rng), Settings())
+        for norm in {p.norm for d in wanted for p in d.published}:
+            drawn = torch.randn(side, side, generator=rng) * (norm / 4096)
+            update = Update(base, base.weights + drawn)
+            found, _ = gaussian_null(update, wanted, "test")
+            for d in wanted:
+                for one in (p for p in d.published if p.norm == norm):
+                    assert one.null is not None
+                    assert found[d.name, one.variant][0] == pytest.approx(one.null[at], abs=0.004)
+                    checked += 1
+    assert checked == 12

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NoReturn
 
 import coverage
 import hypothesis
@@ -161,6 +161,14 @@ class Lines:
         self.measure = _measured()
         self.measure.start()
         self._in("")
+        own, leave = os.getpid(), os._exit
+
+        def leaving(status: int) -> NoReturn:  # a child that a test forked
+            if os.getpid() != own:
+                self._keep()
+            leave(status)
+
+        os._exit = leaving
 
     def _in(self, context: str) -> None:
         self.context = os.environ[CONTEXT] = context
@@ -191,18 +199,18 @@ class Lines:
         if not report.passed:
             self.failed.add(report.nodeid)
 
-    def found(self) -> dict[str, Any]:
+    def _keep(self) -> None:
+        """Write the lines so far, for `found`."""
         self.measure.stop()
-        data = self.measure.get_data()
+        _write(self.measure.get_data(), self.place)
+
+    def found(self) -> dict[str, Any]:
+        self._keep()
         lines: dict[str, dict[str, set[int]]] = {}
-        for file in data.measured_files():
-            for line, contexts in data.contexts_by_lineno(file).items():
+        for path in self.place.glob("*.lines"):
+            for file, line, contexts in json.loads(path.read_text()):
                 for context in contexts:
                     lines.setdefault(context, {}).setdefault(file, set()).add(line)
-        for path in self.place.glob("*.lines"):
-            context, files = json.loads(path.read_text())
-            for file, more in files.items():
-                lines.setdefault(context, {}).setdefault(file, set()).update(more)
         tests = {}
         for test in self.seconds.keys() - self.failed:
             of: dict[str, set[int]] = {}
@@ -222,15 +230,19 @@ def _measured() -> coverage.Coverage:
     return coverage.Coverage(data_file=None, config_file=False, include=include)
 
 
+def _write(data: coverage.CoverageData, place: Path) -> None:
+    found = [(f, n, of) for f in data.measured_files() for n, of in data.contexts_by_lineno(f).items()]
+    (place / f"{uuid.uuid4()}.lines").write_text(json.dumps(found))
+
+
 def _measure(context: str, place: Path) -> None:
     """In a program: keep its lines when it ends."""
     measure = _measured()
     measure.start()
+    measure.switch_context(context)
 
     def keep() -> None:
         measure.stop()
-        data = measure.get_data()
-        files = {file: data.lines(file) for file in data.measured_files()}
-        (place / f"{uuid.uuid4()}.lines").write_text(json.dumps([context, files]))
+        _write(measure.get_data(), place)
 
     atexit.register(keep)
