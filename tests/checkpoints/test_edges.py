@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pickle
+import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +18,9 @@ from safetensors.torch import save_file
 import opdgeo
 from delta_writer import publish
 from hub_server import Answer, Hub
-from opdgeo.checkpoints import transport
+from opdgeo.checkpoints import pickled, transport
+from opdgeo.checkpoints.names import matrices
+from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw, Rows, Stored, contiguous
 from opdgeo.checkpoints.zero import Stretches
 from opdgeo.errors import CheckpointError
@@ -132,3 +138,130 @@ def test_a_server_that_may_answer_later_is_asked_again(status: int, waited: bool
     with pytest.raises(CheckpointError, match=f"broke {transport.TRIES} times" if waited else "does not give"):
         list(transport.part(url, 10, 30, {}))
     assert len(tries) == (transport.TRIES if waited else 1)
+
+
+def test_reads_that_the_system_cuts_short_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, preadv = stored("raw", tmp_path), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:7]], at))
+    assert torch.equal(tensor[1:5, :, :], TRUTH[1:5])
+
+
+def long_form(file: Path, fields: tuple[str, ...]) -> None:
+    """Write a zip's directory anew as of one beyond 4 GB: `fields` of every entry, and the place of the directory, in their long forms."""
+    whole = file.read_bytes()
+    end = whole.rindex(b"PK\5\6")
+    count, _, offset = struct.unpack_from("<HII", whole, end + 10)
+    directory, at = b"", offset
+    for _ in range(count):
+        fixed = bytearray(whole[at : at + 46])
+        names, extra, comment = struct.unpack_from("<HHH", fixed, 28)
+        values = dict(zip(("packed", "whole"), struct.unpack_from("<II", fixed, 20), strict=True))
+        values["header"] = struct.unpack_from("<I", fixed, 42)[0]
+        long = b""
+        for field, place in (("whole", 24), ("packed", 20), ("header", 42)):  # the order of the extra field
+            if field in fields:
+                struct.pack_into("<I", fixed, place, 0xFFFFFFFF)
+                long += struct.pack("<Q", values[field])
+        more = b"AB" + struct.pack("<H", 3) + b"xyz" + struct.pack("<HH", 1, len(long)) + long
+        struct.pack_into("<HHH", fixed, 28, names, len(more), 4)
+        directory += bytes(fixed) + whole[at + 46 : at + 46 + names] + more + b"note"
+        at += 46 + names + extra + comment
+    where = offset + len(directory)
+    record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), offset)
+    locator = b"PK\6\7" + struct.pack("<IQI", 0, where, 1)
+    last = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    file.write_bytes(whole[:offset] + directory + record + locator + last)
+
+
+@pytest.mark.parametrize("fields", [("whole", "packed", "header"), ("header",), ("whole", "packed"), ()])
+def test_a_torch_file_beyond_four_gigabytes(fields: tuple[str, ...], tmp_path: Path) -> None:
+    """Its zip has another directory, as torch reads it too."""
+    state = {"model.norm.weight": torch.arange(5.0), "model.layers.0.mlp.up_proj.weight": TRUTH[0].clone()}
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(state, file)
+    long_form(file, fields)
+    assert torch.load(file)["model.norm.weight"].tolist() == [0, 1, 2, 3, 4]
+    opened = opdgeo.open_checkpoint(tmp_path).tensors
+    assert opened.keys() == state.keys()
+    assert all(torch.equal(opened[n][(slice(None),) * t.ndim], t) for n, t in state.items())
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"PK\6\6", b"PK\6\5"))
+    with pytest.raises(CheckpointError, match="its zip is damaged"):
+        opdgeo.open_checkpoint(tmp_path)
+
+
+PATTERNS = r"[a-c]x [^a-c]x \dx \Dx \w\s \W [0-9_]+ a{2,3}x a+?x (a|bc)*x .x [^.]x b?x x\Z ^x"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.split())
+def test_a_pattern_of_module_names_means_what_it_means_in_python(pattern: str) -> None:
+    names = (
+        "ax",
+        "cx",
+        "dx",
+        "5x",
+        "_ ",
+        "a ",
+        "-",
+        "07_",
+        "aax",
+        "aaaax",
+        "bcax",
+        "bcx",
+        "x",
+        "a.x",
+        "a.bx",
+        "bx\n",
+        "\nx",
+        "",
+        ".x",
+    )
+    for name in names:
+        expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
+        assert (Patterns({pattern: 1}).find(name) is not None) == expected, name
+
+
+def test_names_of_experts() -> None:
+    """Mixtral's, and those that every token passes."""
+    config = {"model_type": "mixtral"}
+    for w, role in {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.items():
+        (one,) = matrices(f"model.layers.3.block_sparse_moe.experts.12.{w}.weight", (7, 5), config)
+        assert (one.layer, one.role, one.expert, one.rows, one.cols) == (3, role, 12, 7, 5)
+    (one,) = matrices("model.layers.2.mlp.experts.9.up_proj.weight", (7, 5), {"model_type": "qwen3_moe"})
+    assert (one.layer, one.role, one.expert) == (2, "up_proj", 9)
+    (one,) = matrices("model.layers.2.mlp.shared_experts.up_proj.weight", (7, 5), {"model_type": "deepseek_v3"})
+    assert (one.layer, one.role, one.expert) == (2, "up_proj", None)
+
+
+def test_an_integer_of_a_pickle_has_at_most_512_bits() -> None:
+    for value in (2**511, -(2**511), 2**512 - 1):
+        assert pickled.load(pickle.dumps([value], 4), ()) == [value]
+    with pytest.raises(CheckpointError, match="thousands of digits"):
+        pickled.load(pickle.dumps([2**512], 4), ())
+
+
+@pytest.mark.needs("gguf")
+def test_a_gguf_model_in_parts(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3", split_max_tensors=1)
+    writer.add_block_count(1)
+    values = {
+        f"blk.0.{part}.weight": np.arange(12, dtype=np.float32).reshape(3, 4) + i
+        for i, part in enumerate(("ffn_up", "ffn_gate", "ffn_down"))
+    }
+    for name, value in values.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) == 3
+    for place in (tmp_path, files[0]):
+        opened = opdgeo.open_checkpoint(place).tensors
+        for part, value in zip(("up", "gate", "down"), values.values(), strict=True):
+            assert torch.equal(opened[f"model.layers.0.mlp.{part}_proj.weight"][:, :], torch.from_numpy(value))
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=r"in 3 parts, of which model-00002-of-00003\.gguf is missing"):
+        opdgeo.open_checkpoint(tmp_path)
