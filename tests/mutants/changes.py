@@ -1,7 +1,7 @@
 """What may be changed in a source file: one operator, constant, condition, statement or keyword at a time.
 
 Left out is what no result can depend on, as far as the syntax tells: annotations, docstrings, texts (in f-strings, in what is raised or
-logged, or with a space in them), decorators, assertions, and the sizes of `SPEED`.
+logged, or with a space in them), decorators, assertions and `CHECKS`, and the sizes of `SPEED`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ OPERATORS = {
 }
 NEGATED = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)  # whose change is the negation already
 PROSE = {"title", "formula", "meaning", "caveat", "example", "source", "headline", "label"}  # of a `Diagnostic`
+CHECKS = {"strict"}  # keywords that only make sure, as an assertion does
 SPEED = {"BLOCK", "KEPT", "BINS", "CACHED", "WHOLE", "CONNECTIONS", "RUN"}  # sizes that change how long a thing takes
 LOGS = {"print", "warn", "debug", "info", "warning"}
 
@@ -128,7 +129,7 @@ def _alternatives(node: Any) -> Iterator[ast.AST]:
                     yield changed(ifs=[*ifs[:i], _not(test), *ifs[i + 1 :]])
         case ast.Call(keywords=keywords):
             for i, keyword in enumerate(keywords):
-                if keyword.arg and keyword.arg not in PROSE and not _text(keyword.value):
+                if keyword.arg and keyword.arg not in PROSE | CHECKS and not _text(keyword.value):
                     yield changed(keywords=[*keywords[:i], *keywords[i + 1 :]])
 
 
@@ -164,7 +165,7 @@ def _left_out(parent: ast.AST, field: str, node: Any) -> bool:
         case ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
         case ast.keyword(arg=str(name)):
-            return name in PROSE
+            return name in PROSE | CHECKS
         case ast.Expr(value=ast.Call() as call):
             return _named(call) in LOGS
         case ast.Assign(targets=[ast.Name(id=name)]):
