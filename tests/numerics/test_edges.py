@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from opdgeo.numerics.krylov import Goal, block_krylov
+from opdgeo.numerics.moments import Products
 from opdgeo.numerics.nulls import shifts
 from opdgeo.numerics.operators import DenseMatrix
 
@@ -43,3 +45,20 @@ def test_the_mean_of_the_shifts_is_that_of_many_matrices(shape: tuple[int, int])
     first = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * scale
     assert float((found - first).std(dim=0).max()) < 1e-15
     assert bool(((found - first).mean(dim=0) - expected).abs().le(4.5 * spread + 0.01 * expected.abs()).all())
+
+
+def test_a_cosine_with_what_is_all_noise_is_not_a_number() -> None:
+    """Two blocks that are opposite: their inner product, which estimates the squared norm of the mean, is negative."""
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    entries = {"noise": torch.stack([x, -x]), "signal": torch.stack([y, y])}
+    products = Products(entries, dict.fromkeys(entries, np.ones(2)))
+    counts = np.ones((1, 2))
+    assert products.inner("noise", "noise", counts) == pytest.approx(-25)
+    assert products.inner("signal", "signal", counts) == pytest.approx(4)
+    assert products.inner("noise", "signal", counts) == pytest.approx(0, abs=1e-6)
+    assert np.isnan(products.cosine("noise", "signal", counts)).all()
+    assert products.cosine("signal", "signal", counts) == pytest.approx(1)
+    parts = {"noise": np.array([[2.0, 1.0]]), "signal": np.array([[1.0, 0.5]])}  # 2x − x + y + y/2
+    assert products.norm(parts) == pytest.approx(float((x + 1.5 * y).norm()))
+    zero = Products({"none": torch.zeros(2, 3)}, {"none": np.ones(2)})
+    assert zero.inner("none", "none", counts) == 0 and np.isnan(zero.cosine("none", "none", counts)).all()
