@@ -164,7 +164,7 @@ def outcome(task: tuple[Mutant, dict[str, float]]) -> tuple[Mutant, str, str, fl
                         break
                 process.put(path, compile(tree, str(path), "exec"))
             files = sorted({test.partition("::")[0] for test in tests})
-            return process.run(files, process.Chosen(dict.fromkeys(tests, 0), place))
+            return process.run(files, process.Chosen(tests, place), "-x")
 
         planned = sum(tests.values())
         status, seconds = process.forked(work, place, 20 + 4 * planned, 120 + 20 * planned)

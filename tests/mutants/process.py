@@ -18,7 +18,7 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
@@ -130,15 +130,16 @@ def put(path: Path, code: CodeType) -> None:
     SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
 
 
-def run(files: list[str], plugin: object) -> int:
-    options = ["-x", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-    return int(pytest.main([*(options if isinstance(plugin, Chosen) else options[1:]), *files], plugins=[plugin]))
+def run(files: list[str], plugin: object, *options: str) -> int:
+    """pytest on files of tests; its exit status."""
+    usual = ("--tb=no", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", str(ROOT))
+    return int(pytest.main([*usual, *options, *files], plugins=[plugin]))
 
 
 class Chosen:
     """Runs some tests in an order of their own, and keeps the name of the first that fails."""
 
-    def __init__(self, tests: dict[str, int], place: Path):
+    def __init__(self, tests: Iterable[str], place: Path):
         self.order, self.place = {test: i for i, test in enumerate(tests)}, place
 
     @pytest.hookimpl(trylast=True)
@@ -151,10 +152,7 @@ class Chosen:
 
 
 class Lines:
-    """Which lines of the measured folders a test runs, itself, in the programs that it starts, and in its wider fixtures.
-
-    After the run `tests` holds, of each test that passed, its processor time and its lines by file.
-    """
+    """Which lines of `FOLDERS` a test runs: itself, in its wider fixtures, in the children that it forks and the programs that it starts."""
 
     def __init__(self, place: Path):
         self.place, self.fixtures, self.seconds, self.failed = place, {}, {}, set()
@@ -205,6 +203,7 @@ class Lines:
         _write(self.measure.get_data(), self.place)
 
     def found(self) -> dict[str, Any]:
+        """`tests`: of each that passed, its processor time and its lines by file; `failed`: the others."""
         self._keep()
         lines: dict[str, dict[str, set[int]]] = {}
         for path in self.place.glob("*.lines"):
