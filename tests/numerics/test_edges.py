@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from opdgeo.numerics.dense import by_svd
+from opdgeo.numerics.gram import by_gram
 from opdgeo.numerics.krylov import Goal, block_krylov
 from opdgeo.numerics.moments import Products
 from opdgeo.numerics.nulls import shifts
-from opdgeo.numerics.operators import DenseMatrix
+from opdgeo.numerics.operators import DenseMatrix, LowRankMatrix
 
 
 @pytest.mark.parametrize("shape", [(130, 90), (90, 130), (100, 100)])
@@ -62,3 +64,16 @@ def test_a_cosine_with_what_is_all_noise_is_not_a_number() -> None:
     assert products.norm(parts) == pytest.approx(float((x + 1.5 * y).norm()))
     zero = Products({"none": torch.zeros(2, 3)}, {"none": np.ones(2)})
     assert zero.inner("none", "none", counts) == 0 and np.isnan(zero.cosine("none", "none", counts)).all()
+
+
+def test_each_method_says_its_name() -> None:
+    """It stands in the tables, beside every value."""
+    matrix = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    few_small, many_small = torch.ones(2, 30, dtype=torch.float64)
+    few_small[-5:], many_small[-12:] = 1e-9, 1e-9
+    assert (by_svd(matrix, 2).method, by_svd(matrix, 0).method) == ("svd", "svdvals")
+    for scales, method in ((1.0, "gram"), (few_small, "gram, inverse iteration"), (many_small, "gram, svdvals")):
+        found = by_gram(matrix * scales, 2)
+        assert found is not None and found.method == method
+    few = LowRankMatrix(matrix[:, :3], matrix[:30, :3]).structured_svd(2)
+    assert few.method == "factors" and few.sigma.shape == (3,) and few.left.shape == (40, 2)
