@@ -22,6 +22,7 @@ from opdgeo.checkpoints import pickled, transport
 from opdgeo.checkpoints.names import matrices
 from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw, Rows, Stored, contiguous
+from opdgeo.checkpoints.torchfile import unpickle
 from opdgeo.checkpoints.zero import Stretches
 from opdgeo.errors import CheckpointError
 
@@ -265,3 +266,55 @@ def test_a_gguf_model_in_parts(tmp_path: Path) -> None:
     files[1].unlink()
     with pytest.raises(CheckpointError, match=r"in 3 parts, of which model-00002-of-00003\.gguf is missing"):
         opdgeo.open_checkpoint(tmp_path)
+
+
+def test_numbers_of_every_type_that_torch_stores(tmp_path: Path) -> None:
+    """Also those that are no weights: what lies beside these is read as what it is."""
+    names = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex128 complex64 uint16 uint32 uint64 float8_e5m2"
+    state = {n: torch.arange(6).to(getattr(torch, n)).reshape(2, 3) for n in names.split()}
+    for kind in ("float32", "bfloat16"):
+        state[f"{kind} beside"] = state[kind][:, 1:]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = unpickle(tmp_path / "pytorch_model.bin")
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        read = found[name][slice(None), slice(None)]
+        assert read.dtype == tensor.dtype and torch.equal(
+            read.view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        ), name
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_what_pickles_of_every_protocol_hold(protocol: int) -> None:
+    shared = [1, 2]
+    held: list[object] = [
+        None,
+        True,
+        False,
+        0,
+        255,
+        256,
+        70_000,
+        -1,
+        -(2**40),
+        2**200,
+        1.5,
+        -0.25,
+        "text",
+        "\u00e9\u4e2d",
+        "x" * 300,
+        {},
+        [],
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        {"a": 1},
+        {"a": {"b": [3]}, 2: (4,)},
+        [shared, shared],
+        [7],
+    ]
+    found = pickled.load(pickle.dumps(held, protocol), ())
+    assert found == held and [type(a) for a in found] == [type(b) for b in held]
+    assert found[-2][0] is found[-2][1]

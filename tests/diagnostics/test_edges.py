@@ -13,7 +13,8 @@ from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Trajectory, Update
 from opdgeo.diagnostics.diagnostic import Published
 from opdgeo.diagnostics.rows import compared
 from opdgeo.diagnostics.trajectory import Point
-from opdgeo.numerics.spectra import spectrum
+from opdgeo.diagnostics.update import LowRankUpdate
+from opdgeo.numerics.spectra import LowRankMatrix, spectrum
 
 ROWS, COLS = 14, 11
 # Of four checkpoints, which left and right basis directions ΔW has, strongest first, with the singular values 4 and 3.
@@ -146,3 +147,58 @@ def test_the_nulls_beside_the_papers_values_are_those_of_gaussian_weights() -> N
                     assert found[d.name, one.variant][0] == pytest.approx(one.null[at], abs=0.004)
                     checked += 1
     assert checked == 12
+
+
+def test_where_a_run_locks_in_a_planted_table() -> None:
+    """Two matrices at steps 10 to 40; their similarities to the end, and those of their nulls."""
+    import polars as pl
+
+    values = {"a": (0.2, 0.9, 0.7, 1.0), "b": (0.6, 0.7, 0.9, 1.0)}
+    chances = {"a": (0.1, 0.5, 0.6, 1.0), "b": (0.1, 0.5, 0.8, 1.0)}
+    rows = [
+        {
+            "checkpoint": f"run/step-{10 * t}",
+            "step": 10 * t,
+            "matrix": m,
+            "diagnostic": "subspace_similarity",
+            "variant": "final.left.4",
+            "value": values[m][t - 1],
+            "null_mean": chances[m][t - 1],
+        }
+        for t in (3, 1, 4, 2)
+        for m in values
+    ]
+    (found,) = DIAGNOSTICS["locking"].measure(pl.DataFrame(rows))
+    assert (found["run"], found["side"], found["rank"], found["steps"]) == ("run", "left", 4, [10, 20, 30])
+    at = {t: i for i, t in enumerate(found["thresholds"])}
+    expected = {
+        0.5: (20, 20, 10),
+        0.7: (20, 30, 20),
+        0.8: (20, None, 30),
+        0.9: (None, None, 30),
+        0.95: (None, None, None),
+    }
+    for threshold, steps in expected.items():
+        of = tuple(found[name][at[threshold]] for name in ("step", "null_step", "median_step"))
+        assert of == steps, threshold
+
+
+def test_a_base_of_zeros_has_no_relative_shift() -> None:
+    from opdgeo.diagnostics.gaussian_null import gaussian_null
+
+    shift = DIAGNOSTICS["spectral_shift"]
+    update = Update(
+        Base(torch.zeros(80, 70, dtype=torch.float64), Settings(rank=4, mask_rank=4)), torch.ones(80, 70).double()
+    )
+    assert shift.measure(update)[""].status == "undefined"
+    assert all(math.isnan(x) for x in gaussian_null(update, [shift], "test")[0].get((shift.name, ""), (math.nan,)))
+
+
+def test_the_error_of_a_norm_of_factors_is_relative() -> None:
+    rng = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 3, dtype=torch.float64, generator=rng) for n in (9, 7))
+    base = Base(torch.randn(9, 7, dtype=torch.float64, generator=rng), Settings(rank=2, mask_rank=2))
+    errors = [LowRankUpdate(base, LowRankMatrix(left * scale, right)).norm_error for scale in (1e-6, 1.0, 1e6)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9) == pytest.approx(errors[2], rel=1e-9)
+    assert 0 < errors[1] < 1e-12
+    assert LowRankUpdate(base, LowRankMatrix(left * 0, right)).norm_error == 0

@@ -12,7 +12,7 @@ from opdgeo.numerics.dense import by_svd
 from opdgeo.numerics.gram import by_gram
 from opdgeo.numerics.krylov import Goal, block_krylov
 from opdgeo.numerics.moments import Products
-from opdgeo.numerics.nulls import shifts
+from opdgeo.numerics.nulls import factor, shifts
 from opdgeo.numerics.operators import DenseMatrix, LowRankMatrix
 
 
@@ -77,3 +77,14 @@ def test_each_method_says_its_name() -> None:
         assert found is not None and found.method == method
     few = LowRankMatrix(matrix[:, :3], matrix[:30, :3]).structured_svd(2)
     assert few.method == "factors" and few.sigma.shape == (3,) and few.left.shape == (40, 2)
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_a_factor_stands_for_a_gaussian_matrix(count: int) -> None:
+    """Every entry of FᵀF has the mean and the variance of a Wishart matrix's."""
+    rng, k, draws = torch.Generator().manual_seed(0), 3, 4000
+    found = torch.stack([f.T @ f for f in (factor(count, k, rng) for _ in range(draws))])
+    mean = count * torch.eye(k, dtype=torch.float64)
+    variance = count * (1 + torch.eye(k, dtype=torch.float64))
+    assert float((found.mean(dim=0) - mean).abs().max()) < 5 * math.sqrt(2 * count / draws)
+    assert float((found.var(dim=0) / variance - 1).abs().max()) < 0.25
