@@ -318,3 +318,36 @@ def test_what_pickles_of_every_protocol_hold(protocol: int) -> None:
     found = pickled.load(pickle.dumps(held, protocol), ())
     assert found == held and [type(a) for a in found] == [type(b) for b in held]
     assert found[-2][0] is found[-2][1]
+
+
+@pytest.mark.needs("gguf")
+def test_a_gguf_header_with_facts_of_every_type(tmp_path: Path) -> None:
+    """They are passed over to the byte."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3")
+    writer.add_block_count(1)
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"general.{kind}", 100)
+    for kind in ("float32", "float64"):
+        getattr(writer, f"add_{kind}")(f"general.{kind}", 0.5)
+    writer.add_bool("general.bool", True)
+    writer.add_string("general.text", "text")
+    for name, values in {
+        "texts": ["a", "bc"],
+        "numbers": [1, 2, 3],
+        "reals": [0.5],
+        "bools": [True, False],
+    }.items():
+        writer.add_array(f"general.{name}", values)
+    writer.add_tensor("blk.0.ffn_up.weight", TRUTH[0].numpy())
+    short = gguf.GGMLQuantizationType.BF16
+    writer.add_tensor("blk.0.ffn_gate.weight", gguf.quants.quantize(TRUTH[1].numpy(), short), raw_dtype=short)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = opdgeo.open_checkpoint(tmp_path).tensors
+    assert torch.equal(opened["model.layers.0.mlp.up_proj.weight"][:, :], TRUTH[0])
+    gate = opened["model.layers.0.mlp.gate_proj.weight"]
+    assert (gate.dtype, gate.quantised) == ("bfloat16", None) and torch.equal(gate[:, :], TRUTH[1].bfloat16())

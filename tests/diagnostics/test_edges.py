@@ -12,7 +12,7 @@ import torch
 from opdgeo.diagnostics import DIAGNOSTICS, Base, Settings, Trajectory, Update
 from opdgeo.diagnostics.diagnostic import Published
 from opdgeo.diagnostics.rows import compared
-from opdgeo.diagnostics.trajectory import Point
+from opdgeo.diagnostics.trajectory import Point, walk_angle
 from opdgeo.diagnostics.update import LowRankUpdate
 from opdgeo.numerics.spectra import LowRankMatrix, spectrum
 
@@ -81,6 +81,9 @@ def test_the_walk_of_a_trajectory(run: list[Trajectory]) -> None:
         angle = run[t].angle(other)
         first, later = sorted((lengths[t], lengths[other]))
         assert angle == pytest.approx(math.acos(math.sqrt(first / later)), abs=1e-12)
+    assert (
+        walk_angle(math.nextafter(1.0, 2.0), 1.0) == 0 == walk_angle(0.0, 0.0)
+    )  # where rounding left the later one shorter
     gaps = [Point(increment=1.0), Point(finite=False), Point(increment=2.0), Point(), Point(increment=1.0)]
     there = Trajectory((3, 3), Settings(), gaps, 2)
     assert there.lengths() == [1.0, None, 5.0, None, None]
@@ -202,3 +205,17 @@ def test_the_error_of_a_norm_of_factors_is_relative() -> None:
     assert errors[0] == pytest.approx(errors[1], rel=1e-9) == pytest.approx(errors[2], rel=1e-9)
     assert 0 < errors[1] < 1e-12
     assert LowRankUpdate(base, LowRankMatrix(left * 0, right)).norm_error == 0
+
+
+def test_what_is_a_share_is_shown_in_per_cent() -> None:
+    shares = """relative_norm update_sparsity mask_overlap principal_energy subspace_similarity channel_energy sign_agreement visible_jaccard
+        shared_subspace shared_channel"""
+    assert {name for name, d in DIAGNOSTICS.items() if d.unit == "share"} == set(shares.split())
+    assert {name for name, d in DIAGNOSTICS.items() if d.unit == "degrees"} == {"principal_angles"}
+
+
+def test_the_names_of_the_curves() -> None:
+    """As `curves.parquet` has them."""
+    expected = {f"sigma_{of}" for of in ("base", "tuned", "update")} | {f"angle_{side}" for side in ("left", "right")}
+    expected |= {f"similarity_{side}{null}" for side in ("left", "right") for null in ("", "_null")}
+    assert {curve for d in DIAGNOSTICS.values() for curve in d.curves} == expected
