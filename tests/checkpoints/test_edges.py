@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -351,3 +352,15 @@ def test_a_gguf_header_with_facts_of_every_type(tmp_path: Path) -> None:
     assert torch.equal(opened["model.layers.0.mlp.up_proj.weight"][:, :], TRUTH[0])
     gate = opened["model.layers.0.mlp.gate_proj.weight"]
     assert (gate.dtype, gate.quantised) == ("bfloat16", None) and torch.equal(gate[:, :], TRUTH[1].bfloat16())
+
+
+def test_a_torch_file_that_does_not_say_the_order_of_its_bytes_is_little_endian(tmp_path: Path) -> None:
+    """As before torch 2.1, which did not write it."""
+    torch.save({"model.norm.weight": TRUTH[0].clone()}, tmp_path / "with")
+    with zipfile.ZipFile(tmp_path / "with") as known, zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as out:
+        kept = [name for name in known.namelist() if not name.endswith("/byteorder")]
+        assert len(kept) == len(known.namelist()) - 1
+        for name in kept:
+            out.writestr(name, known.read(name))
+    found = opdgeo.open_checkpoint(tmp_path).tensors["model.norm.weight"]
+    assert torch.equal(found[:, :], TRUTH[0])
