@@ -364,3 +364,16 @@ def test_a_torch_file_that_does_not_say_the_order_of_its_bytes_is_little_endian(
             out.writestr(name, known.read(name))
     found = opdgeo.open_checkpoint(tmp_path).tensors["model.norm.weight"]
     assert torch.equal(found[:, :], TRUTH[0])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_file_that_a_distributed_index_names_and_is_not_there(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import save
+
+    save({"model.layers.0.mlp.up_proj.weight": TRUTH[0].clone()}, checkpoint_id=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert torch.equal(opdgeo.open_checkpoint(tmp_path).tensors["model.layers.0.mlp.up_proj.weight"][:, :], TRUTH[0])
+    (file,) = tmp_path.glob("*.distcp")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"names {file.name}, which is missing"):
+        opdgeo.open_checkpoint(tmp_path)

@@ -219,3 +219,16 @@ def test_the_names_of_the_curves() -> None:
     expected = {f"sigma_{of}" for of in ("base", "tuned", "update")} | {f"angle_{side}" for side in ("left", "right")}
     expected |= {f"similarity_{side}{null}" for side in ("left", "right") for null in ("", "_null")}
     assert {curve for d in DIAGNOSTICS.values() for curve in d.curves} == expected
+
+
+def test_whether_a_matrix_moved_between_dtypes() -> None:
+    stored = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    base = Base(stored, Settings(rank=2, mask_rank=2))
+    nudged = stored.float()
+    nudged[4, 3] += 1e-6
+    assert [Update(base, w).moved for w in (stored.clone(), stored.float(), stored.double(), nudged)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
