@@ -81,9 +81,7 @@ def test_the_walk_of_a_trajectory(run: list[Trajectory]) -> None:
         angle = run[t].angle(other)
         first, later = sorted((lengths[t], lengths[other]))
         assert angle == pytest.approx(math.acos(math.sqrt(first / later)), abs=1e-12)
-    assert (
-        walk_angle(math.nextafter(1.0, 2.0), 1.0) == 0 == walk_angle(0.0, 0.0)
-    )  # where rounding left the later one shorter
+    assert walk_angle(1 + 1e-9, 1.0) == 0 == walk_angle(0.0, 0.0)  # where rounding left the later one shorter
     gaps = [Point(increment=1.0), Point(finite=False), Point(increment=2.0), Point(), Point(increment=1.0)]
     there = Trajectory((3, 3), Settings(), gaps, 2)
     assert there.lengths() == [1.0, None, 5.0, None, None]
