@@ -14,6 +14,7 @@ from opdgeo.numerics.krylov import Goal, block_krylov
 from opdgeo.numerics.moments import Products
 from opdgeo.numerics.nulls import factor, shifts
 from opdgeo.numerics.operators import DenseMatrix, LowRankMatrix
+from opdgeo.numerics.subspaces import share_outside
 
 
 @pytest.mark.parametrize("shape", [(130, 90), (90, 130), (100, 100)])
@@ -88,3 +89,10 @@ def test_a_factor_stands_for_a_gaussian_matrix(count: int) -> None:
     variance = count * (1 + torch.eye(k, dtype=torch.float64))
     assert float((found.mean(dim=0) - mean).abs().max()) < 5 * math.sqrt(2 * count / draws)
     assert float((found.var(dim=0) / variance - 1).abs().max()) < 0.25
+
+
+def test_the_share_outside_a_subspace_does_not_depend_on_the_size_of_the_update() -> None:
+    basis = torch.eye(3, 2, dtype=torch.float64)
+    for scale in (1e-3, 1.0, 1e3):
+        delta = DenseMatrix(scale * torch.diag(torch.tensor([2.0, 1.0, 2.0], dtype=torch.float64)))
+        assert share_outside(delta, basis, "right") == pytest.approx(4 / 9) == share_outside(delta, basis, "left")
