@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
 
-.PHONY: reproduce test torture docs audit clean
+.PHONY: reproduce test torture mutants docs audit clean
 
 ## Train every arm of the tiny study, measure it, judge the claims, and say where the report is.
 reproduce: .venv/.installed
@@ -28,6 +28,10 @@ docs: .venv/.installed-docs
 ## Attacks on every reader, kills and broken disks (docs/reliability.md): under an hour on two cores. TORTURE="--seed 7 --minutes 5".
 torture: .venv/.installed-dev
 	PYTHONPATH=src:tests $(BIN)/python -m torture $(TORTURE)
+
+## Small changes of the code, one at a time, and whether a test notices (docs/reliability.md): half an hour on two cores. MUTANTS="--seed 7 --count 50".
+mutants: .venv/.installed-dev
+	PYTHONPATH=src:tests $(BIN)/python -m mutants $(MUTANTS)
 
 # The `gpu` branch takes PyPI's torch. Without an NVIDIA GPU: a CPU build if a configured index or wheel folder has one,
 # else the one that PyTorch publishes; never the CUDA libraries.

@@ -226,6 +226,11 @@ def test_all_matrices_together_are_one_long_vector(tmp_path: Path) -> None:
                 assert together["value"] == pytest.approx(expected, abs=together["error"] + 1e-12), key
                 assert together["error"] < 1e-9
                 checked.add((first, key[0]))
+            if entry["diagnostic"] == "update_cosine":  # independent isotropic updates of these norms, matrix by matrix
+                sizes = [[float((ups[u][n] ** 2).sum()) for n in shapes] for u in "ab"]
+                entries = [math.prod(shape) for shape in shapes.values()]
+                spread = sum(a * b / n for a, b, n in zip(*sizes, entries, strict=True)) / sum(sizes[0]) / sum(sizes[1])
+                assert entry["together"]["null_std"] == pytest.approx(math.sqrt(spread))
             if entry["diagnostic"] == "shared_channel":
                 part = result.measurements.filter(
                     checkpoint=first, diagnostic="shared_channel", variant=entry["variant"]
