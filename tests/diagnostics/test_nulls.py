@@ -140,12 +140,11 @@ def test_visible_probability_of_single_values() -> None:
     assert torch.allclose(as_bf16, nulls.visible_probability(values[:5].bfloat16().float(), scale), atol=1e-12)
 
 
-def test_a_scaled_down_walk_is_that_of_the_large_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scaled_down_walk_is_that_of_the_large_shape() -> None:
     # Near the edge of the spectrum the similarity depends on the angle in units of the spacing there.
     ranks = (1, 4, 8)
     whole = nulls.PairSimilarity(320, 200, ranks)
-    monkeypatch.setattr(nulls, "SIZE", 100)
-    scaled = nulls.PairSimilarity(320, 200, ranks)
+    scaled = nulls.PairSimilarity(320, 200, ranks, size=100)
     assert (whole.shape, scaled.shape) == ((320, 200), (160, 100))
     for theta in (0.05, 0.2, 0.5, 1.0, math.pi / 2):
         ours, theirs = scaled(theta), whole(theta)
