@@ -482,6 +482,11 @@ def test_figures_on_request(tmp_path: Path) -> None:
         ("run.json", b'{"base": {"files": [{"name": "a"}]}}', "base.files[0] without bytes"),
         ("summary.json", b"[" * 100_000, "expected JSON"),
         ("claims.json", b"{}", "no list of claims"),
+        (
+            "claims.json",
+            b'{"claims": [{"id": "R1", "claim": "", "verdict": "open", "rule": "", "measured": {"opd": {"low": {}}}}]}',
+            "claims[0].measured.opd.low is a dict; expected a number",
+        ),
     ],
 )
 def test_damaged_data_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -87,6 +87,21 @@ _PAIRING = {
     **{key: [_TEXT] for key in ("base_only?", "tuned_only?", "tied?", "unrecognised?")},
 }
 _PARTS = {"base?": _MANIFEST, "checkpoints?": [_MANIFEST], "pairing?": _PAIRING, "timings?": dict}
+_MEASURED = {
+    "*": (
+        {
+            **dict.fromkeys(("mean?", "low?", "high?", "null?", "excess?", "outside?"), (_NUMBER, None)),
+            "seeds?": [(_NUMBER, None)],
+        },
+        None,
+    )
+}
+_CONTROL = {"control?": _TEXT, "verdict": _TEXT, "explanation?": (_TEXT, None), "measured?": (_MEASURED, None)}
+_CLAIM = {
+    **dict.fromkeys(("id", "claim", "verdict", "rule"), _TEXT),
+    "measured": (_MEASURED, None),
+    "controls?": ([_CONTROL], None),
+}
 _FROM_NULL = {
     **dict.fromkeys(("arm", "name"), _TEXT),
     **dict.fromkeys(("step", "seeds"), _COUNT),
@@ -289,10 +304,9 @@ def _kind(found: Any) -> str:
 
 def claims_of(data: Any, path: Path) -> dict[str, Any]:
     """Check the shape that the readers rely on; ConfigError otherwise."""
-    claims = data.get("claims") if isinstance(data, dict) else None
-    needed = ("id", "claim", "verdict", "rule", "measured")
-    if not isinstance(claims, list) or any(not isinstance(c, dict) or any(k not in c for k in needed) for c in claims):
-        raise _broken(path, "no list of claims", '{"claims": [...]}, each with ' + ", ".join(needed))
+    if not isinstance(data, dict) or not isinstance(data.get("claims"), list):
+        raise _broken(path, "no list of claims", '{"claims": [...]}')
+    _check(data["claims"], [_CLAIM], path, "claims")
     _check(data.get("from_null", []), [_FROM_NULL], path, "from_null")
     _check(data.get("related", []), [_RELATED], path, "related")
     return dict(data)
