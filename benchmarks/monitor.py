@@ -1,5 +1,7 @@
 """What the live monitor adds to a step at its default settings: python benchmarks/monitor.py [--model tiny|smollm2] [--steps N]
 
+`--walk` prints instead what the walk null of a 4096×4096 matrix costs, and how far it is from the one of `track`.
+
 One process, one run of TRL's SFTTrainer with the preset's batch. The monitor's share is measured where it is spent: the CPU time
 of its measurements (all threads; what is done once, W₀ and its spectrum, apart) over the CPU time of the steps themselves, in
 the same run, so that other programs on the machine change neither. Overhead = cost of a measurement / (every × a step).
@@ -8,6 +10,7 @@ the same run, so that other programs on the machine change neither. Overhead = c
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -19,7 +22,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from opdgeo import GeometryMonitor, tasks
+from opdgeo.diagnostics.subspace_similarity import LIVE_SIZE
 from opdgeo.experiments.presets import train_config
+from opdgeo.numerics.nulls import SIZE, PairSimilarity
 from opdgeo.training import models
 from opdgeo.training.sft import tokenized
 
@@ -60,14 +65,37 @@ class Steps(TrainerCallback):
         self.seconds.append(time.process_time() - self.start)
 
 
+def walk() -> None:
+    """The walk null of the monitor beside that of `track`, K = 16, at angles from a hundredth of a right angle to a right one."""
+    sums, farthest = [0.0, 0.0], 0.0
+    angles = [math.pi / 2 * x for x in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)]
+    tables = [PairSimilarity(4096, 4096, (16,), size) for size in (LIVE_SIZE, SIZE)]
+    for angle in angles:
+        means = []
+        for i, table in enumerate(tables):
+            start = time.process_time()
+            means.append(table(angle)["right", 16][0])
+            sums[i] += time.process_time() - start
+        farthest = max(farthest, abs(means[0] - means[1]))
+        print(f"angle {math.degrees(angle):5.1f}°: monitor {means[0]:.3f}, track {means[1]:.3f}")
+    points = [max(1, len(table.nodes)) for table in tables]
+    for name, total, count in zip(("monitor", "track"), sums, points, strict=True):
+        print(f"{name}: {total:.1f} s CPU, {count} points of its table, {total / count:.2f} s each")
+    print(f"farthest apart: {farthest:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--measure-every", type=int, default=4, help="more often than the default, for more samples")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--walk", action="store_true", help="the walk null alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.walk:
+        walk()
+        return
     config = train_config("sft", args.model)
     origin = models.resolve(config.origin)
     tokenizer = models.load_tokenizer(origin)

@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN = 16  # the paper's K, in tables and verdicts
 SIDES = ("right", "left")
-LIVE_SIZE = (
-    400  # the live monitor's null is drawn at this size: in a tenth of the time, and within about 0.03 of `null`
-)
+LIVE_SIZE = 400
+"""The live monitor's null is drawn for a smaller side of at most this, in a fraction of the time of `null`."""
 
 
 def ranks(settings: Settings) -> list[int]:
