@@ -350,7 +350,10 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {point} | {arm} | " + " | ".join(cells) + " |")
     lines += _related(found["related"])
     minutes = sum(sum(unit["minutes"].values()) for unit in found["units"])
-    lines += ["", f"{len(found['units'])} units, {minutes:.0f} minutes of processor time."]
+    lines += [
+        "",
+        f"{len(found['units'])} units, {minutes:.0f} minutes of processor time, without what starts that were killed had taken.",
+    ]
     if found["left_out"]:
         lines += ["", "Not counted: " + "; ".join(f"{name} ({why})" for name, why in found["left_out"].items()) + "."]
     return "\n".join(lines) + "\n"

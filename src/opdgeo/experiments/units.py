@@ -151,7 +151,9 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     from opdgeo.training.callbacks import read_log
     from opdgeo.training.train import train
 
-    tables, hashes, minutes = [], dict[str, str](), dict[str, float]()
+    tables, hashes = [], dict[str, str]()
+    spent = here / "minutes.json"  # a unit that is killed goes on with what its finished arms took
+    minutes: dict[str, float] = json.loads(spent.read_text()) if spent.is_file() else {}
     last: dict[str, tuple[Path, Path]] = {}  # arm → what it starts from, and its last checkpoint
     relations: pl.DataFrame | None = None
     for arm in arms_of(point):
@@ -180,7 +182,8 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
             tables += [reduced(table, {name: log}), walk(folder, base, config, arm, seed)]
         else:
             tables.append(reduced(_no_measurements(), {study.folder(arm, seed): log}))
-        minutes[arm] = round((time.process_time() - clock) / 60, 2)
+        minutes[arm] = round(minutes.get(arm, 0.0) + (time.process_time() - clock) / 60, 2)
+        write_atomically(spent, lambda path: path.write_text(json.dumps(minutes)))
         print(
             f"{point.name} seed {seed}: {arm} done, {minutes[arm]:.1f} minutes of processor time",
             file=sys.stderr,
