@@ -436,7 +436,11 @@ def test_units_run_and_are_reduced_to_small_files(tmp_path: Path) -> None:
         done = run_python("-m", "opdgeo.experiments.units", *command, libraries="training")
         assert done.returncode == 0, done.stderr[-3000:]
 
+    earlier = tmp_path / "work" / "batch-16-seed101" / "minutes.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"coin": 60.0}')  # of a start that was killed
     run("batch-16,s1")
+    assert json.loads(pl.read_parquet_metadata(units.file_of(keep, "batch-16", 101))["minutes"])["coin"] > 60
     for name in ("batch-16", "s1"):
         point, path = regime.BY_NAME[name], units.file_of(keep, name, 101)
         said, table = pl.read_parquet_metadata(path), pl.read_parquet(path)
