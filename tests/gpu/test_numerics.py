@@ -57,7 +57,8 @@ def test_factors_are_those_of_the_cpu(gpu: Counted | None) -> None:
     close(truncated_svd(of[1], 4), truncated_svd(of[0], 4), 4)
 
 
-def test_where_a_gpu_does_not_converge_the_cpu_does(doubles: Counted) -> None:
+def test_where_a_gpu_does_not_converge_the_cpu_does(doubles: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "SMALL_SVD", 256)
     stored = matrix(400, 300)
     exact = spectrum(stored, 8)
     doubles.failing.update({"eigh", "eigvalsh"})
@@ -73,6 +74,7 @@ def test_where_a_gpu_does_not_converge_the_cpu_does(doubles: Counted) -> None:
 
 
 def test_svds_of_a_gpu_ask_for_the_backward_stable_driver(doubles: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "SMALL_SVD", 256)
     asked: list[object] = []
     for name in ("svd", "svdvals"):
         plain = getattr(torch.linalg, name)

@@ -59,7 +59,7 @@ def survey_options(command: argparse.ArgumentParser, *, factors: bool = True) ->
         help="the Ray cluster of --engine ray; its nodes see the checkpoints at the same paths (default: $RAY_ADDRESS, else one on this machine)",
     )
     command.add_argument(
-        "--workers", type=int, help="matrices measured at a time (default: one per CPU core, or per GPU)"
+        "--workers", type=int, help="matrices measured at a time (default: one per CPU core, or four per GPU)"
     )
     command.add_argument(
         "--device", default="cpu", help="cpu, cuda for every visible GPU, or one such as cuda:1 (default: cpu)"

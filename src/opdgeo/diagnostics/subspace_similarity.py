@@ -123,11 +123,12 @@ def null(trajectory: Trajectory) -> Null:
 
     asked = ranks(trajectory.settings)
     table = pair_similarity(*trajectory.shape, tuple(sorted({cut(k, trajectory.shape)[0] for k in asked})))
+    here = trajectory.points[trajectory.index].spectrum
     found = {}
     for kind, index in compared(trajectory):
         angle = trajectory.angle(index) if index >= 0 else None
         if angle is not None:
-            chances = table(angle)
+            chances = table(angle, here.right.device if here else "cpu")
             for side in SIDES:
                 for k in asked:
                     found[name(kind, side, k)] = chances[side, cut(k, trajectory.shape)[0]]

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 26  # entries of a block on a GPU, 512 MiB in float64: nearly every matrix is one block there
-SMALL = 256  # below this size a GPU's solver waits more than it computes
+SMALL, SMALL_SVD = (
+    256,
+    512,
+)  # smaller sides below which a core finds eigenvectors, or an SVD, as fast as a GPU (docs/gpu.md)
 
 
 def rows_of_block(cols: int, device: torch.device, cached: int) -> int:
@@ -48,6 +51,16 @@ def start(device: str) -> None:
     torch.linalg.solve_triangular(one, one, upper=True)
 
 
+@contextmanager
+def stream(device: str) -> Iterator[None]:
+    """On a GPU, what this thread asks for meanwhile goes to a stream of its own and runs beside what other threads ask for."""
+    if device == "cpu":
+        yield
+    else:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            yield
+
+
 def upload(stored: Tensor, device: str | torch.device) -> Tensor:
     """`stored`, from the host, on `device`; to a GPU through pinned memory, which is copied at the full rate of the bus."""
     if torch.device(device).type == "cpu":
@@ -65,8 +78,9 @@ def solve(solver: Callable[..., Any], matrix: Tensor, **options: Any) -> tuple[A
     if matrix.device.type == "cpu":
         return solver(matrix, **options), ""
     failed = ""
-    if max(matrix.shape) >= SMALL:
-        quick = options | ({"driver": "gesvd"} if solver in (torch.linalg.svd, torch.linalg.svdvals) else {})
+    svd = solver in (torch.linalg.svd, torch.linalg.svdvals)
+    if min(matrix.shape) >= (SMALL_SVD if svd else SMALL):
+        quick = options | ({"driver": "gesvd"} if svd else {})
         try:
             return solver(matrix, **quick), ""
         except RuntimeError:  # torch.linalg.LinAlgError and torch.cuda.OutOfMemoryError are

@@ -272,15 +272,15 @@ class PairSimilarity:
         self.nodes: dict[int, Tensor] = {}
         self.origins: list[dict[str, Tensor]] = []
 
-    def __call__(self, theta: float) -> dict[tuple[str, int], tuple[float, float]]:
-        """(side, K) → mean and standard deviation of the similarity at an angle in [0, π/2]."""
+    def __call__(self, theta: float, device: str | torch.device = "cpu") -> dict[tuple[str, int], tuple[float, float]]:
+        """(side, K) → mean and standard deviation of the similarity at an angle in [0, π/2]; `device` computes what is not known yet."""
         if theta <= 0:
             return {(side, k): (1.0, 0.0) for side in ("left", "right") for k in self.ranks}
         scaled = math.atan(math.tan(min(theta, math.pi / 2)) * _edge(*self.asked) / _edge(*self.shape))
         place = min(FINE * math.log2(math.pi / 2 / scaled), NODES)
         below = min(int(place), NODES - 1)
         with self.lock:
-            low, high = self._node(below), self._node(below + 1)
+            low, high = self._node(below, device), self._node(below + 1, device)
         drawn = low + (high - low) * (place - below)
         if scaled < _angle(NODES):  # as small perturbations act, in proportion to the square
             drawn = 1 - (1 - drawn) * (scaled / _angle(NODES)) ** 2
@@ -295,7 +295,7 @@ class PairSimilarity:
                 found[side, k] = float(values.mean()), float(values.std())
         return found
 
-    def _node(self, index: int) -> Tensor:
+    def _node(self, index: int, device: str | torch.device) -> Tensor:
         """(draws, sides, ranks) similarities at one angle."""
         if index not in self.nodes:
             theta = _angle(index)
@@ -304,10 +304,10 @@ class PairSimilarity:
                 rng = generator("walk", *self.shape, draw)
                 start, step = (torch.randn(*self.shape, dtype=torch.float64, generator=rng) for _ in range(2))
                 if len(self.origins) <= draw:
-                    self.origins.append(self._leading(start))
-                there = self._leading(start * math.cos(theta) + step * math.sin(theta))
+                    self.origins.append(self._leading(start.to(device)))
+                there = self._leading((start * math.cos(theta) + step * math.sin(theta)).to(device))
                 for i, side in enumerate(("left", "right")):
-                    squares = (self.origins[draw][side].T @ there[side]).square()
+                    squares = (self.origins[draw][side].to(device).T @ there[side]).square().cpu()
                     values[draw, i] = torch.stack([squares[:k, :k].sum() / k for k in self.ranks])
             self.nodes[index] = values
         return self.nodes[index]

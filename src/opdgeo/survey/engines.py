@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +22,16 @@ from typing import Any
 
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.machine import available_memory
-from opdgeo.numerics.devices import gpus, start
+from opdgeo.machine import available_gpu_memory, available_memory
+from opdgeo.numerics.devices import gpus, start, stream
 from opdgeo.survey.measure import Job, Measured, measure
-from opdgeo.survey.memory import LIBRARIES, Memory, give_back, peak_memory, working_set
+from opdgeo.survey.memory import LIBRARIES, Memory, block_set, give_back, peak_memory, working_set
 from opdgeo.survey.request import Execution
 
 Work = Sequence[tuple[Matrix, Measured | None]]  # the largest first; beside each what is known of it
 Finished = Generator[tuple[Matrix, Measured], None, None]
 
+LANES = 4  # matrices of a GPU at a time: one alone leaves it idle while the host works
 RETRIES = 5  # starts of a matrix after workers that died with it
 GIVEN_BACK = (
     64 << 20
@@ -41,7 +42,8 @@ PATIENCE = 10.0  # seconds without a result after which the cluster is looked at
 def local(job: Job, work: Work, execution: Execution) -> Finished:
     """On threads of this process (`workers`), as many matrices at a time as memory holds.
 
-    A GPU takes one matrix at a time: two would share it, and each wait for the other's memory.
+    A GPU takes up to `LANES` matrices at a time, as its memory holds, each on a stream of its own: while the host works for one, the GPU
+    works for another.
     """
     memory, waiting, lock, stop = Memory(available_memory() * 8 // 10), iter(work), Lock(), Event()
     done: SimpleQueue[tuple[Matrix, Measured] | BaseException] = SimpleQueue()
@@ -56,7 +58,8 @@ def local(job: Job, work: Work, execution: Execution) -> Finished:
                 if matrix is None:
                     return
                 size = _size(lane, matrix)
-                with memory.room_for(size):
+                on_gpu = gpu_memory[lane.device].room_for(size + block_set(matrix)) if gpu_memory else nullcontext()
+                with memory.room_for(size), on_gpu, stream(lane.device):
                     done.put((matrix, measure(lane, matrix, known)))
                     left += size
                     if left >= GIVEN_BACK:
@@ -68,11 +71,13 @@ def local(job: Job, work: Work, execution: Execution) -> Finished:
     lanes = (
         [job] * workers(execution)
         if job.device == "cpu"
-        else [replace(job, device=device) for device in gpus(job.device)[: workers(execution)]]
+        else [replace(job, device=device) for device in LANES * gpus(job.device)][: workers(execution)]
     )
     lanes = lanes[: max(1, len(work))]
-    for device in {lane.device for lane in lanes} - {"cpu"}:
+    devices = {lane.device for lane in lanes} - {"cpu"}
+    for device in devices:
         start(device)  # here, before there are threads
+    gpu_memory = {device: Memory(available_gpu_memory(device) * 8 // 10) for device in devices}
     pool = ThreadPoolExecutor(len(lanes))
     try:
         with _one_thread():
@@ -137,10 +142,10 @@ ENGINES = {"local": local, "ray": ray}
 
 
 def workers(execution: Execution) -> int:
-    """Matrices measured at a time on this machine: one a CPU core, or one a GPU, unless fewer are asked for."""
+    """Matrices measured at a time on this machine: one a CPU core, or `LANES` a GPU, unless fewer are asked for."""
     if execution.device == "cpu" or execution.engine != "local":
         return execution.workers or cpu_cores()
-    count = len(gpus(execution.device))
+    count = LANES * len(gpus(execution.device))
     return min(execution.workers or count, count)
 
 
