@@ -12,6 +12,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,30 @@ def check(folder: Path, state: dict[str, Tensor]) -> None:
         assert torch.equal(stored[(slice(None),) * tensor.ndim], tensor), name
         part = (slice(1, 5), *(slice(2, n) for n in tensor.shape[1:]))
         assert torch.equal(stored[part], tensor[part]), name
+
+
+def test_memory_is_read_into_again_only_when_nothing_looks_at_it(tmp_path: Path) -> None:
+    """Tensors, views of them and numpy's views each keep what was read, whatever is read after, also in other threads."""
+    rng = torch.Generator().manual_seed(0)
+    wanted = [torch.randint(256, (1100, 1000), dtype=torch.uint8, generator=rng) for _ in range(6)]
+    (tmp_path / "raw").write_bytes(b"".join(w.numpy().tobytes() for w in wanted))
+    stored = [Raw(tmp_path / "raw", i * 1_100_000, (1100, 1000), (1000, 1), "uint8") for i in range(6)]
+    whole = (slice(None), slice(None))
+    views: list[Any] = [stored[0][whole][5:9], stored[1][whole].numpy()[3:, 7], stored[2][whole].T, stored[3][whole]]
+    with ThreadPoolExecutor(2) as pool:
+        others = list(pool.map(lambda i: stored[i][whole], (4, 5, 4, 5)))
+    for i in range(6):
+        assert torch.equal(stored[i][whole], wanted[i])
+    assert (
+        torch.equal(views[0], wanted[0][5:9])
+        and torch.equal(views[2], wanted[2].T)
+        and torch.equal(views[3], wanted[3])
+    )
+    assert (views[1] == wanted[1].numpy()[3:, 7]).all()
+    assert all(torch.equal(found, wanted[i]) for found, i in zip(others, (4, 5, 4, 5), strict=True))
+    del views
+    places = {stored[i][whole].data_ptr() for i in range(6)}
+    assert len(places) <= 2, "memory that is free was not read into again"
 
 
 # Sound checkpoints ----------------------------------------------------------------------------------------------

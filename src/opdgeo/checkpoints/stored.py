@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     Index = tuple[int | slice, ...]
@@ -101,6 +104,29 @@ def opened(file: Path) -> Iterator[Opened]:
         os.close(descriptor)
 
 
+class _Buffers(threading.local):
+    """Memory of a thread that is read into again when no tensor lies in it any more. A fresh page costs four times what the copy into it does."""
+
+    LEAST, KEPT = 1 << 20, 2  # bytes of a buffer; W₀ and W₊ are in memory together
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # and what was handed out of it, while it lives
+
+    def take(self, length: int) -> np.ndarray:
+        """(length,) bytes that nothing else looks at."""
+        import numpy as np
+
+        free = [i for i, (whole, used) in enumerate(self.kept) if used() is None and length <= len(whole) <= 2 * length]
+        whole = self.kept.pop(free[0])[0] if free else np.empty(length, dtype=np.uint8)
+        part = whole[:length]
+        if length >= self.LEAST:
+            self.kept = [*self.kept, (whole, weakref.ref(part))][-self.KEPT :]
+        return part
+
+
+_buffers = _Buffers()
+
+
 @dataclass(frozen=True)
 class Raw:
     """The bytes of a tensor from `offset` on in a file, with the strides (in entries) it was written with.
@@ -138,8 +164,9 @@ class Raw:
                 raise CheckpointError(
                     f"{self.file} ends before a tensor that it should hold ({source.size} bytes). Copy or download it again."
                 )
-            data = torch.empty(length, dtype=torch.uint8)
-            source.read_into(start, memoryview(data.numpy().data))
+            memory = _buffers.take(length)
+            source.read_into(start, memoryview(memory.data))
+        data = torch.from_numpy(memory)
         if self.swapped:
             data = data.view(-1, dtype.itemsize // (2 if dtype.is_complex else 1)).flip(1).flatten()
         return data.view(dtype).as_strided(shape, self.stride)[kept].contiguous()
