@@ -58,7 +58,7 @@ BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
 SMOOTH = 12  # levels on either side, at most, over which uneven spacing is evened out
 WINDOW = 32, 64  # levels on each side of the cut that are drawn, of a small and of a large matrix
 NODES, SWEEPS = 56, 20
-SEARCH, ROUNDS, PATH = 12, 4, 256  # points of a round, and rounds, towards the cut; points of the path from there
+SEARCH, ROUNDS, PATH = 12, 3, 256  # points of a round, and rounds, towards the cut; points of the path from there
 
 
 @dataclass(frozen=True)
