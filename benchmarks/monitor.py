@@ -143,7 +143,9 @@ def main() -> None:
     once = monitor.began + first - each + Once.seconds
     held = sum(t.numel() * t.element_size() for s in monitor._subjects for t in (s.before, s.last) if t is not None)
     print(f"{args.model}: {len(monitor._subjects)} matrices, W₀ and the last W held: {held / 1e6:.1f} MB")
-    print(f"a step: {step:.3f} s CPU; a measurement: {each:.3f} s; once: {once:.3f} s, of it {Once.seconds:.3f} for nulls")
+    print(
+        f"a step: {step:.3f} s CPU; a measurement: {each:.3f} s; once: {once:.3f} s, of it {Once.seconds:.3f} for nulls"
+    )
     print(f"overhead at every = {DEFAULT}: {100 * each / (DEFAULT * step):.2f} % of step time")
     print(f"with what is done once, over 100 steps: {100 * (100 / DEFAULT * each + once) / (100 * step):.2f} %")
 

@@ -174,8 +174,12 @@ def test_the_monitor_draws_the_walk_of_a_vector(shape: tuple[int, int]) -> None:
     assert pair_null(shape, 0.4, 1) == nulls.PairSimilarity(*shape, (1,))(0.4)["right", 1][0]
 
 
-@pytest.mark.parametrize(("kind", "shape", "relative"), [("spiked", (96, 60), 0.2), ("power", (60, 60), 0.05), ("flat", (70, 50), 0.5)])
-def test_how_much_of_the_leading_subspaces_stays_under_noise(kind: str, shape: tuple[int, int], relative: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "shape", "relative"), [("spiked", (96, 60), 0.2), ("power", (60, 60), 0.05), ("flat", (70, 50), 0.5)]
+)
+def test_how_much_of_the_leading_subspaces_stays_under_noise(
+    kind: str, shape: tuple[int, int], relative: float
+) -> None:
     rng, k, (rows, cols) = np.random.default_rng(3), 8, shape
     levels = np.asarray(spectrum(kind, cols))
     scale = relative * float(np.linalg.norm(levels)) / math.sqrt(rows * cols)
