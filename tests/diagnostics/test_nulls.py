@@ -13,7 +13,8 @@ import planted
 from opdgeo.checkpoints.names import Matrix
 from opdgeo.diagnostics import Base, Settings, Update, diagnostics
 from opdgeo.diagnostics.gaussian_null import gaussian_null
-from opdgeo.numerics import nulls
+from opdgeo.diagnostics.subspace_similarity import pair_null
+from opdgeo.numerics import nulls, perturbed
 from opdgeo.survey.measure import _null
 from reference import gaussian_null as sampled
 
@@ -155,6 +156,40 @@ def test_a_scaled_down_walk_is_that_of_the_large_shape() -> None:
     assert set(exact.values()) == {(1.0, 0.0)}
     chance = whole(math.pi / 2)["right", 8][0]
     assert abs(chance - 8 / 200) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (160, 48), (48, 160)])
+def test_the_closed_form_of_the_walk_agrees_with_draws(shape: tuple[int, int]) -> None:
+    ranks = (1, 4, 16)
+    drawn = nulls.PairSimilarity(*shape, ranks)
+    for theta in (1e-4, 0.1, 0.4, 1.0):
+        for k in ranks:
+            mean, deviation = drawn(theta)["right", k]
+            assert abs(pair_null(shape, theta, k) - mean) <= 0.015 + 3 * deviation / 4, (theta, k)
+    assert pair_null(shape, 0.0, 4) == 1.0 and pair_null(shape, math.pi / 2, 4) == pytest.approx(4 / shape[1])
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (1, 7), (1, 1)])
+def test_the_monitor_draws_the_walk_of_a_vector(shape: tuple[int, int]) -> None:
+    assert pair_null(shape, 0.4, 1) == nulls.PairSimilarity(*shape, (1,))(0.4)["right", 1][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "relative"), [("spiked", (96, 60), 0.2), ("power", (60, 60), 0.05), ("flat", (70, 50), 0.5)]
+)
+def test_how_much_of_the_leading_subspaces_stays_under_noise(
+    kind: str, shape: tuple[int, int], relative: float
+) -> None:
+    rng, k, (rows, cols) = np.random.default_rng(3), 8, shape
+    levels = np.asarray(spectrum(kind, cols))
+    scale = relative * float(np.linalg.norm(levels)) / math.sqrt(rows * cols)
+    base = np.zeros(shape)
+    base[range(cols), range(cols)] = levels
+    left, _, right = np.linalg.svd(base + scale * rng.standard_normal((40, *shape)))
+    found = perturbed.Noise(levels, rows, scale).similarity(k)
+    for ours, drawn in zip(found, (right[:, :k, :k], left[:, :k, :k]), strict=True):
+        shares = (drawn**2).sum(axis=(1, 2)) / k
+        assert abs(ours - shares.mean()) <= 0.01 + 3 * shares.std() / math.sqrt(40)
 
 
 @pytest.mark.parametrize("shape", [(7, 1), (1, 7), (1, 1)])

@@ -144,25 +144,22 @@ class Isotropic:
         everywhere = torch.zeros(2, dtype=torch.float64, device=base.weights.device)
         masks |= low
         sums = {name: torch.zeros(2, 8, dtype=torch.float64, device=base.weights.device) for name in masks}
-        whole = base.weights.dtype == torch.bfloat16
-        rounded = base.weights if whole else to_bf16(base.weights)
-        counted = whole or torch.equal(rounded.to(base.weights.dtype), base.weights)
-        if counted:  # as many probabilities as magnitudes, whatever the dtype that holds them
-            magnitudes = nulls.Magnitudes(rounded)
-            moves = nulls.visible_probability(magnitudes.values, self.scale)
+        if base.counted:  # as many probabilities as magnitudes, whatever the dtype that holds them
+            sizes, every = base.counted
+            moves = nulls.visible_probability(sizes, self.scale)
             values = torch.stack([moves, moves * (1 - moves)])
-            counts = {name: magnitudes.count(m.codes) for name, m in masks.items() if name not in low}
-            every = next((c.sum(dim=0) for c in counts.values()), None)
-            every = magnitudes.count()[0] if every is None else every
             everywhere += values @ every
-            for name, count in counts.items():
-                sums[name] += values @ count.T
-            for name, mask in low.items():
+            if masks:
+                magnitudes = nulls.Magnitudes(to_bf16(base.weights))
+            for name, mask in masks.items():
+                if name not in low:
+                    sums[name] += values @ magnitudes.count(mask.codes).T
+                    continue
                 code = magnitudes.codes(mask.codes)
                 for row, weights in zip(sums[name], values * every, strict=True):
                     row += torch.bincount(code, weights=weights, minlength=8)
         size = rows_of_block(base.weights)
-        for start in range(0, 0 if counted else len(base.weights), size):
+        for start in range(0, 0 if base.counted else len(base.weights), size):
             part = slice(start, start + size)
             moves = nulls.visible_probability(base.weights[part], self.scale).flatten()
             spread = moves * (1 - moves)

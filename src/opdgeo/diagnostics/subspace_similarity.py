@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32)
 SHOWN = 16  # the paper's K, in tables and verdicts
 SIDES = ("right", "left")
-LIVE_SIZE = 400
-"""The live monitor's null is drawn for a smaller side of at most this, in a fraction of the time of `null`."""
 
 
 def ranks(settings: Settings) -> list[int]:
@@ -136,10 +134,15 @@ def null(trajectory: Trajectory) -> Null:
 
 
 def pair_null(shape: tuple[int, int], angle: float, k: int) -> float:
-    """The mean right similarity of two points of a walk. Equal to that of `null` up to a smaller side of `LIVE_SIZE`."""
+    """The mean right similarity of two points of a walk, in closed form. `null` has the same from draws."""
     from opdgeo.numerics.nulls import pair_similarity
+    from opdgeo.numerics.perturbed import walk_similarity
 
-    return pair_similarity(*shape, (k,), LIVE_SIZE)(angle)["right", k][0]
+    if angle <= 0:
+        return 1.0
+    if k < min(shape):
+        return walk_similarity(*shape, k, angle)
+    return pair_similarity(*shape, (k,))(angle)["right", k][0]  # of a vector, which costs nothing to draw
 
 
 def panel(other: str, side: str, text: str) -> Panel:

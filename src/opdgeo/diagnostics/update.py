@@ -13,6 +13,7 @@ from torch import Tensor
 from opdgeo.diagnostics.diagnostic import Settings, cut
 from opdgeo.numerics import precision
 from opdgeo.numerics.masks import Blocks, Mask, Threshold, magnitudes, masks, rows_of_block
+from opdgeo.numerics.nulls import Magnitudes
 from opdgeo.numerics.spectra import (
     EPS,
     Difference,
@@ -81,6 +82,15 @@ class Base:
     def norm(self) -> float:
         """‖W₀‖_F."""
         return _norm(part.double() for part in self.weights.split(rows_of_block(self.weights)))
+
+    @cached
+    def counted(self) -> tuple[Tensor, Tensor] | None:
+        """(n,) the bf16 magnitudes of W₀ and (n,) how many entries have each; None where an entry is no bf16 number."""
+        rounded = precision.to_bf16(self.weights)
+        if not torch.equal(rounded.to(self.weights.dtype), self.weights):
+            return None
+        found = Magnitudes(rounded)
+        return found.values, found.count()[0]
 
     @cached
     def low_magnitude(self) -> dict[float, Mask]:

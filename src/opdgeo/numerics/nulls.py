@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from opdgeo.numerics.masks import rows_of_block
 from opdgeo.numerics.precision import to_bf16
 from opdgeo.numerics.spectra import spectrum
+
+Sampled = TypeVar("Sampled", float, Tensor)
 
 
 def seed(*key: object) -> int:
@@ -277,13 +280,8 @@ class PairSimilarity:
         if theta <= 0:
             return {(side, k): (1.0, 0.0) for side in ("left", "right") for k in self.ranks}
         scaled = math.atan(math.tan(min(theta, math.pi / 2)) * _edge(*self.asked) / _edge(*self.shape))
-        place = min(FINE * math.log2(math.pi / 2 / scaled), NODES)
-        below = min(int(place), NODES - 1)
         with self.lock:
-            low, high = self._node(below, device), self._node(below + 1, device)
-        drawn = low + (high - low) * (place - below)
-        if scaled < _angle(NODES):  # as small perturbations act, in proportion to the square
-            drawn = 1 - (1 - drawn) * (scaled / _angle(NODES)) ** 2
+            drawn = over_nodes(scaled, lambda index: self._node(index, device))
         found = {}
         for i, side in enumerate(("left", "right")):
             for j, k in enumerate(self.ranks):
@@ -298,7 +296,7 @@ class PairSimilarity:
     def _node(self, index: int, device: str | torch.device) -> Tensor:
         """(draws, sides, ranks) similarities at one angle."""
         if index not in self.nodes:
-            theta = _angle(index)
+            theta = node_angle(index)
             values = torch.empty(self.draws, 2, len(self.ranks), dtype=torch.float64)
             for draw in range(self.draws):
                 rng = generator("walk", *self.shape, draw)
@@ -318,13 +316,25 @@ class PairSimilarity:
 
 
 @lru_cache(maxsize=64)
-def pair_similarity(rows: int, cols: int, ranks: tuple[int, ...], size: int = SIZE) -> PairSimilarity:
+def pair_similarity(rows: int, cols: int, ranks: tuple[int, ...]) -> PairSimilarity:
     """The table of a shape and of these K, ascending; one in a process."""
-    return PairSimilarity(rows, cols, ranks, size)
+    return PairSimilarity(rows, cols, ranks)
 
 
-def _angle(index: int) -> float:
+def node_angle(index: int) -> float:
+    """The angle of a node of a table over θ, in radians: from π/2 down."""
     return math.pi / 2 * 2 ** (-index / FINE)
+
+
+def over_nodes(theta: float, node: Callable[[int], Sampled]) -> Sampled:
+    """A similarity at an angle in (0, π/2], linear in log θ between the two nodes beside it."""
+    place = min(FINE * math.log2(math.pi / 2 / theta), NODES)
+    below = min(int(place), NODES - 1)
+    low, high = node(below), node(below + 1)
+    found = low + (high - low) * (place - below)
+    if theta < node_angle(NODES):  # as small perturbations act, in proportion to the square
+        found = 1 - (1 - found) * (theta / node_angle(NODES)) ** 2
+    return found
 
 
 def _edge(rows: int, cols: int) -> float:

@@ -24,13 +24,22 @@ values of a Gaussian matrix with a variance profile v. The trace of a function o
     aᵢ = 1/(1 + Σⱼ vⱼᵢ ãⱼ/x),     ãⱼ = 1/(1 + Σᵢ vⱼᵢ aᵢ/x),     E tr[RᵀR(RᵀR + x)⁻¹] ≈ Σᵢ (1 − aᵢ),
 
 and arctan √λ = (1/π) ∫ λ/(λ + x) artanh(e^{−|log x|/2}) d log x. Levels far from the cut enter in groups, with their number.
+
+**How much of the leading subspaces stays.** In W₀'s singular vectors the resolvent of W₀ + G has the diagonal 1/(b(P − sᵢ²)) on the
+smaller side and 1/((b + c/P)(P − sᵢ²)) on the larger. Its imaginary part tells where the energy of the i-th direction goes (Bun, Allez,
+Bouchaud and Potters, 2018). What stays above the cut λₖ, where N = k, is
+
+    Sim_k = −(1/πk) Im ∫ Σ_{i ≤ k} 1/(b(P − sᵢ²)) dλ   from λₖ to ∞
+
+The integrand is analytic above the curve of P. So P may go straight up from the cut, where nothing is sharp: `similarity`. The
+integrand tends to k/λ, and the arc that is left adds the argument of λ where the straight path ends, over π.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -38,7 +47,7 @@ import scipy.fft
 import torch
 from numpy.typing import NDArray
 
-from opdgeo.numerics.nulls import factor
+from opdgeo.numerics.nulls import factor, node_angle, over_nodes
 
 Vector = NDArray[np.float64]
 
@@ -49,6 +58,7 @@ BESIDE = np.array([0.0, 0.05, 0.2, 0.8, 0.95, 1.0])  # places in a gap
 SMOOTH = 12  # levels on either side, at most, over which uneven spacing is evened out
 WINDOW = 32, 64  # levels on each side of the cut that are drawn, of a small and of a large matrix
 NODES, SWEEPS = 56, 20
+SEARCH, ROUNDS, PATH = 12, 3, 256  # points of a round, and rounds, towards the cut; points of the path from there
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,12 @@ class Noise:
         real, weight = np.einsum("ij,ij->i", apart, inverse), inverse.sum(axis=1)
         b = 1 + self.scale**2 * (real - 1j * q * weight)
         return b, b * b * (p + 1j * q) + self.scale**2 * self.beyond * b
+
+    def _above(self, p: Vector, q: Vector, b: NDArray[np.complex128]) -> Vector:
+        """N at P = p + iq inside the spectrum."""
+        angles = np.arctan2(q[:, None], p[:, None] - self.squares).sum(axis=1)
+        rest = (b - 1) ** 2 * (p + 1j * q) + self.scale**2 * self.beyond * (b - np.log(b))
+        return np.asarray((angles + rest.imag / self.scale**2) / math.pi)
 
     def widths(self, p: Vector) -> Vector:
         """q > 0 with Im λ(p + iq) = 0: half the width, in squared singular values, over which levels at p mix; 0 outside the spectrum."""
@@ -153,10 +169,7 @@ class Noise:
         wide = [int(i) + 1 for i in widest if bool(((q == 0) & (p < squares[i]) & (p > squares[i + 1])).any())]
         p, q = p[q > 0], q[q > 0]
         b, image = self._image(p, q)
-        angles = np.arctan2(q[:, None], p[:, None] - self.squares).sum(axis=1)
-        rest = (b - 1) ** 2 * (p + 1j * q) + self.scale**2 * self.beyond * (b - np.log(b))
-        above = (angles + rest.imag / self.scale**2) / math.pi
-        above = np.clip(above, 0, n)
+        above = np.clip(self._above(p, q, b), 0, n)
         values = np.sqrt(np.maximum(image.real, 0))
         order = np.argsort(above)
         above, values = above[order], values[order]
@@ -206,6 +219,44 @@ class Noise:
         return np.asarray(filtered[low, :, columns].T * (1 - part) + filtered[low + 1, :, columns].T * part)
 
     # Subspaces ---------------------------------------------------------------------------------------------------
+
+    def similarity(self, k: int) -> tuple[float, float]:
+        """The mean of ‖VᵀV₊‖_F²/k for the top-k subspaces V of W₀ and V₊ of W₀ + G, 0 < k < n: of the smaller side and of the larger.
+
+        In closed form, with W₀'s levels as they are.
+        """
+        p, q = self._cut(k)
+        size = self.scale * math.sqrt(self.large + len(self.s))
+        nearest = q + float(np.abs(self.squares - p).min())
+        farthest = max(1e5 * (float(self.s[0]) + size) ** 2, 10 * nearest)
+        path = p + 1j * (q + np.append(0.0, np.geomspace(1e-3 * nearest, farthest, PATH)))
+        inverse = 1 / (path[:, None] - self.squares)
+        c = self.scale**2 * self.beyond
+        b = 1 + self.scale**2 * inverse.sum(axis=1)
+        image, inside = b * b * path + c * b, inverse[:, :k].sum(axis=1)
+        found = []
+        for by in (b, b + c / path):
+            integral = np.trapezoid(inside / by, image).imag
+            found.append(min(1.0, max(0.0, float(np.angle(image[-1]) - integral / k) / math.pi)))
+        return found[0], found[1]
+
+    def _cut(self, k: int) -> tuple[float, float]:
+        """P = p + iq between the k-th level of W₀ + G and the next."""
+        out = 4 * self.scale * math.sqrt(self.large + len(self.s))
+        low, high = -out * (self.s[0] + out), self.s[0] ** 2 + out * (self.s[0] + out)
+        part = 0.5
+        for _ in range(ROUNDS):
+            p = np.linspace(low, high, SEARCH)
+            q = self.widths(p)
+            above = (self.squares > p[:, None]).sum(axis=1).astype(float)
+            inside = np.flatnonzero(q)
+            above[inside] = self._above(p[inside], q[inside], self._image(p[inside], q[inside])[0])
+            if (gap := p[(q == 0) & (above == k)]).size:
+                return float(gap[0] + gap[-1]) / 2, 0.0
+            i = int((above > k).sum()) - 1
+            low, high, part = float(p[i]), float(p[i + 1]), (above[i] - k) / (above[i] - above[i + 1])
+        middle = low + (high - low) * part
+        return middle, float(self.widths(np.array([middle]))[0])
 
     def turns(self, k: int, draws: int, rng: torch.Generator, half: int | None = None) -> tuple[Turn, Turn]:
         """The turn of the top-k subspaces, 0 < k < n: that of the smaller side, and that of the larger.
@@ -330,3 +381,33 @@ def _sum(variance: Vector, counts: Vector, others: Vector) -> float:
         a = np.sqrt(a / (1 + (b * others) @ variance / x[:, None]))
     weight = np.arctanh(np.exp(-np.abs(u) / 2)) + np.where(np.abs(u) < step, math.log(2) / 4, 0.0)
     return float(((1 - a) @ counts) @ weight * step / math.pi)
+
+
+@lru_cache(maxsize=64)
+def _gaussian_levels(large: int, small: int) -> Vector:
+    """(small,) singular values of a matrix with entries N(0, 1), descending, where the law of Marchenko and Pastur expects them."""
+    phi = np.linspace(0, math.pi, 4 * small + 1024)
+    middle, reach = large + small, 2 * math.sqrt(large * small)
+    squares = middle + reach * np.cos(phi)
+    density = np.sin(phi) ** 2 / np.maximum(squares, 1e-12 * middle)
+    above = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
+    places = np.interp((np.arange(small) + 0.5) / small, above / above[-1], phi)
+    return np.sqrt(middle + reach * np.cos(places))
+
+
+@lru_cache(maxsize=1024)
+def walk_node(rows: int, cols: int, k: int, index: int) -> float:
+    """The similarity at a node of the table over the angle."""
+    if index == 0:  # independent
+        return k / cols
+    large, small = max(rows, cols), min(rows, cols)
+    sides = Noise(_gaussian_levels(large, small), large, math.tan(node_angle(index))).similarity(k)
+    return sides[0] if cols == small else sides[1]
+
+
+def walk_similarity(rows: int, cols: int, k: int, theta: float) -> float:
+    """What `nulls.PairSimilarity` draws, in closed form: the mean right Sim_k, 0 < k < min(rows, cols), of S and S + R.
+
+    S lies at the levels that are expected of a Gaussian matrix, and R is noise on it. The values at the nodes of the table are kept.
+    """
+    return over_nodes(theta, lambda index: walk_node(rows, cols, k, index))

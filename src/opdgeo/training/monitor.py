@@ -5,8 +5,9 @@
 
 Every `every` steps, and at the last one, a few matrices are measured against where training started, with the formulas of
 `opdgeo track`. The means over them join the trainer's next log row, and so reach W&B, TensorBoard, trackio and the console.
-`docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix. Beside a number stands its null: in closed form, or
-from draws that serve all matrices of a shape for the whole run.
+`docs/monitor.md` lists them. `rows` keeps every number, matrix by matrix. Beside a number stands its null, from a closed form, or from
+draws of singular values that serve all matrices of a shape for the whole run. What does not change while training goes on is computed
+once: W₀'s norm, spectrum and magnitudes, and the nulls' tables of a shape.
 
 The monitor reads the parameters as the optimizer leaves them. They are fp32 under autocast, under DDP and under FSDP2, whose
 mixed precision keeps fp32 shards. Parameters that are held in bf16 are measured as they are, and a warning says so. Under FSDP2
@@ -182,42 +183,48 @@ class GeometryMonitor(FirstCallback):
         now: dict[str, _Seen] = {}
         values: dict[Name, list[float]] = {}
         chances: dict[Name, list[float | None]] = {}
+        compared = {t.name: [Pairs() for _ in self._history] for t in of_trajectories().values() if t.live and t.pair}
+        rows: list[dict[str, Any]] = []
         for subject in self._subjects:
             update = subject.update()
             found, nulls = subject.measure(update)
             length = subject.walk(update)
             if update.moved:
                 here = now[subject.name] = _Seen(_kept(update.delta_spectrum), length)
-                for t in of_trajectories().values():
-                    if t.live and t.pair:
-                        for other, (_, earlier) in self._earlier().items():
-                            if subject.name in earlier:
-                                key = t.name, f"{other}.{SETTINGS.top_k}"
-                                found[key], nulls[key] = _pair(t, subject.shape, earlier[subject.name], here)
+                wide = replace(here, spectrum=_wide(here.spectrum))
+                for name, each in compared.items():
+                    for (_, earlier), pairs in zip(self._history, each, strict=True):
+                        if subject.name in earlier:
+                            pairs[subject.name] = _pair(DIAGNOSTICS[name], subject.shape, earlier[subject.name], wide)
+                    for other, pairs in (("previous", each[-1]), ("first", each[0])) if each else ():
+                        if subject.name in pairs:
+                            key = name, f"{other}.{SETTINGS.top_k}"
+                            found[key], nulls[key] = pairs[subject.name]
                 if self.channel and subject.name in self.channel.subspaces:
                     found[OUTSIDE] = Value(_outside(self.channel, update, subject.name))
                     basis = self.channel[subject.name].basis
                     nulls[OUTSIDE] = 1 - basis.shape[1] / basis.shape[0]
             for key, value in found.items():
                 row = {"step": step, "matrix": subject.name, "diagnostic": key[0], "variant": key[1]}
-                self.rows.append(row | {"value": value.value, "null_mean": nulls.get(key), "reason": value.reason})
+                rows.append(row | {"value": value.value, "null_mean": nulls.get(key), "reason": value.reason})
                 if value.value is not None:
                     values.setdefault(key, []).append(value.value)
                     chances.setdefault(key, []).append(nulls.get(key))
             subject.near = now[subject.name].spectrum.right if subject.name in now else subject.near
-        self._say_what_is_undefined(step)
-        logs = self._logged({key: (_mean(of), _mean(chances[key])) for key, of in values.items()}, now)
+        self.rows += rows
+        self._say_what_is_undefined(step, rows)
+        logs = self._logged({key: (_mean(of), _mean(chances[key])) for key, of in values.items()}, compared)
         self._remember(step, now)
         return logs
 
-    def _logged(self, means: dict[Name, Beside], now: dict[str, _Seen]) -> dict[str, float]:
+    def _logged(self, means: dict[Name, Beside], compared: dict[str, list[Pairs]]) -> dict[str, float]:
         """The means that the diagnostics name for the log, and beside each its null."""
         logs: dict[str, float] = {}
         for name, known, live in _names():
             if known is None or live is None:
                 beside = means.get(OUTSIDE, NOTHING)
             elif known.scope == "run":
-                beside = self._since(known, now)
+                beside = self._since(known, compared)
             else:
                 variants = (m for (n, v), m in means.items() if n == known.name and v.startswith(live.variant))
                 beside = next(variants, NOTHING)
@@ -252,29 +259,23 @@ class GeometryMonitor(FirstCallback):
                     names = sorted({*logs, *(name for name, *_ in _names())})
                     log.warning("step %d: %s asks for what this log row lacks.%s", step, rule, _near(rule.name, names))
 
-    def _say_what_is_undefined(self, step: int) -> None:
+    def _say_what_is_undefined(self, step: int, measured: list[dict[str, Any]]) -> None:
         """Warn once where no matrix has a value of a diagnostic that compares checkpoints, with the reason of the first."""
         for name, d in of_trajectories().items():
-            rows = [r for r in self.rows if r["step"] == step and r["diagnostic"] == name]
+            rows = [r for r in measured if r["diagnostic"] == name]
             if rows and not self._told and all(r["value"] is None for r in rows):
                 log.warning("step %d: no %s is logged: %s.", step, d.title.lower(), rows[0]["reason"])
                 self._told = True
 
-    def _earlier(self) -> dict[str, tuple[int, dict[str, _Seen]]]:
-        return {"previous": self._history[-1], "first": self._history[0]} if self._history else {}
-
-    def _since(self, known: Diagnostic, now: dict[str, _Seen]) -> Beside:
+    def _since(self, known: Diagnostic, compared: dict[str, list[Pairs]]) -> Beside:
         """The step from which on the channel has been what it is now, and the same of a walk. `track` would give both if training
         ended here.
         """
-        of = DIAGNOSTICS[known.of] if known.of else None
-        if of is None or of.pair is None or known.since is None:
+        if known.of not in compared or known.since is None:
             return NOTHING
         curve, chances = [], []
-        for _, earlier in self._history:
-            both = [s for s in self._subjects if s.name in now and s.name in earlier]
-            found = [_pair(of, s.shape, earlier[s.name], now[s.name]) for s in both]
-            kept = [(value.value, chance) for value, chance in found if value.value is not None]
+        for pairs in compared[known.of]:
+            kept = [(value.value, chance) for value, chance in pairs.values() if value.value is not None]
             curve.append(_mean([value for value, _ in kept]))
             chances.append(_mean([chance for _, chance in kept]))
         steps = [step for step, _ in self._history]
@@ -309,6 +310,8 @@ Name = tuple[str, str]
 Beside = tuple[float | None, float | None]
 """A number and its null."""
 NOTHING: Beside = (None, None)
+Pairs = dict[str, tuple[Value, float | None]]
+"""By matrix, a number of the present measurement and an earlier one, and its null."""
 
 
 @dataclass(frozen=True)
@@ -332,25 +335,26 @@ def _mean(of: Sequence[float | None]) -> float | None:
 
 
 def _pair(of: Diagnostic, shape: tuple[int, int], earlier: _Seen, now: _Seen) -> tuple[Value, float | None]:
-    """`of` for two measurements of a matrix, and its null."""
+    """`of` for two measurements of a matrix, the present one in float64, and its null."""
     k = now.spectrum.right.shape[1]
     chance = None
     if of.pair_null and earlier.length is not None and now.length is not None:
         chance = of.pair_null(shape, walk_angle(earlier.length, now.length), k)
     assert of.pair is not None
-    return of.pair(_wide(now.spectrum), _wide(earlier.spectrum), k), chance
+    return of.pair(now.spectrum, _wide(earlier.spectrum), k), chance
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What stays as it is while training goes on: W₀'s norm and the top of its spectrum."""
+    """What stays as it is while training goes on: W₀'s norm, the top of its spectrum and `Base.counted`."""
 
     norm: float
     spectrum: Spectrum
+    counted: tuple[Tensor, Tensor] | None
 
 
 class _MonitoredBase(Base):
-    """The rows of W₀ that this process holds, and the top of its spectrum."""
+    """The rows of W₀ that this process holds, and what is known of it."""
 
     def __init__(self, weights: Tensor, rows: Rows | None, known: _Known | None):
         super().__init__(weights, SETTINGS)
@@ -371,6 +375,10 @@ class _MonitoredBase(Base):
         nothing = self.weights.new_zeros(1, 1).expand(self.weights.shape)
         whole = _difference(nothing, self.weights, self.norm, self.rows)
         return truncated_svd(whole, self.cut(self.settings.mask_rank)[0])
+
+    @cached
+    def counted(self) -> tuple[Tensor, Tensor] | None:
+        return self.known.counted if self.known else super().counted
 
 
 class _MonitoredUpdate(Update):
@@ -476,7 +484,7 @@ class _Subject:
         base = _MonitoredBase(upload(self.before, weights.device), self.rows, self.known)
         near = None if self.near is None else self.near.to(weights.device, torch.float64)
         update = _MonitoredUpdate(base, weights, directions=SETTINGS.top_k, start=near)
-        self.known = self.known or _Known(base.norm, base.spectrum)
+        self.known = self.known or _Known(base.norm, base.spectrum, base.counted)
         return update
 
     def over_rows(self, shares: dict[str, Value]) -> dict[str, Value]:
