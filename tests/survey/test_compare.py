@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import opdgeo
 import planted
@@ -600,3 +602,26 @@ def test_a_refused_run_leaves_earlier_results_as_they_were(tmp_path: Path) -> No
     before = {file: (out / file).read_bytes() for file in DATA_FILES if (out / file).exists()}
     assert run_opdgeo("compare", base, tmp_path / "nowhere", "-o", out).returncode == 2
     assert {file: (out / file).read_bytes() for file in DATA_FILES if (out / file).exists()} == before
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("scale", "measured"), [(1e90, True), (1e157, False), (1e-250, True)])
+def test_numbers_whose_squares_leave_float64_end_no_survey(scale: float, measured: bool, tmp_path: Path) -> None:
+    rng, name = np.random.default_rng(0), planted.tensor_name(0, "mlp.up_proj")
+    base = rng.standard_normal((40, 30))
+    folders = [tmp_path / f"step-{i}" for i in range(3)]
+    for i, folder in enumerate(folders):
+        planted.write_checkpoint(folder, {name: base}, "float32")  # its configuration
+        weights = torch.from_numpy(scale * (base + 0.1 * i * rng.standard_normal(base.shape)))
+        save_file({name: weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    for result in (
+        opdgeo.compare(*folders[:2], out=tmp_path / "compared", cache=False),
+        opdgeo.track(folders[0], folders[1:], out=tmp_path / "tracked", cache=False),
+        opdgeo.relate(*folders, out=tmp_path / "related", cache=False),
+    ):
+        rows = result.measurements
+        assert ("computed" in rows["status"].to_list()) == measured
+        for column in ("value", "error", "null_mean", "null_std"):
+            assert rows[column].drop_nulls().is_finite().all(), column
+        if not measured:
+            assert "entries beyond 1e+100" in rows["reason"][0]

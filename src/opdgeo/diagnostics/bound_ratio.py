@@ -71,7 +71,11 @@ def _wedin(update: Update, largest: float) -> Value:
     if uncertain >= math.pi / 2:
         return undefined(undetermined(k))
     sine = max(math.sin(float(angles.max())) for angles in update.angles.values())
-    slack = uncertain * gap / largest + sine * error / largest + sine * gap * update.delta_spectrum.error / largest**2
+    slack = (
+        uncertain * gap / largest
+        + sine * error / largest
+        + sine * gap * update.delta_spectrum.error / largest / largest
+    )
     return Value(sine * gap / largest, 1.1 * slack, after.method, reason=reason)
 
 

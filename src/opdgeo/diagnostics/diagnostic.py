@@ -119,8 +119,14 @@ def cut(rank: int, shape: tuple[int, int]) -> tuple[int, str | None]:
 def mean_std(values: Iterable[Any]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 of a single value)."""
     known = [float(v) for v in values]
+    largest = max(map(abs, known))
+    power = (
+        math.frexp(largest)[1] if math.isfinite(largest) else 0
+    )  # the squares of what is divided by it overflow nowhere
+    known = [math.ldexp(v, -power) for v in known]
     mean = math.fsum(known) / len(known)
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in known) / max(1, len(known) - 1))
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / max(1, len(known) - 1))
+    return 2 * math.ldexp(mean, power - 1), 2 * math.ldexp(spread, power - 1)
 
 
 def _one(settings: Settings) -> list[str]:
@@ -222,7 +228,7 @@ class Matrices:
     Attributes:
         value: the diagnostic's; 0 where it has none.
         known: 1 where it has one, else 0.
-        norm, other: ‖ΔW‖_F of the first update and of the second.
+        norm, other: ‖ΔW‖_F of the first update and of the second, each in a unit of its own.
         visible, visible_other, both: how many entries each moved visibly, and both; or are expected to under the null.
         entries: of the matrix.
     """

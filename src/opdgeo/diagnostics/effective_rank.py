@@ -45,6 +45,8 @@ def measure(update: Update) -> dict[str, Value]:
 
 def of_all(sigma: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
     """The effective rank of these singular values, (n,) with a bound on the error of each, and bounds on it."""
+    scale = 2.0 ** math.frexp(float(sigma.max()))[1]  # squares overflow nowhere
+    sigma, errors = sigma / scale, errors / scale
     norm = float(np.linalg.norm(sigma))
     low, high = _head(sigma, errors, norm, float(np.linalg.norm(errors)) / norm)[:2]
     shares = (sigma / norm) ** 2

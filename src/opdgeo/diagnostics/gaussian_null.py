@@ -20,6 +20,7 @@ from opdgeo.numerics.masks import Mask, rows_of_block
 from opdgeo.numerics.perturbed import Noise, Turn
 from opdgeo.numerics.precision import FINEST, to_bf16
 
+MOST = 1e60  # a norm beyond which, or its inverse, the formulas' fourth powers are no numbers: there nulls are drawn in full
 SHIFTS, TURNS = 64, 8  # draws of what costs little
 SMALLEST = 64  # smaller sides are drawn in full where no first-order formula holds: it costs little, and the formulas are for large ones
 SPACING = 0.1  # beyond it, relative to the spacing of W₀'s singular values, an update is not a small perturbation
@@ -34,6 +35,8 @@ def gaussian_null(
     Each is made from no more settings than the diagnostic reads. `key` seeds the draws. A mean that is not a number says that the
     variant has no value under the null.
     """
+    if any(norm and not 1 / MOST < norm < MOST for norm in (update.norm, update.base.norm)):
+        return {}, {}
     isotropic = Isotropic(update, {setting for d in wanted for setting in d.reads}, *key)
     found: dict[tuple[str, str], tuple[float, float]] = {}
     routes: dict[str, str] = {}

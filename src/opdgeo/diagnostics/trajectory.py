@@ -46,8 +46,8 @@ class Trajectory:
         total: float | None = 0.0
         for point in self.points:
             if point.finite:
-                total = None if total is None or point.increment is None else total + point.increment**2
-            lengths.append(total if point.finite else None)
+                total = None if total is None or point.increment is None else total + point.increment * point.increment
+            lengths.append(total if point.finite and total is not None and math.isfinite(total) else None)
         return lengths
 
     def angle(self, other: int) -> float | None:

@@ -50,6 +50,7 @@ Null = dict[tuple[str, str], Expected]
 """By diagnostic and variant."""
 
 ROUTE = "; null from "
+LARGEST = 1e100  # an entry: the squares of larger ones overflow
 """What parts how a value was computed from how its null was, in `method`."""
 
 
@@ -421,8 +422,11 @@ def _rows(
 
 
 def _non_finite(weights: Tensor, checkpoint: Checkpoint) -> str | None:
+    """Why these weights cannot be measured; None where they can."""
     finite = torch.isfinite(weights)
     if bool(finite.all()):
+        if weights.dtype == torch.float64 and float(weights.abs().max()) > LARGEST:
+            return f"entries beyond {LARGEST:g} in {checkpoint.name}, whose squares float64 does not hold"
         return None
     return f"{int((~finite).sum())} non-finite entries in {checkpoint.name}"
 
