@@ -90,7 +90,7 @@ def test_docstrings_are_prose_and_never_in_both_splits() -> None:
         task.verify("", "")
 
 
-def test_docstrings_are_the_same_in_another_process() -> None:
+def test_docstrings_are_the_same_in_another_process_with_other_hashes() -> None:
     here = [e.completion for e in tasks.load("docstrings").examples(5, 7, held_out=False)]
     script = (
         "from opdgeo import tasks; import json; "
@@ -98,7 +98,7 @@ def test_docstrings_are_the_same_in_another_process() -> None:
     )
     import json
 
-    done = run_python("-c", script)
+    done = run_python("-c", script, cold=True, env={"PYTHONHASHSEED": "1"})
     assert json.loads(done.stdout) == here
 
 
