@@ -461,7 +461,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
                             )
                             low, high = t_interval(effect)
                             if np.isfinite(low):
-                                bars.setdefault(colour, []).append((x, low / margin, high / margin))
+                                bars.setdefault(colour, []).append((x, float(low / margin), float(high / margin)))
         for colour, ends in bars.items():
             panel.vlines(*zip(*ends, strict=True), color=colour, linewidth=1)
         panel.axhspan(-1, 1, color="#f0f0f0", zorder=0)
