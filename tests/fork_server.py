@@ -1,8 +1,9 @@
 """A process that has imported the libraries once and forks a child for every program that a test starts.
 
 A cold start imports torch, transformers and TRL anew: up to nine seconds of processor time, and the suite starts a hundred
-programs. Here only the first one pays. The test processes of pytest-xdist are forked from it too. What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its
-own working directory, environment, streams, signals and exit status, and it ends as Python ends.
+programs. Here only the first one pays. The test processes of pytest-xdist are forked from it too, so all share its hash seed.
+What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its own working directory, environment,
+streams, signals and exit status, and it ends as Python ends.
 
 Before a fork there are no threads but the allocators' own: torch and BLAS are held to one thread, polars and pyarrow start theirs
 when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import (but for the hub's): such a
