@@ -89,9 +89,9 @@ def summarise(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str,
     for role in dict.fromkeys(r["role"] for r in rows):
         part = [r["value"] for r in good if r["role"] == role]
         null = [r["null_mean"] for r in good if r["role"] == role and r["null_mean"] is not None]
+        median, p10, p90 = np.quantile(part, (0.5, 0.1, 0.9)).tolist() if part else (None,) * 3
         out["roles"][role] = {
-            "mean": float(np.mean(part)) if part else None, "median": float(np.median(part)) if part else None,
-            "p10": float(np.quantile(part, 0.1)) if part else None, "p90": float(np.quantile(part, 0.9)) if part else None,
+            "mean": float(np.mean(part)) if part else None, "median": median, "p10": p10, "p90": p90,
             "computed": len(part), "total": sum(r["role"] == role for r in rows), "null_mean": float(np.mean(null)) if null else None,
         }  # fmt: skip
     return out
