@@ -20,7 +20,7 @@ from opdgeo import Channel, tasks
 from opdgeo.training import constrain, distributed, models, trl_hooks
 from opdgeo.training.sft import tokenized
 
-STEPS, BATCH = 8, 4
+STEPS, BATCH = 4, 4
 torch.set_num_threads(1)
 
 

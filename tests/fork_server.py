@@ -1,8 +1,9 @@
 """A process that has imported the libraries once and forks a child for every program that a test starts.
 
 A cold start imports torch, transformers and TRL anew: up to nine seconds of processor time, and the suite starts a hundred
-programs. Here only the first one pays. What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its
-own working directory, environment, streams, signals and exit status, and it ends as Python ends.
+programs. Here only the first one pays. The test processes of pytest-xdist are forked from it too, so all share its hash seed.
+What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its own working directory, environment,
+streams, signals and exit status, and it ends as Python ends.
 
 Before a fork there are no threads but the allocators' own: torch and BLAS are held to one thread, polars and pyarrow start theirs
 when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import (but for the hub's): such a
@@ -29,7 +30,7 @@ import threading
 import types
 from typing import Any, NoReturn
 
-# What the programs import, by what they do. "training" is all of "survey" and more.
+# What the programs import, by what they do; each is all of those above it and more. "tests": what the test modules import.
 LIBRARIES = {
     "survey": (
         "numpy", "scipy.linalg", "torch", "polars", "pyarrow.parquet", "rich.console", "jinja2", "matplotlib.pyplot",
@@ -42,13 +43,19 @@ LIBRARIES = {
         "transformers.models.llama.modeling_llama", "opdgeo.training.train", "opdgeo.training.policy", "opdgeo.training.channel",
         "opdgeo.experiments.reproduce", "opdgeo.experiments.gradient_moments", "torch.distributed.fsdp",
     ),
+    "tests": (
+        "pytest", "hypothesis", "pandas", "scipy.stats", "torch.distributed.checkpoint", "torch.distributed.tensor", "opdgeo",
+        "opdgeo.report.notebook", "opdgeo.experiments.related", "xdist.remote",
+    ),
 }  # fmt: skip
 
 
 def load(libraries: str) -> None:
-    for name in LIBRARIES["survey"] + (LIBRARIES["training"] if libraries == "training" else ()):
-        importlib.import_module(name)
-    if libraries == "training":  # a thousand patterns, which each child would compile at its first model
+    kinds = list(LIBRARIES)
+    for kind in kinds[: kinds.index(libraries) + 1]:
+        for name in LIBRARIES[kind]:
+            importlib.import_module(name)
+    if libraries != "survey":  # a thousand patterns, which each child would compile at its first model
         sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
     sys.modules["torch"].set_num_threads(1)
     gc.collect()

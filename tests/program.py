@@ -4,6 +4,7 @@
     start_opdgeo("track", base, run, "--follow")         one that runs: pid, poll, wait, kill, send_signal, communicate
     run_python("-c", code, …), run_python(script, …)     as `python …`
     launch("fsdp2", 2, script, …)                        two ranks, with the environment that `accelerate launch` gives them
+    python program.py -c LINE                            a test process of pytest-xdist, which it starts so (`TEST_PROCESS`)
 
 Each is a process of its own, forked from one that has the libraries loaded (`fork_server.py`), or, with `cold=True`, started anew.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +31,7 @@ from typing import IO, Any
 SOURCE = Path(__file__).parents[1] / "src"
 ADDRESS = "OPDGEO_TEST_SERVER"
 TIMEOUT = 1500.0  # seconds: a hung program, not a slow machine
+TEST_PROCESS = shlex.join([sys.executable, str(Path(__file__).resolve())])
 spent = 0.0  # seconds of processor time of the programs that the server ran and that ended
 TRAINING = {"train", "evaluate", "reproduce", "signals", "channel"}  # commands that load TRL or transformers
 
@@ -69,11 +72,8 @@ class Program:
         self._process = None
         self._connection = _connected(os.environ[ADDRESS])
         request = {"arguments": arguments, "libraries": libraries, "cwd": folder, "env": dict(env)}
-        text = json.dumps(request).encode()
         with Path(os.devnull).open() as nothing:
-            files = [nothing.fileno(), self.stdout.fileno(), self.stderr.fileno()]
-            socket.send_fds(self._connection, [struct.pack("!I", len(text))], files)
-            self._connection.sendall(text)
+            _send(self._connection, request, [nothing.fileno(), self.stdout.fileno(), self.stderr.fileno()])
             answer = self._answer(None)
         if answer is None or "pid" not in answer:
             raise RuntimeError(f"the fork server ended: {answer}")
@@ -229,3 +229,25 @@ def _connected(path: str) -> socket.socket:
 
 def _file() -> IO[bytes]:
     return tempfile.TemporaryFile()
+
+
+def _send(connection: socket.socket, request: dict[str, Any], files: list[int]) -> None:
+    """Length and JSON, with the program's three streams beside the first byte."""
+    text = json.dumps(request).encode()
+    socket.send_fds(connection, [struct.pack("!I", len(text))], files)
+    connection.sendall(text)
+
+
+def _test_process(arguments: list[str]) -> int:
+    """Have the server run `python ARGUMENTS` on this process's own streams, with all that test modules import; its exit status."""
+    arguments = arguments[arguments.index("-c") :]  # after options of the interpreter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the test process itself
+    with _connected(os.environ[ADDRESS]) as connection:
+        request = {"arguments": arguments, "libraries": "tests", "cwd": str(Path.cwd()), "env": dict(os.environ)}
+        _send(connection, request, [0, 1, 2])
+        answers = connection.makefile().read().splitlines()
+    return json.loads(answers[-1]).get("status", 1) if answers else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_test_process(sys.argv[1:]))

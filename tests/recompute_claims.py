@@ -12,6 +12,7 @@ every arm is from the null of its size.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -36,6 +37,17 @@ def arm_name(shown: str) -> str:
     return UPPER.get(shown, shown)
 
 
+@functools.cache
+def student(df: int) -> float:
+    return float(stats.t.ppf(0.975, df))
+
+
+def interval(x: list[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean."""
+    half = student(len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))
+    return float(np.mean(x) - half), float(np.mean(x) + half)
+
+
 class Numbers:
     """(arm, seed, quantity) → step → (value, null, excess), all of them means over matrices."""
 
@@ -46,14 +58,21 @@ class Numbers:
     def add(self, key: tuple[str, int, str], step: int, numbers: tuple[Any, ...]) -> None:
         self.cells.setdefault(key, {})[step] = tuple(math.nan if x is None else float(x) for x in numbers)  # type: ignore[assignment]
 
+    @functools.cached_property
+    def by_seed(self) -> dict[tuple[str, str], dict[int, Cell]]:
+        """(arm, quantity) → seed → cell; asked for after all is added."""
+        found: dict[tuple[str, str], dict[int, Cell]] = {}
+        for (arm, seed, name), cell in self.cells.items():
+            found.setdefault((arm, name), {})[seed] = cell
+        return found
+
     def steps(self, arm: str) -> list[int]:
         if arm not in self.measured:  # asked for after all is added
-            cells = [cell for (a, _, name), cell in self.cells.items() if a == arm and name == NORM]
-            self.measured[arm] = sorted({step for cell in cells for step in cell})
+            self.measured[arm] = sorted({step for cell in self.by_seed.get((arm, NORM), {}).values() for step in cell})
         return self.measured[arm]
 
     def seeds(self, arms: list[str], name: str = NORM) -> list[int]:
-        have = [{seed for a, seed, n in self.cells if a == arm and n == name} for arm in arms]
+        have = [set(self.by_seed.get((arm, name), {})) for arm in arms]
         return sorted(set.intersection(*have))
 
     def series(self, arm: str, seed: int, name: str, column: int, end: int) -> list[float]:
@@ -381,7 +400,7 @@ class Checker:
             x, scale = components[shown], math.exp if logs else float
             self.same(f"{at}/value", c["value"], scale(float(np.mean(x))))
             if len(x) > 1 and np.std(x) > 0:
-                ends = stats.t.interval(0.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
+                ends = interval(x)
                 self.same(f"{at}/low", c["low"], scale(ends[0]))
                 self.same(f"{at}/high", c["high"], scale(ends[1]))
                 centre = abs(sum(x))
@@ -407,7 +426,7 @@ class Checker:
             x = [row[column] for row in rows if math.isfinite(row[column])]
             self.same(f"{where}/{keys[0]}", stated[keys[0]], np.mean(x) if x else math.nan)
             if len(x) > 1 and np.std(x) > 0:
-                ends = stats.t.interval(0.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
+                ends = interval(x)
                 self.same(f"{where}/{keys[1]}", stated[keys[1]], ends[0])
                 self.same(f"{where}/{keys[2]}", stated[keys[2]], ends[1])
         if "null" in stated:
@@ -483,8 +502,8 @@ class Checker:
         """How far an arm is from the null of its size at a checkpoint: one number a seed, then Student's interval."""
         each = [
             cell[row["step"]]
-            for (arm, _, name), cell in n.cells.items()
-            if (arm, name) == (row["arm"], row["name"]) and math.isfinite(cell.get(row["step"], (math.nan,) * 3)[2])
+            for cell in n.by_seed.get((row["arm"], row["name"]), {}).values()
+            if math.isfinite(cell.get(row["step"], (math.nan,) * 3)[2])
         ]
         log = row["name"].partition(".")[0] in RATIO
         x = [math.log(excess) if log else excess for _, _, excess in each]
@@ -495,7 +514,7 @@ class Checker:
         if len(x) < 2:
             ours |= {"low": None, "high": None}
         elif np.std(x) > 0:
-            ends = stats.t.interval(0.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
+            ends = interval(x)
             ours |= {"low": scale(ends[0]), "high": scale(ends[1])}
         for key, found in ours.items():
             self.same(f"{where}/{key}", row[key], found)

@@ -11,6 +11,7 @@ Values are keyed by (diagnostic, variant); None means undefined. Angles are in d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import scipy.linalg
@@ -64,7 +65,15 @@ class Decomposition:
 
 
 def svd(matrix: Matrix) -> Decomposition:
-    u, s, vt = scipy.linalg.svd(matrix, full_matrices=False)
+    """Once for the last few matrices: one that is asked about at several K is decomposed once."""
+    return _svd(matrix.tobytes(), matrix.shape, matrix.dtype)
+
+
+@lru_cache(16)
+def _svd(content: bytes, shape: tuple[int, ...], kind: np.dtype) -> Decomposition:
+    u, s, vt = scipy.linalg.svd(np.frombuffer(content, kind).reshape(shape), full_matrices=False)
+    for part in (u, s, vt):
+        part.flags.writeable = False
     return Decomposition(u, s, vt.T)
 
 

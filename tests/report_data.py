@@ -42,6 +42,7 @@ ROWS: tuple[tuple[str, str, float, float, float, float], ...] = (
     ("bound_ratio", "weyl", 0.61, 0.42, 0.05, 0),
     ("bound_ratio", "wedin", 0.21, 0.24, 0.05, 0),
 )
+FEW = ("update_sparsity", "relative_norm", "stable_rank", "principal_angles", "mask_overlap")  # a chart takes 0.1 s
 SHARES = ("update_sparsity", "mask_overlap", "principal_energy", "subspace_similarity", "channel_energy")
 SIZES = {"sft": 6.0, "sft-matched": 1.3, "opd": 1.0, "rlvr": 0.4, "": 1.0}
 
@@ -88,9 +89,9 @@ def summarise(rows: list[dict[str, Any]], rng: np.random.Generator) -> dict[str,
     for role in dict.fromkeys(r["role"] for r in rows):
         part = [r["value"] for r in good if r["role"] == role]
         null = [r["null_mean"] for r in good if r["role"] == role and r["null_mean"] is not None]
+        median, p10, p90 = np.quantile(part, (0.5, 0.1, 0.9)).tolist() if part else (None,) * 3
         out["roles"][role] = {
-            "mean": float(np.mean(part)) if part else None, "median": float(np.median(part)) if part else None,
-            "p10": float(np.quantile(part, 0.1)) if part else None, "p90": float(np.quantile(part, 0.9)) if part else None,
+            "mean": float(np.mean(part)) if part else None, "median": median, "p10": p10, "p90": p90,
             "computed": len(part), "total": sum(r["role"] == role for r in rows), "null_mean": float(np.mean(null)) if null else None,
         }  # fmt: skip
     return out
@@ -107,8 +108,9 @@ def write(
     skipped: int = 0,
     prefix: str = "model.layers",
     base: str = "models/anchor",
+    diagnostics: tuple[str, ...] | None = None,
 ) -> Path:
-    """The four data files of `compare` (one checkpoint) or `track` (several)."""
+    """The four data files of `compare` (one checkpoint) or `track` (several), of all diagnostics or of some."""
     rng = np.random.default_rng(0)
     checkpoints = list(checkpoints)
     rows: list[dict[str, Any]] = []
@@ -128,6 +130,7 @@ def write(
             table.append(("subspace_similarity", "previous.16", 0.9, 0.8, 0.03, 0))
             table.append(("channel_energy", "previous.16", 0.8, 0.3, 0.03, 0))
             table.append(("channel_energy", "previous.left.16", 0.7, 0.3, 0.03, 0))
+        table = [row for row in table if diagnostics is None or row[0] in diagnostics]
         for layer in range(layers):
             for index, role in enumerate(roles):
                 shape = (192, 512) if role == "down_proj" else (192, 192)
@@ -252,6 +255,7 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
     write(
         out,
         [(f"{n}/step-{s:06d}", s) for n in names for s in ((60, 120, 240) if n == "sft" else (20, 60, 100))],
+        layers=2,
         base="assets/base",
     )
     ends = {"sft": 0.58, "sft-matched": 0.84, "opd": 0.74, "rlvr": 0.69}
@@ -406,7 +410,7 @@ def build(kind: str, out: Path) -> Path:
         case "large":
             return write(out, one, layers=36)
         case "bare":
-            return write(out, run[::2], nulls=False)
+            return write(out, run[::2], nulls=False, diagnostics=(*FEW, "subspace_similarity"))
         case "hostile":
             return write(
                 out,
@@ -415,8 +419,19 @@ def build(kind: str, out: Path) -> Path:
                 roles=("q_proj", HOSTILE),
                 prefix=HOSTILE,
                 base=HOSTILE,
+                diagnostics=FEW,
             )
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def keep(out: Path, diagnostics: tuple[str, ...]) -> None:
+    """Leave only these in the data files."""
+    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(diagnostics))
+    table.write_parquet(out / "measurements.parquet")
+    summary = json.loads((out / "summary.json").read_text())
+    for checkpoint in summary["checkpoints"]:
+        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in diagnostics]
+    (out / "summary.json").write_text(json.dumps(summary))
 
 
 if __name__ == "__main__":

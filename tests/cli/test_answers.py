@@ -26,7 +26,7 @@ from opdgeo.report.terminal import print_summary
 from opdgeo.report.verdict import answers
 from opdgeo.survey.kinship import remarks
 from program import run_opdgeo
-from report_data import build
+from report_data import write
 
 NAME = planted.tensor_name(0, "mlp.up_proj")
 FAST = ("--nulls", 1, "--no-cache")
@@ -255,7 +255,8 @@ def test_why_a_diagnostic_has_no_value_is_said(tmp_path: Path) -> None:
 
 
 def test_a_summary_without_the_newer_keys_still_prints(tmp_path: Path) -> None:
-    out = build("track", tmp_path / "out")
+    steps = [(f"step-{s:06d}", s) for s in (20, 60, 100)]
+    out = write(tmp_path / "out", steps, diagnostics=("stable_rank", "subspace_similarity"))
     write_report(out)
     console = Console(file=io.StringIO(), width=100)
     print_summary(out, console)

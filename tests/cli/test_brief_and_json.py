@@ -30,16 +30,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def test_the_first_table_fits_a_small_terminal(tmp_path: Path) -> None:
-    done = run_opdgeo("demo", "-o", tmp_path / "out", cwd=tmp_path, env={"COLUMNS": "80"})
-    lines = done.stdout.rstrip("\n").split("\n")
-    assert done.returncode == 0, done.stderr
-    assert len(lines) <= 25 and all(len(line) <= 80 or str(tmp_path) in line for line in lines), done.stdout
-    assert "geometry ↓" in done.stdout and "report: " in done.stdout
-    said = next(line for line in lines if line.startswith("Of "))
-    assert int(said.split()[1]) >= 20  # judged numbers, all of which the long table shows
-
-
 def test_everything_is_shown_when_asked_and_again_without_the_checkpoints(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

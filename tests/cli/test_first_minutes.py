@@ -13,13 +13,19 @@ from program import run_opdgeo
 
 
 def test_the_demo_measures_the_packaged_models_and_draws_the_page(tmp_path: Path) -> None:
-    done = run_opdgeo("demo", "--nulls", 2, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    done = run_opdgeo("demo", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "opdgeo-demo" / "report.html").is_file()
-    by_name = run_opdgeo("compare", "tiny/base", "tiny/teacher", "--nulls", 2, "-o", "named", cwd=tmp_path)
+    by_name = run_opdgeo("compare", "tiny/base", "tiny/teacher", "--no-report", "-o", "named", cwd=tmp_path)
     assert by_name.returncode == 0, by_name.stderr
     ours, theirs = (pl.read_parquet(tmp_path / out / "measurements.parquet") for out in ("opdgeo-demo", "named"))
     assert ours.equals(theirs)
+    # The first table fits a small terminal.
+    lines = done.stdout.rstrip("\n").split("\n")
+    assert len(lines) <= 25 and all(len(line) <= 80 or str(tmp_path) in line for line in lines), done.stdout
+    assert "geometry ↓" in done.stdout and "report: " in done.stdout
+    said = next(line for line in lines if line.startswith("Of "))
+    assert int(said.split()[1]) >= 20  # judged numbers, all of which the long table shows
 
 
 def test_a_folder_comes_before_a_packaged_model_of_the_same_name(tmp_path: Path) -> None:

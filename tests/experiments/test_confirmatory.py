@@ -94,9 +94,13 @@ def write_unit(folder: Path, point: regime.Point, seed: int, plant: Plant, **met
     return path
 
 
-def study(folder: Path, plant: Plant) -> dict[str, dict[str, Any]]:
+def write_units(folder: Path, plant: Plant) -> None:
     for point, seed in regime.units():
         write_unit(folder / "units", point, seed, plant)
+
+
+def study(folder: Path, plant: Plant) -> dict[str, dict[str, Any]]:
+    write_units(folder, plant)
     return {claim["id"]: claim for claim in confirmatory.judged(confirmatory.load(folder / "units"))["claims"]}
 
 
@@ -164,7 +168,7 @@ def test_a_batch_point_takes_the_other_arms_from_the_main_point(tmp_path: Path) 
 
 @pytest.mark.usefixtures("r1_alone")
 def test_a_verdict_waits_for_all_planned_seeds(tmp_path: Path) -> None:
-    study(tmp_path, sparsity(matched=0.3, opd=0.5, rlvr=0.7))
+    write_units(tmp_path, sparsity(matched=0.3, opd=0.5, rlvr=0.7))
     units.file_of(tmp_path / "units", "hot", regime.FIRST + 4).unlink()
     found = confirmatory.judged(confirmatory.load(tmp_path / "units"))
     claim = next(c for c in found["claims"] if c["id"] == "R1")
@@ -199,10 +203,10 @@ def test_noise_that_learns_makes_the_protocol_void(tmp_path: Path) -> None:
         return 0.2 if quantity == ACCURACY.name and arm in (COIN, RANDOM_SIGN) and arm != learns else None
 
     learns = ""
-    study(tmp_path / "fair", plant)
+    write_units(tmp_path / "fair", plant)
     assert confirmatory.void(confirmatory.judged(confirmatory.load(tmp_path / "fair/units"))) == []
     learns = COIN
-    study(tmp_path / "learns", plant)
+    write_units(tmp_path / "learns", plant)
     wrong = confirmatory.void(confirmatory.judged(confirmatory.load(tmp_path / "learns/units")))
     assert wrong and {line.split(" at ")[0] for line in wrong} == {COIN}
 
@@ -222,7 +226,7 @@ def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path
             by_arm.get(arm, 0.45) * {"hot": 0.6, "between": 0.8}.get(point, 1.0) * (1 if quantity != NORM.name else 0.3)
         )
 
-    study(tmp_path, plant)
+    write_units(tmp_path, plant)
     paths = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
     confirmatory.main(
         [str(tmp_path), "--json", str(paths["json"]), "--page", str(paths["md"]), "--figure", str(paths["svg"])]
@@ -251,7 +255,7 @@ def test_verdicts_and_page_come_from_the_files_alone_and_are_recomputed(tmp_path
 
 
 def test_distances_from_the_null_are_means_over_seeds_with_t_intervals(tmp_path: Path) -> None:
-    study(tmp_path, sparsity(opd=0.5))
+    write_units(tmp_path, sparsity(opd=0.5))
     found = confirmatory.sizes(confirmatory.load(tmp_path / "units"))
     files = [pl.read_parquet(units.file_of(tmp_path / "units", "hot", seed)) for seed in range(101, 106)]
     for name, steps in ((SPARSITY.name, 5), (STABLE_RANK.name, 5)):

@@ -32,7 +32,7 @@ from opdgeo.report.sections.section import View
 from opdgeo.report.terminal import print_claims, print_summary
 from opdgeo.report.view import environment, resource
 from program import run_python
-from report_data import HOSTILE, build, write
+from report_data import FEW, HOSTILE, build, keep, write
 
 KINDS = ("compare", "track", "reproduce", "still", "single", "large", "bare", "hostile")
 VOID = {"meta", "link", "img", "br", "hr", "input", "base", "source", "area", "col", "embed", "wbr"}
@@ -266,15 +266,16 @@ def test_names_reach_the_page_as_text_only(reports: dict[str, tuple[Path, Page]]
 @pytest.mark.needs("chromium")
 def test_a_table_of_matrices_keeps_any_name_as_text_and_fits_a_phone(tmp_path: Path, browser: Browser) -> None:
     prefixes = [HOSTILE, "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \U0001f600", "n" * 300]
-    out = write(tmp_path / "out", [("tuned", None)], layers=1, roles=("q_proj", HOSTILE, "o_proj"), skipped=0)
-    few = ["relative_norm", "stable_rank"]  # a chart takes 0.1 s
-    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(few))
+    out = write(
+        tmp_path / "out",
+        [("tuned", None)],
+        layers=1,
+        roles=("q_proj", HOSTILE, "o_proj"),
+        diagnostics=("relative_norm", "stable_rank"),
+    )
+    table = pl.read_parquet(out / "measurements.parquet")
     given = dict(zip(sorted(table["matrix"].unique()), prefixes, strict=True))
     table.with_columns(pl.col("matrix").replace(given)).write_parquet(out / "measurements.parquet")
-    summary = json.loads((out / "summary.json").read_text())
-    for checkpoint in summary["checkpoints"]:
-        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in few]
-    (out / "summary.json").write_text(json.dumps(summary))
     page = write_report(out)
     check_inert(Page(page.read_text(encoding="utf-8")), [resource("sort.js")])
     browser.open(page, width=390)
@@ -452,13 +453,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
 
 def test_figures_on_request(tmp_path: Path) -> None:
     out = build("single", tmp_path / "out")
-    few = ["relative_norm", "stable_rank", "update_sparsity"]  # a chart takes 0.1 s
-    table = pl.read_parquet(out / "measurements.parquet").filter(pl.col("diagnostic").is_in(few))
-    table.write_parquet(out / "measurements.parquet")
-    summary = json.loads((out / "summary.json").read_text())
-    for checkpoint in summary["checkpoints"]:
-        checkpoint["diagnostics"] = [row for row in checkpoint["diagnostics"] if row["diagnostic"] in few]
-    (out / "summary.json").write_text(json.dumps(summary))
+    keep(out, ("relative_norm", "stable_rank", "update_sparsity"))
     write_report(out, figures=True)
     names = {p.stem for p in (out / "figures").glob("*.svg")}
     assert names == {p.stem for p in (out / "figures").glob("*.pdf")} and "distribution-stable-rank" in names
@@ -502,7 +497,8 @@ def test_damaged_data_files_are_named(tmp_path: Path, name: str, content: bytes 
 
 def test_changed_values_are_refused_or_read(tmp_path: Path) -> None:
     """Of any type, at any place of summary.json and run.json."""
-    out, rng = build("track", tmp_path / "out"), random.Random(0)
+    steps = [(f"step-{s:06d}", s) for s in (20, 60, 100)]
+    out, rng = write(tmp_path / "out", steps, layers=1, roles=("q_proj", "o_proj")), random.Random(0)
     values = [None, True, -1, 1e308, math.nan, "x", "\ud800", [], {}, [1], {"a": 1}, 10**30]
 
     def places(found: Any) -> list[tuple[Any, Any]]:
@@ -752,6 +748,7 @@ def test_a_study_opens_with_what_it_can_and_cannot_decide(
     claims = json.loads((other / "claims.json").read_text())
     del claims["noise"], claims["related"]
     (other / "claims.json").write_text(json.dumps(claims))
+    keep(other, FEW)
     for where in (
         write_markdown(other, tmp_path / "o.md").read_text(),
         write_report(other).read_text(encoding="utf-8"),

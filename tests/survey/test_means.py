@@ -19,6 +19,7 @@ import opdgeo
 import planted
 from opdgeo.experiments.claims import judge
 from opdgeo.report.terminal import print_summary
+from opdgeo.survey.results import _average, _quantiles
 from planted_study import PAPER, logs, measurements
 from program import run_opdgeo
 
@@ -179,3 +180,13 @@ def test_claims() -> None:
                     assert got["mean"] / got["null"] == pytest.approx(got["excess"], rel=1e-9), (claim["id"], arm)
                 assert got["null"] == pytest.approx(0.9), (claim["id"], arm)
     assert compared > 50
+
+
+def test_quantiles_and_means_are_numpys_to_the_bit() -> None:
+    rng, shares = np.random.default_rng(0), (0.5, 0.1, 0.9, 0.025, 0.975)
+    for size in (*range(1, 40), 1000, 2001):
+        values = rng.standard_normal(size) * 10.0 ** rng.integers(-8, 8)
+        for numbers in (values, np.round(values, 1)):
+            assert _quantiles(numbers, *shares) == np.quantile(numbers, shares).tolist()
+            weights = rng.integers(1, 10**6, size).astype(float)
+            assert _average(numbers, weights) == float(np.average(numbers, weights=weights))

@@ -57,8 +57,7 @@ except SystemExit as end: assert end.code == 0
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 SMOLLM2 = {
-    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576), "self_attn.o_proj": (576, 576),
-    "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536),
+    "self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "mlp.up_proj": (1536, 576), "mlp.down_proj": (576, 1536),
 }  # fmt: skip
 MODELS: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
     "tiny": ({"self_attn.q_proj": (128, 128), "mlp.up_proj": (384, 128)}, 512),
@@ -89,6 +88,7 @@ def test_a_run_takes_the_memory_that_was_planned(model: str, tmp_path: Path) -> 
         2,
         "--nulls",
         1,
+        *(["--no-report"] if model != "tiny" else []),  # a page takes the same for any size
     ]
     text = run_opdgeo(*arguments, "--plan").stdout
     planned = float(re.findall(r"at most ([\d.]+) GB", text)[0])

@@ -73,7 +73,7 @@ MODES = ["gradient", "update", "adapter"]
 
 @pytest.fixture(scope="module")
 def alone(origin: Path, channel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps in every mode by one process, and resumed from the fourth."""
+    """Four steps in every mode by one process, and resumed from the second."""
     out = tmp_path_factory.mktemp("alone")
     channel_worker.main(origin, channel, out, MODES)
     return out

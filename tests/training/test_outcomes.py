@@ -18,7 +18,7 @@ from opdgeo.training import callbacks, evaluation, models
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.train import train
 
-PROMPTS = 24
+PROMPTS = 12
 
 
 def outcomes(model: Any, **changes: Any) -> tuple[evaluation.Evaluation, np.ndarray, np.ndarray]:

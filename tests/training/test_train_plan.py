@@ -22,9 +22,9 @@ SMALL: dict[str, Any] = {
 MACHINE = resources.Hardware("a test", 1, 16e9, 5e10, 4e-6, False)
 
 
-def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
+def test_the_peak_is_near_the_measured_one(tmp_path: Path) -> None:
     config = train_config(
-        "rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=256, max_tokens=32, **SMALL
+        "rlvr", "tiny", origin="tiny/base", device="cpu", sequences_per_step=128, max_tokens=32, **SMALL
     )
     script = (
         "import resource, sys; from opdgeo.training.config import TrainConfig; from opdgeo.training.train import train\n"
@@ -34,7 +34,7 @@ def test_the_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> Non
     done = run_python("-c", script, config.to_json(), tmp_path / "run", cold=True)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout)
-    assert resources.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.25)
+    assert resources.plan(config, MACHINE).peak == pytest.approx(measured, rel=0.15)
 
 
 def test_parameters_are_counted_from_the_shape() -> None:

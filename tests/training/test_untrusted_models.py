@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,18 @@ import pytest
 from opdgeo.errors import ConfigError
 from opdgeo.survey import engines
 from opdgeo.training import models
+from program import run_python
 
 SOURCE = Path(models.__file__).parents[1]
+SAYING_YES = """
+import os, sys
+end, start = os.pipe()
+os.write(start, b"y\\n" * 5)
+os.close(start)
+os.dup2(end, 0)
+from opdgeo.commands import main
+main(sys.argv[1:])
+"""
 LOADING = ("from_pretrained", "from_config")
 
 
@@ -44,9 +51,9 @@ def test_code_beside_a_model_is_not_run_even_when_standard_input_says_yes(tmp_pa
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (tmp_path / "problems.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "opdgeo", "evaluate", folder, tmp_path / "problems.jsonl", "-o", tmp_path / "out"],
-        input="y\n" * 5, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    done = run_python(
+        "-c", SAYING_YES, "evaluate", folder, tmp_path / "problems.jsonl", "-o", tmp_path / "out",
+        libraries="training", env={"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert not mark.exists()
     assert done.returncode == 2, done.stderr

@@ -443,6 +443,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
         panel.axis("off")
     for panel, claim in zip(panels.flat, claims, strict=False):
         names = list(claim["points"])
+        bars: dict[str, list[tuple[float, float, float]]] = {}
         for place, at in enumerate(claim["points"].values()):
             for reading, colour, shift in (("verdict", "#1f5f8b", -0.12), ("noise", "#999999", 0.12)):
                 sets = [at["comparisons"]] if reading == "verdict" else [n["comparisons"] for n in at["noise"].values()]
@@ -460,7 +461,9 @@ def figure(found: dict[str, Any], path: Path) -> None:
                             )
                             low, high = t_interval(effect)
                             if np.isfinite(low):
-                                panel.vlines(x, low / margin, high / margin, color=colour, linewidth=1)
+                                bars.setdefault(colour, []).append((x, float(low / margin), float(high / margin)))
+        for colour, ends in bars.items():
+            panel.vlines(*zip(*ends, strict=True), color=colour, linewidth=1)
         panel.axhspan(-1, 1, color="#f0f0f0", zorder=0)
         panel.axhline(0, color="black", linewidth=0.6)
         panel.set_xlim(-0.5, len(names) - 0.5)

@@ -292,8 +292,9 @@ class _Rows:
     NUMBERS = ("value", "null_mean", "null_std")  # NaN where there is none
     WORDS = ("matrix", "role", "diagnostic", "variant", "reason")
 
-    def __init__(self, columns: dict[str, np.ndarray]):
-        self.columns = columns
+    def __init__(self, columns: dict[str, np.ndarray], places: np.ndarray | None = None):
+        self.columns, self.places = columns, places  # of a whole table, and which of its rows these are
+        self._taken: dict[str, np.ndarray] = columns if places is None else {}
 
     @classmethod
     def of(cls, table: pl.DataFrame, unmoved: set[str]) -> _Rows:
@@ -305,14 +306,16 @@ class _Rows:
         return cls(columns)
 
     def __getitem__(self, column: str) -> np.ndarray:
-        return self.columns[column]
+        if column not in self._taken:
+            self._taken[column] = self.columns[column][self.places]
+        return self._taken[column]
 
     def __len__(self) -> int:
-        return len(self.columns["value"])
+        return len(self.columns["value"]) if self.places is None else len(self.places)
 
     def take(self, which: np.ndarray | list[int]) -> _Rows:
         """The rows of a mask or of these places."""
-        return _Rows({name: column[which] for name, column in self.columns.items()})
+        return _Rows(self.columns, (np.arange(len(self)) if self.places is None else self.places)[which])
 
     def by(self, *names: str) -> Iterator[tuple[tuple[Any, ...], _Rows]]:
         """The groups of equal words, in the order in which they first appear."""
@@ -347,14 +350,30 @@ def _notes(group: _Rows) -> dict[str, int]:
     return dict(Counter(reason for reason in reasons if reason is not None))
 
 
+def _average(values: np.ndarray, weights: np.ndarray) -> float:
+    return float((values * weights).sum() / weights.sum())
+
+
 def _mean(group: _Rows, column: str, diagnostic: Diagnostic) -> float | None:
-    known = group.take(group[f"has {column}"])
-    return float(np.average(known[column], weights=_weights(known, diagnostic))) if len(known) else None
+    known = group[f"has {column}"]
+    return _average(group[column][known], _weights(group, diagnostic)[known]) if known.any() else None
+
+
+def _quantiles(values: np.ndarray, *shares: float) -> list[float]:
+    """What `np.quantile` says of numbers, to the bit, in a fraction of the time that it takes for a few."""
+    ordered, found = np.sort(values), []
+    for share in shares:
+        place = (len(ordered) - 1) * share
+        low = ordered[int(place)]
+        high = ordered[min(int(place) + 1, len(ordered) - 1)]
+        part = place - int(place)
+        found.append(float(high - (high - low) * (1 - part) if part >= 0.5 else low + (high - low) * part))
+    return found
 
 
 def _statistics(group: _Rows, diagnostic: Diagnostic) -> dict[str, Any]:
     shown = group.compared
-    quantiles = np.quantile(shown["value"], [0.5, 0.1, 0.9]).tolist() if len(shown) else [None] * 3
+    quantiles = _quantiles(shown["value"], 0.5, 0.1, 0.9) if len(shown) else [None] * 3
     return {
         "mean": _mean(shown, "value", diagnostic),
         **dict(zip(("median", "p10", "p90"), quantiles, strict=True)),
@@ -371,18 +390,18 @@ def _against_null(group: _Rows, diagnostic: Diagnostic, kind: str) -> dict[str, 
     if not len(known) or not known["has null_mean"].all():
         return None
     weights = _weights(known, diagnostic)
-    mean = float(np.average(known["null_mean"], weights=weights))
+    mean = _average(known["null_mean"], weights)
     spread = pl.Series(known["null_std"][known["has null_std"]]).mean()
     differences = known["value"] - known["null_mean"]
-    excess = float(np.average(differences, weights=weights))
+    excess = _average(differences, weights)
     rng, size = np.random.default_rng(0), len(known)
     resampled = np.empty(BOOTSTRAP)
     step = max(1, PICKED // size)
     for start in range(0, BOOTSTRAP, step):
         picks = rng.integers(size, size=(min(step, BOOTSTRAP - start), size))
-        sums = (differences[picks] * weights[picks]).sum(axis=1)
-        resampled[start : start + step] = sums / weights[picks].sum(axis=1)
-    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+        weighed = weights[picks]
+        resampled[start : start + step] = (differences[picks] * weighed).sum(axis=1) / weighed.sum(axis=1)
+    low, high = _quantiles(resampled, 0.025, 0.975)
     margin = RELATIVE_MARGIN * abs(mean) if diagnostic.ratio else SHARE_MARGIN
     if diagnostic.size:
         reading = "by construction"

@@ -14,6 +14,8 @@ import sys
 import sysconfig
 import textwrap
 import warnings
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.tasks import Example, in_held_out
 
 SHORTEST = 160
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "__pycache__", "ensurepip"}
 
 
@@ -67,17 +70,27 @@ def corpus() -> tuple[tuple[str, str], ...]:
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = prose(ast.get_docstring(node) or "")
-                if len(text) >= SHORTEST:
-                    found.setdefault(text, parts[0])
+        for node in _documented(tree):
+            text = prose(ast.get_docstring(node) or "")
+            if len(text) >= SHORTEST:
+                found.setdefault(text, parts[0])
     if not found:
         raise ConfigError(
             f"found no docstrings under {root}; expected the standard library's sources. "
             "Use a Python that ships them (python.org, a distribution's package, conda or uv)."
         )
     return tuple((module, text) for text, module in found.items())
+
+
+def _documented(tree: ast.Module) -> Iterator[Documented]:
+    """The module, its classes and its functions in the order of `ast.walk`, which visits every expression too."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, Documented):
+            yield node
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):  # the order of their fields
+            waiting.extend(getattr(node, block, ()))
 
 
 def prose(docstring: str) -> str:
