@@ -6,17 +6,22 @@ BIN := .venv/bin
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python
 TORCH := 2.13.0
 
-.PHONY: reproduce test torture mutants docs audit clean
+.PHONY: reproduce test types pytest torture mutants docs audit clean
 
 ## Train every arm of the tiny study, measure it, judge the claims, and say where the report is.
 reproduce: .venv/.installed
 	$(BIN)/opdgeo reproduce --preset tiny -o $(OUT)
 
-## Lint, types, tests.
+## Lint; then types and tests at a time.
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory --jobs types pytest
+
+types: .venv/.installed-dev
 	$(BIN)/mypy
+
+pytest: .venv/.installed-dev
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 ## The site, in build/site: a warning is an error.
