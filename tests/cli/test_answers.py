@@ -111,6 +111,22 @@ def test_a_narrow_update_is_told_by_its_own_directions(tmp_path: Path) -> None:
     assert "and at least 80.0 % only at the last checkpoint (walk null: " in text and text.count("walk null") == 4
 
 
+def test_the_rank_that_is_told_is_the_final_updates(tmp_path: Path) -> None:
+    """An update of rank 2 on the way to one of rank 4: neither has a top 16, and the reader asks of the final one."""
+    rng = np.random.default_rng(6)
+    base = planted.weights(rng, 80, 64)
+    left, right = rng.standard_normal((80, 4)), planted.orthonormal(rng, 64, 4)
+    points = {"base": base}
+    for step, rank in ((1, 2), (2, 4)):
+        points[f"run/step-{step:06d}"] = base + 0.05 * left[:, :rank] @ right[:, :rank].T
+    for name, weights in points.items():
+        planted.write_checkpoint(tmp_path / name, {NAME: weights}, "float32")
+    summary = opdgeo.track(tmp_path / "base", tmp_path / "run", settings=opdgeo.Settings(nulls=1), cache=False).summary
+    text = "".join(p if isinstance(p, str) else number(*p) for p in answers(summary["checkpoints"], summary)[0])
+    assert " K = 16: of step-000002, singular value 16 of the update is within the rounding" in text, text
+    assert "determined to rank 4 only" in text and "rank 2 only" not in text, text
+
+
 def test_a_first_checkpoint_that_did_not_move_leaves_an_answer(runs: Path) -> None:
     """The first step of a warm-up has learning rate 0."""
     steps = [runs / "base", *(runs / "opd" / f"step-{step:06d}" for step in (10, 20, 30))]

@@ -86,6 +86,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
         done = run_opdgeo(command, *pair, "-o", out, *FAST)
         assert done.returncode == 2 and f"{tmp_path / 'file'} is a file" in done.stderr, done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out" / "run.json").mkdir(parents=True)
+    done = run_opdgeo(command, *pair, "-o", tmp_path / "out", *FAST)
+    assert done.returncode == 2 and "run.json is a folder" in done.stderr, done.stderr
     done = run_opdgeo(command, *pair, "-o", "/proc/opdgeo" if Path("/proc").is_dir() else "/dev/opdgeo", *FAST)
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

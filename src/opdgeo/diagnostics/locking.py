@@ -110,11 +110,16 @@ def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> lis
     right = [r for r in rows if r["side"] == "right" and r["rank"] <= SHOWN and r.get("steps")]
     why, told = None, []
     for row in sorted(right, key=lambda r: -r["rank"]):
-        entry = of[place].get(name("final", "right", row["rank"]), {})
+        variant = name("final", "right", row["rank"])
+        entry = of[place].get(variant, {})
         if entry.get("mean") is not None:
             told.append((row, entry))
-        elif not told:
-            why = why or entry.get("reason")
+        elif not told and not why:
+            # The last checkpoint is compared with itself: what it lacks, the final update lacks.
+            final = of[-1].get(variant, {}).get("reason")
+            where = f"of {checkpoints[-1 if final else place]['checkpoint']}, "
+            why = final or entry.get("reason")
+            why = why and where + why
     if not told:
         return [f"How early the final subspace is there has no answer: {why}."] if why else None
     carried = _stable_rank(checkpoints[-1])

@@ -12,7 +12,7 @@ from typing import Any
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.survey.results import LONGEST
+from opdgeo.survey.results import LONGEST, OnDisk
 
 ROW, ROWS = 120, 80  # bytes of a row of the tables at most, and rows of a matrix at a checkpoint
 
@@ -21,11 +21,16 @@ def check_folder(out: Path, work: Sequence[Matrix], checkpoints: int) -> None:
     """Whether the data files of `work` at so many checkpoints can be written into `out`, which may not exist yet.
 
     Raises:
-        ConfigError: `out` is a file, cannot be written, or its disk is full.
+        ConfigError: `out` is a file, holds a folder where a file belongs, cannot be written, or its disk is full.
     """
     there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
         raise ConfigError(f"{there} is a file; expected a folder for the results. Give -o another name.")
+    for name in (*OnDisk.NAMES, "summary.json", "run.json", "report.html"):
+        if (out / name).is_dir():
+            raise ConfigError(
+                f"{out / name} is a folder; expected a file of a result, or nothing. Give -o another folder."
+            )
     needed = checkpoints * sum(ROWS * ROW + 5 * 8 * min(m.rows, m.cols) for m in work)
     try:
         free = shutil.disk_usage(there).free
