@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from opdgeo.diagnostics import of_pairs
-from opdgeo.diagnostics.diagnostic import Diagnostic, Part
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Part
 from opdgeo.report.data import pairs_of
 from opdgeo.report.glossary import arm_label, clean, is_primary, number, split_seed
 from opdgeo.report.limits import ARMS
@@ -275,6 +275,6 @@ def _print_one(pairs: Pairs, console: Console) -> None:
         )
     )
     for why, titles in whys.items():
-        smaller = any(d.curves and d.title in titles for d in of_pairs().values())
+        smaller = why != ONE_UNMOVED and any(d.curves and d.title in titles for d in of_pairs().values())
         more = " No smaller K in the table is determined either; curves.parquet holds every K." if smaller else ""
         console.print(Text(f"–: {clean(why)} ({', '.join(titles)}).{more}"))
