@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -19,7 +20,9 @@ import opdgeo
 import planted
 from opdgeo.errors import ConfigError
 from opdgeo.report import write_report
+from opdgeo.report.glossary import number
 from opdgeo.report.pairs import Pairs, print_pairs
+from opdgeo.report.verdict import findings
 from opdgeo.report.view import policy, resource
 from program import run_opdgeo
 
@@ -178,7 +181,7 @@ def test_two_updates_have_one_table_and_no_matrix(out: Path, tmp_path: Path) -> 
 
 
 def test_the_terminal_says_why_a_number_is_missing(tmp_path: Path) -> None:
-    """Two updates of two directions have no top 16."""
+    """The channel of two updates of two directions has no top 16."""
     rng = np.random.default_rng(0)
     name = NAMES[0]
     base = planted.weights(rng, 48, 40)
@@ -191,7 +194,52 @@ def test_the_terminal_says_why_a_number_is_missing(tmp_path: Path) -> None:
     print_pairs(result.summary, console)
     said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "–: singular value 16 of the update is within the rounding of the stored weights" in said, said
-    assert "(Similarity of the top subspaces, Energy in the other's channel)." in said, said
+    assert "(Energy in the other's channel)." in said, said
+    for words in ("a as a multiple of b", "b as a multiple of a"):
+        assert words in _printed(result.summary), said
+
+
+def test_low_rank_updates_show_the_largest_k_that_they_determine(tmp_path: Path) -> None:
+    """Of two directions, and one in a second matrix: K = 2 has half of the matrices."""
+    rng = np.random.default_rng(0)
+    base = {n: planted.weights(rng, 48, 40) for n in NAMES[:2]}
+    made = [planted.write_checkpoint(tmp_path / "base", base, "float32")]
+    for which in ("a", "b", "full"):
+        spectra = [np.linspace(0.09, 0.05, 18)] * 2 if which == "full" else ([0.05, 0.04], [0.05])
+        up = {n: base[n] + planted.with_spectrum(rng, 48, 40, list(s)) for n, s in zip(base, spectra, strict=True)}
+        made.append(planted.write_checkpoint(tmp_path / which, up, "float32"))
+    two = opdgeo.relate(*made[:3], cache=False)
+    held = {d["variant"]: d for d in two.summary["pairs"][0]["diagnostics"] if d["diagnostic"] == "shared_subspace"}
+    assert held["right.16"]["mean"] is None and held["right.2"]["matrices"] == 1, "the data files stay as they are"
+    shown = [f for f in findings(two.summary["pairs"][0]) if f.diagnostic == "shared_subspace"]
+    assert [(f.detail, f.row["mean"]) for f in shown] == [
+        (f"{side}, K = 2", held[f"{side}.2"]["mean"]) for side in ("right", "left")
+    ]
+    value = number(held["right.2"]["mean"], "share")
+    assert f"their top directions (right, K = 2) are {value} alike" in _printed(two.summary)
+    page = Page(two.report(tmp_path / "two").read_text(encoding="utf-8"))
+    assert "right, K = 2" in page.text and "right, K = 16" not in page.text and "a in the channel of b" in page.text
+
+    three = opdgeo.relate(*made, cache=False)
+    text = three.report(tmp_path / "three").read_text(encoding="utf-8")
+    first = text.split("Similarity of the top subspaces (right, K = 16)</h3>")[1].split("</table>")[0]
+    assert first.count("<small>right, K = 2</small>") == 6 and "right, K = 2" in three._repr_html_()
+    assert _printed(three.summary).count("right, K = 2") >= 3
+
+    full = copy.deepcopy(two.summary)
+    for d in full["pairs"][0]["diagnostics"]:
+        if d["diagnostic"] == "shared_subspace":
+            d |= {"mean": None, "matrices": 0, "null": None, "reason": "the gap vanishes"}
+    assert (
+        "–: the gap vanishes (Similarity of the top subspaces). No smaller K in the table is determined either; "
+        "curves.parquet holds every K."
+    ) in _printed(full)
+
+
+def _printed(summary: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_pairs(summary, console)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_the_terminal_says_a_line_a_pair(out: Path) -> None:

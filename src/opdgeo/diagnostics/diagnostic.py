@@ -145,6 +145,10 @@ def _every(variant: str) -> bool:
     return True
 
 
+def _none_else(variant: str, measured: Iterable[str]) -> list[str]:
+    return []
+
+
 def _nothing(mean: float) -> str | None:
     return None
 
@@ -160,7 +164,7 @@ class Headline:
     Attributes:
         variant: the variant that is meant.
         column: the head of its column in the table of arms.
-        clause: a part of a sentence with one `{}` for the value; empty: it is not in the sentence.
+        clause: a part of a sentence with one `{}` for the value, and of a pair `{variant}` for the words of its variant; empty: it is not in the sentence.
         beside: a part of a sentence with one `{}` for the value of the null; empty: the null is not in the sentence.
     """
 
@@ -283,6 +287,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
         around_zero: its values lie on both sides of 0, where its null lies.
         label: a variant in words.
         listed: whether tables show a variant. The data files hold all.
+        instead: the measured variants that tables show in place of a listed one that most matrices leave undefined, the best first.
         charted: the variants, by their beginnings, that have a map over layers and a chart over steps.
         leads: its chart over the size of the update stands first.
         published: the paper's own values.
@@ -302,7 +307,8 @@ class Diagnostic(Generic[Subject, Found, Against]):
         of: a run's: the diagnostic that it is computed from.
         answer: a run's: a sentence that answers what it asks, from the run's checkpoints in `summary.json` and its own rows there;
             None where it has nothing to say.
-        directed: a pair's: it tells the two updates apart, and is measured both ways.
+        directed: a pair's that tells the two updates apart, and is measured both ways: which is held against which, in words with a
+            `{}` for the name of each; empty where both ways are the same.
         weights: a pair's: what each matrix counts, so that the weighted sum of its values is the value of all matrices together;
             None where there is no such value.
         since: a run's: the step from which a curve of `of` stays at or above a threshold; for the live monitor.
@@ -330,6 +336,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     around_zero: bool = False
     label: Callable[[str], str] = _as_it_is
     listed: Callable[[str], bool] = _every
+    instead: Callable[[str, Iterable[str]], list[str]] = _none_else
     charted: tuple[str, ...] = ()
     leads: bool = False
     published: tuple[Published, ...] = ()
@@ -347,7 +354,7 @@ class Diagnostic(Generic[Subject, Found, Against]):
     of: str | None = None
     answer: Callable[[list[dict[str, Any]], list[dict[str, Any]]], list[Part] | None] | None = None
     since: Callable[[list[int], list[float | None], float], int | None] | None = None
-    directed: bool = False
+    directed: str = ""
     weights: Callable[[Matrices], np.ndarray] | None = None
 
     @property

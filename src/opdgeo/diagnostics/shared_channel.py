@@ -85,6 +85,6 @@ DIAGNOSTIC: OfPair = Diagnostic(
     label=label,
     charted=("right",),
     directions=lambda settings: settings.top_k,
-    directed=True,
+    directed="{} in the channel of {}",
     weights=weights,
 )

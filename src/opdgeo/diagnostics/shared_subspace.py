@@ -6,7 +6,7 @@ subspaces: K/dimension, with a known spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from opdgeo.diagnostics.diagnostic import (
@@ -34,6 +34,17 @@ def variants(settings: Settings) -> list[str]:
 def label(variant: str) -> str:
     side, _, k = variant.partition(".")
     return f"{side}, K = {k}"
+
+
+def narrower(variant: str, measured: Iterable[str]) -> list[str]:
+    """The smaller K of the same side, the largest first.
+
+    >>> narrower("right.16", ["right.1", "right.8", "right.32", "left.8"])
+    ['right.8', 'right.1']
+    """
+    side, _, most = variant.partition(".")
+    found = (int(k) for of, _, k in (v.partition(".") for v in measured) if of == side)
+    return [f"{side}.{k}" for k in sorted(found, reverse=True) if k < int(most)]
 
 
 def measure(pair: Pair) -> dict[str, Value]:
@@ -103,13 +114,14 @@ DIAGNOSTIC: OfPair = Diagnostic(
     "same channel are alike here even where their cosine is small.",
     caveat="It does not weigh the directions: with K above the number of directions that stand out, the rest is noise and pulls the "
     "number to chance, K over the dimension. Look at the whole curve over K. Tables show "
-    f"K = {SHOWN}; the data files hold every K.",
+    f"K = {SHOWN}, or where most matrices do not determine it the largest K measured below that they do; the data files hold every K.",
     example="K = 2, V(A) = e₁, e₂ and V(B) = e₁, e₃: one direction of two, 50 %.",
     source=f"{PAPER}, §2, subspace similarity, between two runs in place of two steps",
     label=label,
     listed=lambda variant: variant.endswith(f".{SHOWN}"),
+    instead=narrower,
     headline=Headline(
-        f"right.{SHOWN}", f"top-{SHOWN} subspace", f"their top {SHOWN} right directions are {{}} alike", "chance is {}"
+        f"right.{SHOWN}", f"top-{SHOWN} subspace", "their top directions ({variant}) are {} alike", "chance is {}"
     ),
     charted=(f"right.{SHOWN}", f"left.{SHOWN}"),
     directions=lambda settings: max(ranks(settings)),

@@ -39,7 +39,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     scope="pair",
     measure=measure,
     null=null,
-    title="Multiple of the other",
+    title="Scale factor",
     formula="c = ⟨ΔW_A, ΔW_B⟩ / ‖ΔW_B‖_F², the least-squares factor of ΔW_A ≈ c ΔW_B",
     meaning="How many times the other update this one holds. With a cosine near 1 it says that one is the other, c times as far.",
     caveat="The factor is small where the cosine is, and where this update is the smaller one. Read it beside the cosine. The "
@@ -47,7 +47,7 @@ DIAGNOSTIC: OfPair = Diagnostic(
     example="ΔW_A = (2, 0) and ΔW_B = (1, 1): 2 / 2 = 1. The other way round 2 / 4 = 0.5.",
     source="this program",
     around_zero=True,
-    directed=True,
+    directed="{} as a multiple of {}",
     charted=("",),
     weights=weights,
 )

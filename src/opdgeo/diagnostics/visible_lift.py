@@ -69,8 +69,8 @@ DIAGNOSTIC: OfPair = Diagnostic(
     headline=Headline(
         "",
         "lift",
-        "both moved {} times as many entries as if each had moved its own anywhere",
-        "the small weights alone give {}",
+        "the entries that both moved visibly are {} times as many as if each update had moved entries picked at random",
+        "unrelated updates have {}, as small weights move first in any",
     ),
     charted=("",),
     weights=weights,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from opdgeo.diagnostics import of_pairs
-from opdgeo.diagnostics.diagnostic import Diagnostic, Part
+from opdgeo.diagnostics.diagnostic import ONE_UNMOVED, Diagnostic, Part
 from opdgeo.report.data import pairs_of
 from opdgeo.report.glossary import arm_label, clean, is_primary, number, split_seed
 from opdgeo.report.limits import ARMS
@@ -50,6 +50,11 @@ class Cell:
         names = ("null_std", "std") if self.around else ("null_mean", "mean")
         return null.get(names[0] if together else names[1])
 
+    @property
+    def instead(self) -> str:
+        """The words of the variant that stands for the one asked for; empty where it stands for itself."""
+        return self.found.detail if self.found.row["variant"] != self.found.variant else ""
+
     def chance_text(self) -> str:
         """In letters; empty without a null."""
         text = number(self.chance, self.found.unit)
@@ -71,6 +76,7 @@ class Pairs:
 
     def __init__(self, pairs: list[dict[str, Any]]):
         self.by_names = {(p["checkpoint"], p["other"]): p for p in pairs}
+        self._found = {names: {(f.diagnostic, f.variant): f for f in findings(p)} for names, p in self.by_names.items()}
         self.names = list(dict.fromkeys(name for p in pairs for name in (p["checkpoint"], p["other"])))
 
     def short(self, name: str, limit: int) -> str:
@@ -80,6 +86,10 @@ class Pairs:
             name = name.rpartition("/")[0]
         return clean(name, limit)
 
+    def direction(self, diagnostic: str, first: str, other: str, limit: int) -> str:
+        """Which of two updates a diagnostic holds against which; empty where both ways are the same."""
+        return of_pairs()[diagnostic].directed.format(self.short(first, limit), self.short(other, limit))
+
     def unordered(self) -> list[tuple[str, str]]:
         """Each pair once, in the order of the names."""
         return [(a, b) for i, a in enumerate(self.names) for b in self.names[i + 1 :] if (a, b) in self.by_names]
@@ -87,9 +97,8 @@ class Pairs:
     def cell(self, first: str, other: str, diagnostic: str, variant: str) -> Cell | None:
         """The number of `first` against `other`; of a diagnostic that is the same both ways, from whichever row holds it."""
         for names in ((first, other), (other, first)):
-            for row in self.by_names.get(names, {}).get("diagnostics", []):
-                if (row["diagnostic"], row["variant"]) == (diagnostic, variant):
-                    return Cell(Finding(diagnostic, variant, row))
+            if found := self._found.get(names, {}).get((diagnostic, variant)):
+                return Cell(found)
         return None
 
     def columns(self) -> list[tuple[Diagnostic, str]]:
@@ -140,7 +149,7 @@ class Pairs:
                 continue
             cell = Cell(found)
             parts += [] if len(parts) == 1 else ["; "]
-            parts += _filled(d.headline.clause, cell.value, d.unit)
+            parts += _filled(d.headline.clause.replace("{variant}", found.detail), cell.value, d.unit)
             if d.headline.beside and cell.chance is not None:
                 parts += [" (", *_filled(d.headline.beside, cell.chance, d.unit), ")"]
         return [*parts, "."] if len(parts) > 1 else [*parts, "nothing can be compared: ", self.why(first, other), "."]
@@ -225,6 +234,8 @@ def _print_lines(pairs: Pairs, console: Console) -> None:
                 text.stylize("bold cyan")
             if cell is not None and cell.chance is not None:
                 text.append(f"\n({cell.chance_text()})", style="dim")
+            if cell is not None and cell.instead:
+                text.append(f"\n{cell.instead}", style="dim")
             cells.append(text)
         table.add_row(Text(" and ".join(pairs.short(name, 24) for name in pair)), *cells)
     print_table(table, console)
@@ -246,9 +257,7 @@ def _print_one(pairs: Pairs, console: Console) -> None:
             if found.row["mean"] is None and found.row.get("reason"):
                 whys.setdefault(found.row["reason"], {})[found.title] = None
             said = Text(found.title)
-            detail = ", ".join(
-                filter(None, (found.detail, pairs.short(pair[0], 24) if of_pairs()[found.diagnostic].directed else ""))
-            )
+            detail = ", ".join(filter(None, (found.detail, pairs.direction(found.diagnostic, *pair, 24))))
             if detail:
                 said.append(f" {detail}", style="dim")
             table.add_row(
@@ -266,4 +275,6 @@ def _print_one(pairs: Pairs, console: Console) -> None:
         )
     )
     for why, titles in whys.items():
-        console.print(Text(f"–: {clean(why)} ({', '.join(titles)})."))
+        smaller = why != ONE_UNMOVED and any(d.curves and d.title in titles for d in of_pairs().values())
+        more = " No smaller K in the table is determined either; curves.parquet holds every K." if smaller else ""
+        console.print(Text(f"–: {clean(why)} ({', '.join(titles)}).{more}"))

@@ -89,7 +89,7 @@ def matrix(pairs: Pairs, diagnostic: Diagnostic, variant: str) -> dict[str, Any]
         rows.append((name, [c and _shown(c, largest, (name, other)) for other, c in zip(names, row, strict=True)]))
     return {
         "title": label(diagnostic.name, variant),
-        "directed": diagnostic.directed,
+        "directed": bool(diagnostic.directed),
         "unit": diagnostic.unit,
         "rows": rows,
     }
@@ -109,10 +109,12 @@ def _shown(cell: Cell, largest: float, names: tuple[str, str]) -> dict[str, Any]
         tip = f"{clean(names[0])} and {clean(names[1])}: {clean(cell.found.row.get('reason') or 'undefined')}"
     elif cell.chance is not None:
         tip += f", chance {cell.chance_text()}" + (f"; {cell.reading}" if cell.found.reading else "")
+    tip += f"; {cell.instead}" if cell.instead else ""
     return {
         "value": value,
         "chance": None if value is None else cell.chance,
         "around": cell.around,
+        "instead": cell.instead,
         "beyond": cell.reading == "beyond chance",
         "strength": round(100 * abs(_distance(cell)) / largest) if largest else 0,
         "below": _distance(cell) < 0,
@@ -137,8 +139,8 @@ def _table(pairs: Pairs, first: str, other: str) -> dict[str, Any]:
     rows = []
     for pair in ((first, other), (other, first)):
         for found in findings(pairs.by_names.get(pair, {"diagnostics": []})):
-            of = pair[0] if of_pairs()[found.diagnostic].directed else ""
-            rows.append({"found": found, "cell": Cell(found), "of": of})
+            direction = pairs.direction(found.diagnostic, *pair, 40)
+            rows.append({"found": found, "cell": Cell(found), "direction": direction})
     return {"first": first, "other": other, "rows": rows}
 
 

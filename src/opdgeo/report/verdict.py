@@ -15,7 +15,10 @@ from opdgeo.report.glossary import about, is_listed, label, position, variant_la
 
 @dataclass(frozen=True)
 class Finding:
-    """One diagnostic and variant of the summary next to its null. `side` is above, below or empty."""
+    """One diagnostic and variant of the summary next to its null. `side` is above, below or empty.
+
+    The row can be of another variant, which stands for this one (`Diagnostic.instead`); the words are those of the row.
+    """
 
     diagnostic: str
     variant: str
@@ -27,11 +30,11 @@ class Finding:
 
     @property
     def detail(self) -> str:
-        return variant_label(self.diagnostic, self.variant)
+        return variant_label(self.diagnostic, self.row["variant"])
 
     @property
     def label(self) -> str:
-        return label(self.diagnostic, self.variant)
+        return label(self.diagnostic, self.row["variant"])
 
     @property
     def unit(self) -> str:
@@ -65,13 +68,28 @@ class Finding:
 
 
 def findings(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Every listed row of a summary's checkpoint, in the order of the diagnostics, unknown ones last."""
+    """Every listed row of a summary's checkpoint, or the one that stands for it, in the order of the diagnostics, unknown ones last."""
     rows = [
-        Finding(r["diagnostic"], r["variant"], r)
+        Finding(r["diagnostic"], r["variant"], _standing(r, checkpoint))
         for r in checkpoint["diagnostics"]
         if is_listed(r["diagnostic"], r["variant"])
     ]
     return sorted(rows, key=lambda f: position(f.diagnostic))
+
+
+def _standing(row: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The row, or the first in its place that at least half of the matrices that moved determine; failing that, the one that most do."""
+    if "total" not in row:  # a mean over seeds counts no matrices
+        return row
+    of = {r["variant"]: r for r in checkpoint["diagnostics"] if r["diagnostic"] == row["diagnostic"]}
+    choice = [row, *(of[v] for v in about(row["diagnostic"]).instead(row["variant"], of))]
+
+    def determined(r: dict[str, Any]) -> int:
+        return 0 if r["mean"] is None else Finding(r["diagnostic"], r["variant"], r).over
+
+    moved = row["total"] - checkpoint.get("unmoved", 0)
+    known = (r for r in choice if 0 < moved <= 2 * determined(r))
+    return next(known, max(choice, key=determined))
 
 
 def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
