@@ -91,7 +91,7 @@ def explained(words: Iterable[str], capsys: pytest.CaptureFixture[str]) -> dict[
 
 
 def test_every_column_reading_and_unit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    columns = [column.rpartition(".")[2].removesuffix("[]") for column in COLUMNS if column != "locking"]
+    columns = [column.rpartition(".")[2].removesuffix("[]") for column in COLUMNS]
     assert {"null_std", "margin", "method", "p90"} <= set(columns)
     units = ("unit", "pp", "%", "°", "share", "degrees")
     others = [

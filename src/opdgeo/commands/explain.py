@@ -192,8 +192,12 @@ def _of_row(text: str) -> list[Diagnostic]:
         heads = (each.name, each.title, *([each.headline.column] if each.headline else []))
         if any(row.startswith(_plain(head) + "_") for head in heads):
             return [each]
-    known = {each.name: {n for v in each.variants(Settings()) for n in (v, each.label(v)) if v} for each in every}
-    return [each for each in every if numberless(text) in {numberless(n) for n in known[each.name]} - {"n"}]
+
+    def of(each: Diagnostic) -> set[str]:
+        names = (name for variant in each.variants(Settings()) for name in (variant, each.label(variant)))
+        return {numberless(name) for name in names} - {"", "n"}
+
+    return [each for each in every if numberless(text) in of(each)]
 
 
 def _print(found: Diagnostic) -> None:

@@ -57,9 +57,8 @@ def check_earlier(
     """Whether what lies in `out` may be replaced: nothing, or a result of this base whose checkpoints are all measured again.
 
     Another result needs `overwrite`; a study and signals are never replaced, and nothing is written among the files of a
-    training run or a checkpoint. `growing` is the folder of a run
-    that goes on, whose checkpoints are not known yet: then those of the result have to lie in it. The result of `pairs` of
-    updates is another one than that of the same checkpoints one by one.
+    training run or a checkpoint. `growing` is the folder of a run that goes on, whose checkpoints are not known yet: then those
+    of the result have to lie in it. The result of `pairs` of updates is another one than that of the same checkpoints one by one.
 
     Raises:
         ConfigError: it may not; the message says what lies there.
@@ -103,7 +102,7 @@ def _check_training(out: Path) -> None:
     if not out.is_dir():
         return
     try:
-        if (out / "log.jsonl").exists() or step_folders(out):
+        if (out / "log.jsonl").exists() or any(map(find_weights, step_folders(out).values())):
             what = "a training run"
         elif find_weights(out):
             what = "the weights of a checkpoint"
