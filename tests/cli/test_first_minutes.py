@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from opdgeo.diagnostics import DIAGNOSTICS
+from opdgeo.commands import explain
+from opdgeo.diagnostics import DIAGNOSTICS, Settings
+from opdgeo.errors import ConfigError
+from opdgeo.report.glossary import label
+from opdgeo.report.pairs import READINGS
 from program import run_opdgeo
 
 
@@ -66,6 +72,65 @@ def test_every_word_of_the_tables_is_explained(word: str, capsys: pytest.Capture
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert len(said) > 40 and max(map(len, said.splitlines())) <= 80
+
+
+DATA = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+COLUMNS = re.findall(r"^\| `([^`\n]+)` \|", DATA.partition("## run.json")[0], re.M)
+
+
+def explained(words: Iterable[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The first line that `explain` prints of every word; the error where it knows none."""
+    said = {}
+    for word in words:
+        try:
+            assert explain.run(argparse.Namespace(diagnostic=word)) == 0
+            said[word] = capsys.readouterr().out.partition("\n")[0]
+        except ConfigError as error:
+            said[word] = f"refused: {error}"
+    return said
+
+
+def test_every_column_reading_and_unit_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [column.rpartition(".")[2].removesuffix("[]") for column in COLUMNS]
+    assert {"null_std", "margin", "method", "p90"} <= set(columns)
+    units = ("unit", "pp", "%", "°", "share", "degrees")
+    others = [
+        "walk null",
+        "beyond chance ↑",
+        "chance",
+        "all",
+        "middle 80 %",
+        "excess [95 %]",
+        "95 % interval",
+        "curve",
+        "sigma_base",
+    ]
+    words = [*columns, *units, *others, *READINGS.values(), *READINGS, *Settings().to_json(), "null std"]
+    said = explained(words, capsys)
+    assert [word for word, line in said.items() if line.startswith("refused: ")] == []
+
+
+def test_a_row_as_printed_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {label(name, v): name for name, d in DIAGNOSTICS.items() for v in d.variants(Settings())}
+    rows |= {re.sub("[()]", "", row): name for row, name in rows.items()}
+    rows |= {"Principal energy both top 32": "principal_energy", "unchanged in bf16": "update_sparsity"}
+    rows |= {
+        "bf16_eta": "update_sparsity",
+        "η rule": "update_sparsity",
+        "both.32": "principal_energy",
+        "Mirsky": "bound_ratio",
+    }
+    said = explained(rows, capsys)
+    assert {row: line for row, line in said.items() if not line.endswith(f"({rows[row]})")} == {}
+    assert explained(["17"], capsys)["17"].startswith("refused: there is no diagnostic"), "a bare number is no variant"
+
+
+def test_the_sparsity_counts_what_is_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    from opdgeo.commands import main
+
+    with pytest.raises(SystemExit):
+        main(["explain", "update_sparsity"])
+    assert "the same as equality of the numbers" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_list_and_a_wrong_name() -> None:

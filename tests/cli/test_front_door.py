@@ -59,6 +59,23 @@ def test_a_mistyped_command_and_chart(capsys: pytest.CaptureFixture[str]) -> Non
         Charts({"size-stable-rank": None})["size-stable_rank"]  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("compare a b --topk 8", "usage: opdgeo compare; unrecognized arguments: --topk 8; did you mean --top-k?"),
+        ("track a b --topk=8", "usage: opdgeo track; unrecognized arguments: --topk=8; did you mean --top-k?"),
+        ("compare a b c", "usage: opdgeo compare; unrecognized arguments: c\n"),
+        ("--versoin", "usage: opdgeo [; unrecognized arguments: --versoin; did you mean --version?"),
+    ],
+)
+def test_an_unknown_option_is_refused_by_its_command(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(given.split())
+    shown = capsys.readouterr().err
+    usage, _, error = said.partition("; ")
+    assert ended.value.code == 2 and shown.startswith(usage) and error in shown
+
+
 def test_help_names_the_default_of_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command, said in (
         ("demo", "default: opdgeo-demo"),

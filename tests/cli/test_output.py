@@ -76,6 +76,36 @@ def test_what_is_no_result_stays(folders: Path, tmp_path: Path) -> None:
         assert contents(out) == {name: b'{"base": 3}'}
 
 
+def test_a_training_runs_folder_stays_as_it_is(folders: Path, tmp_path: Path) -> None:
+    base, run = folders / "base", shutil.copytree(folders / "run", tmp_path / "run")
+    one, two = run / "step-000001", run / "step-000002"
+    logged = tmp_path / "logged"
+    logged.mkdir()
+    (logged / "log.jsonl").write_text("{}")
+    kept = contents(tmp_path)
+    wanted = [
+        (run, "a training run", ("compare", base, one)),
+        (run, "a training run", ("track", base, run, "--overwrite")),
+        (run, "a training run", ("track", base, run, "--follow", "--idle", 0)),
+        (logged, "a training run", ("relate", base, one, two)),
+        (one, "the weights of a checkpoint", ("compare", base, one)),
+    ]
+    for out, what, command in wanted:
+        done = run_opdgeo(*command, "-o", out, *FAST)
+        assert done.returncode == 2, command
+        assert f"{out} holds {what}. Give -o another folder" in done.stderr
+        assert contents(tmp_path) == kept
+    below = run_opdgeo("track", base, run, "-o", run / "geometry", *FAST)
+    assert below.returncode == 0, below.stderr
+    results = tmp_path / "results"
+    (results / "step-000001").mkdir(parents=True)  # a folder of results, named like the steps
+    assert run_opdgeo("compare", base, one, "-o", results, *FAST).returncode == 0
+    # a result that an earlier version left in the run
+    for name in ("run.json", "measurements.parquet", "summary.json"):
+        shutil.copy(run / "geometry" / name, run / name)
+    assert run_opdgeo("track", base, run, "-o", run, *FAST).returncode == 0, "the same result goes on"
+
+
 @pytest.mark.parametrize("command", ["compare", "track"])
 def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
     command: str, folders: Path, tmp_path: Path

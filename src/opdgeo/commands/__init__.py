@@ -111,7 +111,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _run(argv: list[str] | None) -> int:
     command_line = parser()
     _refuse_a_typo(command_line, sys.argv[1:] if argv is None else argv)
-    args = command_line.parse_args(argv)
+    args, unknown = command_line.parse_known_args(argv)
+    if unknown:
+        _refuse_unknown(command_line, args.command, unknown)
     if args.version:
         from opdgeo import __version__
 
@@ -143,6 +145,19 @@ def _refuse_a_typo(command_line: argparse.ArgumentParser, argv: list[str]) -> No
     names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
     if argv and argv[0] not in names and (near := difflib.get_close_matches(argv[0], names, n=1)):
         command_line.error(f"there is no command {printable(argv[0])!r}; did you mean {near[0]}?")
+
+
+def _refuse_unknown(command_line: argparse.ArgumentParser, command: str | None, unknown: list[str]) -> NoReturn:
+    """Say what `command` does not take, in its own usage and with the option that was meant; argparse shows that of the program."""
+    of = command_line
+    for action in command_line._actions:
+        if command and isinstance(action, argparse._SubParsersAction):
+            of = action.choices[command]
+    options = [name for action in of._actions for name in action.option_strings]
+    given = (each.partition("=")[0] for each in unknown if each.startswith("-"))
+    near = next((found[0] for each in given if (found := difflib.get_close_matches(each, options, n=1))), None)
+    hint = f"; did you mean {near}?" if near else ""
+    of.error(f"unrecognized arguments: {printable(' '.join(unknown))}{hint}")
 
 
 if __name__ == "__main__":

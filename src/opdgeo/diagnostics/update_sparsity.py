@@ -47,7 +47,7 @@ DIAGNOSTIC: OfUpdate = Diagnostic(
     meaning="The share of entries that are the same number before and after training, once both checkpoints are cast to bf16. "
     "The mean is over all entries.",
     caveat="A small update hides below the spacing of bf16 numbers. So a high share mostly says that the update is small: read "
-    "it against the null. For bf16 values the η rule is the same as inequality of the numbers, because neighbouring bf16 "
+    "it against the null. For bf16 values the η rule is the same as equality of the numbers, because neighbouring bf16 "
     "numbers differ by at least 2⁻⁸ relative, which is more than η. The variant “bit-equal” therefore adds nothing but signed "
     "zeros.",
     example="0.5 → 0.5005 is 0.5 in bf16, whose next number is 0.5039: unchanged. 0.5 → 0.503 becomes that next number: changed.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opdgeo.checkpoints import Checkpoint, Matrix
+from opdgeo.checkpoints.checkpoint import find_weights, step_folders
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.survey.results import LONGEST, OnDisk
@@ -60,15 +61,17 @@ def check_earlier(
 ) -> None:
     """Whether what lies in `out` may be replaced: nothing, or a result of this base whose checkpoints are all measured again.
 
-    Another result needs `overwrite`; a study and signals are never replaced. `growing` is the folder of a run
-    that goes on, whose checkpoints are not known yet: then those of the result have to lie in it. The result of `pairs` of
-    updates is another one than that of the same checkpoints one by one.
+    Another result needs `overwrite`; a study and signals are never replaced, and nothing is written among the files of a
+    training run or a checkpoint. `growing` is the folder of a run that goes on, whose checkpoints are not known yet: then those
+    of the result have to lie in it. The result of `pairs` of updates is another one than that of the same checkpoints one by one.
 
     Raises:
         ConfigError: it may not; the message says what lies there.
     """
     check_study(out)
     path = out / "run.json"
+    if not path.is_file():
+        _check_training(out)
     if overwrite or not path.is_file():
         return
     try:
@@ -95,6 +98,24 @@ def check_study(out: Path) -> None:
     for name, what in (("claims.json", "a study"), ("arms", "a study"), ("signals.json", "signals")):
         if (out / name).exists():
             raise ConfigError(f"{out} holds {what}, which nothing replaces. Give -o another folder.")
+
+
+def _check_training(out: Path) -> None:
+    """Raises:
+    ConfigError: `out` holds a training run or a checkpoint.
+    """
+    if not out.is_dir():
+        return
+    try:
+        if (out / "log.jsonl").exists() or any(map(find_weights, step_folders(out).values())):
+            what = "a training run"
+        elif find_weights(out):
+            what = "the weights of a checkpoint"
+        else:
+            return
+    except CheckpointError:  # two folders of one step, an unreadable checkpoint
+        what = "a training run or a checkpoint"
+    raise ConfigError(f"{out} holds {what}. Give -o another folder, such as {out / 'geometry'}.")
 
 
 def _is(recorded: dict[str, Any], checkpoint: Checkpoint) -> bool:
