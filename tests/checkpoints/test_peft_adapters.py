@@ -331,6 +331,20 @@ def test_what_cannot_be_read_is_refused(case: str, pair: tuple[Path, Path, Path]
         opdgeo.compare(pair[0], adapter)
 
 
+def test_factors_of_a_tensor_that_is_there_whole_in_another_shape_are_refused(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, _ = pair
+    shutil.copytree(adapter, tmp_path / "adapter")
+    held = load_file(adapter / "adapter_model.safetensors")
+    module = next(key for key in held if key.endswith(".lora_A.weight")).removesuffix(".lora_A.weight")
+    rows, cols = held[f"{module}.lora_B.weight"].shape[0], held[f"{module}.lora_A.weight"].shape[1]
+    whole = module.removeprefix("base_model.model.") + ".weight"
+    save_file(held | {whole: torch.zeros(rows + 1, cols)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="and the tensor itself as"):
+        open_checkpoint(tmp_path / "adapter", open_checkpoint(base))
+
+
 def test_an_adapter_needs_the_base_it_was_made_for(pair: tuple[Path, Path, Path], bases: dict[str, Path]) -> None:
     base, adapter, _ = pair
     with pytest.raises(CheckpointError, match=r"without its base.*BASE ADAPTER"):

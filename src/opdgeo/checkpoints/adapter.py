@@ -151,6 +151,12 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     for module, found_parts in parts.items():
         changes |= _changes(module, found_parts, config, patterns, base=base, places=places, path=path)
     changed = frozenset(m.tensor for m in known if m.name in changes)
+    for name in changed & whole.keys():
+        if whole[name].shape != base.tensors[name].shape:
+            raise CheckpointError(
+                f"{path} holds factors for {name}, which is {'×'.join(map(str, base.tensors[name].shape))}, and the tensor itself as "
+                f"{'×'.join(map(str, whole[name].shape))}. Save it again."
+            )
     return Adapter(
         path, base.tensors | whole, base.config, _notes(config, base, changes), base=base, own=own, changes=changes, changed=changed
     )  # fmt: skip
