@@ -25,6 +25,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,32 @@ def solvers(at: Place) -> list[Row]:
                 )
             )
             print(rows[-1], flush=True)
+    return [*rows, *crossover(at)]
+
+
+def crossover(at: Place) -> list[Row]:
+    """From which size on the GPU solves faster than a core (`devices.SMALL`, `SMALL_SVD`): the second of two calls of each."""
+    rows = []
+    for n in (64, 96) if at.double else (128, 256, 512, 1024):
+        g = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        took: dict[str, float] = {}
+        for place in ("cpu", "cuda"):
+            here = g.to(place)
+            driver: dict[str, Any] = {} if place == "cpu" else {"driver": "gesvd"}
+            ways: dict[str, Callable[[], Any]] = {
+                "eigh": partial(torch.linalg.eigh, here.T @ here),
+                "eigvalsh": partial(torch.linalg.eigvalsh, here.T @ here),
+                "svd": partial(torch.linalg.svd, here, full_matrices=False, **driver),
+                "svdvals": partial(torch.linalg.svdvals, here, **driver),
+            }
+            for name, way in ways.items():
+                way()
+                began = at.clock()
+                way()
+                took[f"{name} {place}"] = at.clock() - began
+        ratios = ", ".join(f"{name} {took[f'{name} cpu'] / took[f'{name} cuda']:.1f}" for name in ways)
+        rows.append(row(f"a core over the GPU, {n}", True, ratios, **took))
+        print(rows[-1], flush=True)
     return rows
 
 

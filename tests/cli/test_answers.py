@@ -123,7 +123,7 @@ def test_the_rank_that_is_told_is_the_final_updates(tmp_path: Path) -> None:
         planted.write_checkpoint(tmp_path / name, {NAME: weights}, "float32")
     summary = opdgeo.track(tmp_path / "base", tmp_path / "run", settings=opdgeo.Settings(nulls=1), cache=False).summary
     text = "".join(p if isinstance(p, str) else number(*p) for p in answers(summary["checkpoints"], summary)[0])
-    assert " K = 16: of step-000002, singular value 16 of the update is within the rounding" in text, text
+    assert " K = 16: at step-000002, singular value 16 of the update is within the rounding" in text, text
     assert "determined to rank 4 only" in text and "rank 2 only" not in text, text
 
 

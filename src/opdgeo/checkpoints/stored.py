@@ -110,9 +110,8 @@ class _Buffers(threading.local):
     LEAST, KEPT = 1 << 20, 2  # bytes of a buffer; W₀ and W₊ are in memory together
 
     def __init__(self) -> None:
-        self.kept: list[
-            tuple[np.ndarray, weakref.ref[np.ndarray]]
-        ] = []  # and what was handed out of it, while it lives
+        # beside a buffer what was handed out of it, while that lives
+        self.kept: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
 
     def take(self, length: int) -> np.ndarray:
         """(length,) bytes that nothing else looks at."""

@@ -120,9 +120,8 @@ def mean_std(values: Iterable[Any]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 of a single value)."""
     known = [float(v) for v in values]
     largest = max(map(abs, known))
-    power = (
-        math.frexp(largest)[1] if math.isfinite(largest) else 0
-    )  # the squares of what is divided by it overflow nowhere
+    # Divided by a power of two, which changes no digit: squares overflow nowhere.
+    power = math.frexp(largest)[1] if math.isfinite(largest) else 0
     known = [math.ldexp(v, -power) for v in known]
     mean = math.fsum(known) / len(known)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / max(1, len(known) - 1))

@@ -117,9 +117,8 @@ def answer(checkpoints: list[dict[str, Any]], rows: list[dict[str, Any]]) -> lis
         elif not told and not why:
             # The last checkpoint is compared with itself: what it lacks, the final update lacks.
             final = of[-1].get(variant, {}).get("reason")
-            where = f"of {checkpoints[-1 if final else place]['checkpoint']}, "
-            why = final or entry.get("reason")
-            why = why and where + why
+            if reason := final or entry.get("reason"):
+                why = f"at {checkpoints[-1 if final else place]['checkpoint']}, {reason}"
     if not told:
         return [f"How early the final subspace is there has no answer: {why}."] if why else None
     carried = _stable_rank(checkpoints[-1])

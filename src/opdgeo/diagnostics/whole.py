@@ -46,9 +46,8 @@ class Together:
             float(np.max(np.where(n > 0, e, 0.0) / np.where(n > 0, n, 1.0)))
             for e, n in zip(loose, (norm, other), strict=True)
         )
-        norm, other = (
-            n / 2.0 ** math.frexp(float(n.max(initial=0)))[1] for n in (norm, other)
-        )  # squares overflow nowhere
+        # in units of their own, so that squares overflow nowhere
+        norm, other = (n / 2.0 ** math.frexp(float(n.max(initial=0)))[1] for n in (norm, other))
         self.found: dict[str, Matrices] = {}
         for column, beside in (("value", "value"), ("null_mean", "null_mean")):
             seen = [

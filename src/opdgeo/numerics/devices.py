@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 WHOLE = 1 << 26  # entries of a block on a GPU, 512 MiB in float64: nearly every matrix is one block there
-SMALL, SMALL_SVD = (
-    256,
-    512,
-)  # smaller sides below which a core finds eigenvectors, or an SVD, as fast as a GPU (docs/gpu.md)
+SMALL = 256  # a smaller side below which a core solves an eigenproblem as fast as a GPU (docs/gpu.md)
+SMALL_SVD = 512  # the same of an SVD
 
 
 def rows_of_block(cols: int, device: torch.device, cached: int) -> int:

@@ -50,8 +50,9 @@ Null = dict[tuple[str, str], Expected]
 """By diagnostic and variant."""
 
 ROUTE = "; null from "
-LARGEST = 1e100  # an entry: the squares of larger ones overflow
 """What parts how a value was computed from how its null was, in `method`."""
+LARGEST = 1e100
+"""The largest entry that is measured: the squares of larger ones overflow."""
 
 
 @dataclass
