@@ -24,6 +24,7 @@ from opdgeo.report.verdict import (
     findings,
     headlines,
     incomplete,
+    unmeasured,
     unmoved,
 )
 
@@ -176,9 +177,10 @@ def _title(checkpoint: dict[str, Any], base: str) -> str:
     """Which pair, in its direction, and how many of its matrices moved."""
     pair = f"{clean(stem(base), 60)} → " if base else ""
     size = next((f.row for f in findings(checkpoint) if about(f.diagnostic).size), None)
-    moved = (
-        "" if size is None else f": {size['computed'] - checkpoint.get('unmoved', 0)} of {size['total']} matrices moved"
-    )
+    moved = ""
+    if size and (computed := size["computed"]):
+        of = f"{computed} measured" if computed < size["total"] else computed
+        moved = f": {computed - checkpoint.get('unmoved', 0)} of {of} matrices moved"
     return f"{pair}{clean(checkpoint['checkpoint'], 60)}{moved}"
 
 
@@ -231,9 +233,8 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
                     _name(found), number(found.row["mean"], found.unit), null, Text() if itself else _reading(found)
                 )
         print_table(table, console)
-    size = sentences(checkpoint, earlier)[0]
-    console.print(Text(size))
-    if not size.startswith("Size:"):
+    console.print(Text(sentences(checkpoint, earlier)[0]))
+    if did_not_move(checkpoint):
         return
     counts = {key: len(group) for key, group in by_reading(checkpoint).items()}
     if judged := {key: counts[key] for key in ("geometry", "size", "unclear") if key in counts}:
@@ -301,6 +302,8 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
         ]
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
+    if unmeasured(checkpoint):
+        return ["No matrix could be measured."]
     said = []
     for d, found in headlines(checkpoint):
         if d.headline and d.headline.clause and found and found.row["mean"] is not None:
@@ -333,7 +336,8 @@ def _lacking(checkpoint: dict[str, Any], *, primary: bool = False) -> list[str]:
         total = found.row["total"] - unmoved(checkpoint)
         left_out.setdefault((found.over, total, found.row.get("reason")), []).append(found)
     for (over, total, reason), group in left_out.items():
-        what = "every diagnostic" if len(group) == len(findings(checkpoint)) else ", ".join(names(group))
+        shown = [f for f in findings(checkpoint) if not primary or is_primary(f.diagnostic, f.variant)]
+        what = "every diagnostic" if len(group) == len(shown) else ", ".join(names(group))
         lines.append(
             f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
         )
