@@ -406,11 +406,30 @@ def test_stacks_of_empty_experts_end(shape: tuple[int, ...], tmp_path: Path) -> 
     assert within_limits(both) == "done"
 
 
-def gguf_file(path: Path, values: bytes, count: int, infos: bytes = b"", tensors: int = 0) -> Path:
+@pytest.mark.parametrize("part", ["self_attention.linear_proj.weight", "mlp.experts.experts.linear_fc2.weight"])
+def test_megatrons_stacks_of_what_is_not_there_end(part: str, tmp_path: Path) -> None:
+    """More layers, or experts, than any chunk holds, and a master without any: an index may promise both."""
+    import torch.distributed.checkpoint as dcp
+
+    name = f"decoder.layers.{part}" if "proj" in part else f"decoder.layers.0.{part}"
+    master = f"optimizer.state.fp32_param.{name}"
+    dcp.save({name: torch.ones(1, 4, 4), master: torch.ones(1, 4, 4)}, checkpoint_id=tmp_path, no_dist=True)
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    index.state_dict_metadata[name].size = torch.Size([1 << 40, 4, 4])
+    index.state_dict_metadata[master].size = torch.Size([0, 4, 4])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}')
+    assert "expected at most" in within_limits(lambda: open_checkpoint(tmp_path))
+
+
+def gguf_file(
+    path: Path, values: bytes, count: int, infos: bytes = b"", tensors: int = 0, architecture: bytes = b"qwen3moe"
+) -> Path:
     def text(t: bytes) -> bytes:
         return struct.pack("<Q", len(t)) + t
 
-    head = text(b"general.architecture") + struct.pack("<I", 8) + text(b"qwen3moe")
+    head = text(b"general.architecture") + struct.pack("<I", 8) + text(architecture)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, count + 1) + head + values + infos + bytes(64))
     return path
 
@@ -434,6 +453,11 @@ def test_hostile_gguf_headers_end(tmp_path: Path) -> None:
     for dims in ((0, 0, 10**9), (1, 1, 1 << 40), (0, 0, (1 << 64) - 1), (1 << 40, 1 << 40), (3, 1 << 62, 1 << 62)):
         gguf_file(file, b"", 0, info(b"blk.0.ffn_up_exps.weight", *dims), 1)
         within_limits(lambda: open_checkpoint(file))
+    for dims in ((0, 1 << 51), (1, 1 << 23)):  # rows of nothing, and rows in a file of holes
+        heads = text(b"llama.attention.head_count") + struct.pack("<II", 4, 2)
+        gguf_file(file, heads, 1, info(b"blk.0.attn_q.weight", *dims), 1, architecture=b"llama")
+        os.truncate(file, 64 << 20)
+        assert "rows; expected at most" in within_limits(lambda: open_checkpoint(file))
     gguf_file(file, b"", 0, b"", 1 << 62)
     assert "OpdgeoError" in within_limits(lambda: open_checkpoint(file))
     gguf_file(file, text(b"general.alignment") + struct.pack("<II", 4, 0), 1, info(b"x", 2), 1)

@@ -37,6 +37,7 @@ _VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 _TEXT, _ARRAY = 8, 9
 MOST = 1 << 21  # texts in a header, tensors in a file
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+MOST_ROWS = 1 << 20
 _EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,9})\.ffn_(?P<role>gate|up|down)_exps\.weight")
 _LAYER_NAMES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
@@ -276,6 +277,8 @@ def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str
 
 def _halves(rows: int, heads: Any, name: str) -> tuple[tuple[int, int], ...]:
     """The rows of neighbours in the order of halves, head by head: row 2i + j of a head becomes row j·size/2 + i."""
+    if rows > MOST_ROWS:  # of a tensor without columns, or in a file of holes
+        raise CheckpointError(f"{name} has {rows} rows; expected at most {MOST_ROWS} in an attention.")
     if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
         raise CheckpointError(f"{name} has {rows} rows, which {heads} attention heads do not divide.")
     size = rows // heads

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp
 from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.names import MOST_EXPERTS
 from opdgeo.checkpoints.pickled import Record
 from opdgeo.checkpoints.stored import Pieces, Rows, Stored
 from opdgeo.checkpoints.torchfile import unpickle
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from opdgeo.checkpoints.stored import Index
 
+MOST_LAYERS = 1 << 12
 _LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<part>.+)")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(?P<of>.+)")
 _WRAPPER = re.compile(r"^(?:module\.|model\.)+")
@@ -104,7 +106,7 @@ def _master(tensor: Stored, shape: tuple[int, ...]) -> Stored | None:
     if tensor.shape == shape:
         return tensor
     grid = tensor.shape[:-1]
-    fits = len(grid) == len(shape) and all(n % g == 0 for n, g in zip(shape, grid, strict=True))
+    fits = len(grid) == len(shape) and all(g and n % g == 0 for n, g in zip(shape, grid, strict=True))
     return Unflattened(tensor, shape) if fits and prod(shape) == prod(tensor.shape) else None
 
 
@@ -157,10 +159,18 @@ def _renamed(weights: Mapping[str, Stored], shape: _Shape, shared: str) -> Itera
                 rows = min(rows, shape.words)
             yield _WHOLE.get(name, name), Rows(tensor, ((0, rows),))
             continue
+        if not found["layer"]:
+            _bounded(tensor.shape[0], MOST_LAYERS, "layers")
         layers = [(int(found["layer"]), ())] if found["layer"] else [(i, (i,)) for i in range(tensor.shape[0])]
         for layer, within in layers:
             for part, one in _layer(found["part"], tensor, within, shape, shared):
                 yield f"model.layers.{layer}.{part}", one
+
+
+def _bounded(count: int, most: int, what: str) -> None:
+    """A shape may promise any number where the tensor is empty or its file has holes."""
+    if count > most:
+        raise CheckpointError(f"A tensor of the model holds {count} {what}; expected at most {most}.")
 
 
 def _layer(
@@ -173,6 +183,7 @@ def _layer(
             yield f"self_attn.{role}_proj.{part.rpartition('.')[2]}", Rows(tensor, ranges, within)
     elif found := _FC.fullmatch(part):
         if found["experts"]:
+            _bounded(rows, MOST_EXPERTS, "experts")
             places = [(f"mlp.experts.{e}", (*within, e)) for e in range(rows)]
         else:
             places = [(f"mlp.{shared}" if "shared" in part else "mlp", within)]
