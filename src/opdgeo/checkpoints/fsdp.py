@@ -97,7 +97,7 @@ def _assemble(name: str, parts: list[tuple[int, Any]], ranks: list[Path]) -> Sto
                 raise TypeError("a shard that is no tensor")
             sizes, position = _mesh(spec.mesh, rank, file, len(ranks))
             box = _box(whole, spec.placements, sizes, position, f"{name} in {file.name}")
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} holds {name} as a DTensor of an unknown torch version ({error}).") from error
         shape = shape or whole
         if whole != shape:
@@ -142,7 +142,9 @@ def _mesh(mesh: Any, rank: int, file: Path, world: int) -> tuple[tuple[int, ...]
     plain = mesh.get("mesh", mesh.get("_mesh"))
     ranks = plain if isinstance(plain, Raw) else mesh.get("_rank_map")
     sizes, strides = (ranks.shape, ranks.stride) if ranks is plain else _layout(mesh.get("_layout"))
-    if not isinstance(ranks, Raw) or prod(ranks.shape) > world or not 0 < prod(sizes) <= world:
+    if not isinstance(ranks, Raw) or ranks.dtype not in ("int64", "int32"):
+        raise TypeError("a mesh whose ranks are no numbers")
+    if prod(ranks.shape) > world or not 0 < prod(sizes) <= world:
         raise CheckpointError(
             f"{file.name} holds a tensor on a mesh of {' × '.join(map(str, sizes))} ranks; expected at most {world}."
         )
