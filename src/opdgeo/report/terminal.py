@@ -233,7 +233,8 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
                     _name(found), number(found.row["mean"], found.unit), null, Text() if itself else _reading(found)
                 )
         print_table(table, console)
-    console.print(Text(sentences(checkpoint, earlier)[0]))
+    for line in sentences(checkpoint, earlier)[:1]:
+        console.print(Text(line))
     if did_not_move(checkpoint):
         return
     counts = {key: len(group) for key, group in by_reading(checkpoint).items()}
@@ -357,7 +358,7 @@ def _noted(shown: Sequence[Finding]) -> list[str]:
 
 def unmoved_text(still: int, checkpoint: dict[str, Any]) -> str:
     """What is said first where `still` matrices did not move."""
-    total = max(found.row["total"] for found in findings(checkpoint))
+    total = max((found.row["total"] for found in findings(checkpoint)), default=still)
     return f"{still} of {total} matrices did not move; means, nulls and excesses are over the others."
 
 
