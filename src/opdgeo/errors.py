@@ -1,6 +1,5 @@
 """The one exception family. The command line maps each of these to exit status 2 and prints its message alone."""
 
-
 LONGEST = 1 << 13  # characters of a message: a name in a file may be longer than any screen
 
 

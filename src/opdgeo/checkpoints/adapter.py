@@ -157,7 +157,9 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
     changes: dict[str, Change] = {}
     patterns = _patterns(config, "rank_pattern", path), _patterns(config, "alpha_pattern", path)
     for module, found_parts in parts.items():
-        changes |= _changes(module, found_parts, config, patterns, base=base, places=places, by_layer=by_layer, path=path)
+        changes |= _changes(
+            module, found_parts, config, patterns, base=base, places=places, by_layer=by_layer, path=path
+        )
     changed = frozenset(m.tensor for m in known if m.name in changes)
     for name in changed & whole.keys():
         if whole[name].shape != base.tensors[name].shape:
