@@ -210,6 +210,13 @@ def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[
             Text(f"{found.over}/{row['total']}", style="" if found.over == row["total"] else "yellow"),
         )
     print_table(table, console)
+    console.print(
+        Text(
+            "mean: over matrices or entries; null: an isotropic update of that size; excess: mean − null (pp: percentage points); "
+            "of: matrices with a value. `opdgeo explain WORD` tells more.",
+            style="dim",
+        )
+    )
     for line in [*sentences(checkpoint, earlier), *_lacking(checkpoint), *_noted(findings(checkpoint))]:
         console.print(Text(line))
 
