@@ -142,12 +142,12 @@ def _mesh(mesh: Any, rank: int, file: Path, world: int) -> tuple[tuple[int, ...]
     plain = mesh.get("mesh", mesh.get("_mesh"))
     ranks = plain if isinstance(plain, Raw) else mesh.get("_rank_map")
     sizes, strides = (ranks.shape, ranks.stride) if ranks is plain else _layout(mesh.get("_layout"))
-    if not isinstance(ranks, Raw) or ranks.dtype not in ("int64", "int32"):
-        raise TypeError("a mesh whose ranks are no numbers")
-    if prod(ranks.shape) > world or not 0 < prod(sizes) <= world:
+    if not isinstance(ranks, Raw) or prod(ranks.shape) > world or not 0 < prod(sizes) <= world:
         raise CheckpointError(
             f"{file.name} holds a tensor on a mesh of {' × '.join(map(str, sizes))} ranks; expected at most {world}."
         )
+    if ranks.dtype not in ("int64", "int32"):
+        raise TypeError("a mesh whose ranks are no whole numbers")
     members = ranks[(slice(None),) * len(ranks.shape)].flatten().tolist()
     if ranks is not plain:
         members = [members[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*map(range, sizes))]

@@ -150,16 +150,16 @@ def read(folder: Path, config: dict[str, Any]) -> dict[str, Stored]:
                 weights[plain] = master
     model_type = str(config.get("model_type", ""))
     shared = "shared_experts" if "deepseek" in model_type else "shared_expert"
-    found: dict[str, Stored] = {}
+    renamed: dict[str, Stored] = {}
     try:
         for name, tensor in _renamed(weights, _shape(folder, config), shared):
-            found[name] = tensor
-            _bounded(len(found), MOST_TENSORS, "layers and experts")
+            renamed[name] = tensor
+            _bounded(len(renamed), MOST_TENSORS, "layers and experts")
     except IndexError as error:
         raise CheckpointError(
             f"{folder} holds a tensor with fewer axes than Megatron gives it. Copy it again."
         ) from error
-    return found
+    return renamed
 
 
 def _renamed(weights: Mapping[str, Stored], shape: _Shape, shared: str) -> Iterator[tuple[str, Stored]]:
