@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -69,8 +70,9 @@ def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Test processes are forked from the server as well: each would import everything anew, fifteen seconds of processor time."""
+    os.environ[program.TESTS] = json.dumps([str(config.invocation_params.dir / test) for test in config.args])
     for spec in specs:
         spec.python = program.TEST_PROCESS
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -28,6 +29,8 @@ import struct
 import sys
 import threading
 import types
+from importlib.util import source_hash
+from pathlib import Path
 from typing import Any, NoReturn
 
 # What the programs import, by what they do; each is all of those above it and more. "tests": what the test modules import.
@@ -50,16 +53,36 @@ LIBRARIES = {
 }  # fmt: skip
 
 
-def load(libraries: str) -> None:
+@functools.cache
+def load(libraries: str, tests: tuple[str, ...]) -> None:
+    """Import what `libraries` names; `tests` are the files and folders that the test processes will collect."""
     kinds = list(LIBRARIES)
     for kind in kinds[: kinds.index(libraries) + 1]:
         for name in LIBRARIES[kind]:
             importlib.import_module(name)
     if libraries != "survey":  # a thousand patterns, which each child would compile at its first model
         sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
+    if tests:
+        rewrite(tests)
     sys.modules["torch"].set_num_threads(1)
     gc.collect()
     gc.freeze()  # a child's collector leaves the shared pages alone
+
+
+def rewrite(tests: tuple[str, ...]) -> None:
+    """Have pytest rewrite assertions here, once: each test process would do it for all files, five seconds of processor time."""
+    from _pytest.assertion import rewrite
+
+    original = rewrite._rewrite_test
+    paths = [Path(test.partition("::")[0]).resolve() for test in tests]
+    files = {file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+    made = {file: original(file, None) for file in files if file.suffix == ".py" and file.is_file()}  # type: ignore[arg-type]
+
+    def rewritten(file: Path, config: Any) -> Any:
+        known = made.get(file)
+        return known if known and known[0] == source_hash(file.read_bytes()) else original(file, config)
+
+    rewrite._rewrite_test = rewritten
 
 
 def serve(path: str) -> dict[str, Any] | None:
@@ -93,7 +116,7 @@ def serve(path: str) -> dict[str, Any] | None:
             connection, _ = listener.accept()
             request, files = _request(connection)
             try:
-                load(request["libraries"])
+                load(request["libraries"], tuple(request.get("tests", ())))
             except BaseException as error:
                 connection.sendall(json.dumps({"error": repr(error)}).encode() + b"\n")
                 raise

@@ -30,6 +30,7 @@ from typing import IO, Any
 
 SOURCE = Path(__file__).parents[1] / "src"
 ADDRESS = "OPDGEO_TEST_SERVER"
+TESTS = "OPDGEO_TESTS"  # what pytest was asked to run
 TIMEOUT = 1500.0  # seconds: a hung program, not a slow machine
 TEST_PROCESS = shlex.join([sys.executable, str(Path(__file__).resolve())])
 spent = 0.0  # seconds of processor time of the programs that the server ran and that ended
@@ -243,7 +244,10 @@ def _test_process(arguments: list[str]) -> int:
     arguments = arguments[arguments.index("-c") :]  # after options of the interpreter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the test process itself
     with _connected(os.environ[ADDRESS]) as connection:
-        request = {"arguments": arguments, "libraries": "tests", "cwd": str(Path.cwd()), "env": dict(os.environ)}
+        tests = json.loads(os.environ.pop(TESTS, "[]"))
+        request = {
+            "arguments": arguments, "libraries": "tests", "cwd": str(Path.cwd()), "env": dict(os.environ), "tests": tests,
+        }  # fmt: skip
         _send(connection, request, [0, 1, 2])
         answers = connection.makefile().read().splitlines()
     return json.loads(answers[-1]).get("status", 1) if answers else 1
