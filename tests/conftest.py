@@ -74,7 +74,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Test processes are forked from the server as well: each would import everything anew, fifteen seconds of processor time."""
     os.environ[program.TESTS] = json.dumps([str(config.invocation_params.dir / test) for test in config.args])
     for spec in specs:
-        spec.python = program.TEST_PROCESS
+        spec.python = program.THROUGH_SERVER
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
