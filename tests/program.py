@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -256,6 +256,7 @@ def _through_server(arguments: list[str]) -> int:
     tests = json.loads(os.environ.pop(TESTS, "[]"))
     libraries = "training" if "multiprocessing" in arguments[1] else "tests"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it can be passed on
     with _connected(os.environ[ADDRESS]) as connection:
         request = {
             "arguments": arguments, "libraries": libraries, "cwd": str(Path.cwd()), "env": dict(os.environ), "tests": tests,
@@ -267,10 +268,12 @@ def _through_server(arguments: list[str]) -> int:
         started = json.loads(answers.readline() or "{}")
         if "pid" in started:
             signal.signal(signal.SIGTERM, lambda *_: os.kill(started["pid"], signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         ended = answers.readline()
     status = json.loads(ended)["status"] if ended else 1
     if status < 0:  # as it ended, so does this one
-        signal.signal(-status, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 
