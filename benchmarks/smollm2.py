@@ -38,8 +38,8 @@ RUNS = {
 }
 
 
-def moved(base: Path, folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """Write `folder`: every matrix of `base` with a step of a thousandth of its size, half of it in a few directions."""
+def moved(base: Path, folder: Path, relative: float = 1e-3) -> list[tuple[Tensor, Tensor]]:
+    """Write `folder`: every matrix of `base` with a step of about `relative` of its size, half of it in a few directions."""
     rng = torch.Generator().manual_seed(0)
     weights, pairs = load_file(base / "model.safetensors"), []
     for name, before in weights.items():
@@ -48,7 +48,7 @@ def moved(base: Path, folder: Path) -> list[tuple[Tensor, Tensor]]:
         rows, cols = before.shape
         few = torch.randn(rows, 8, generator=rng) @ torch.randn(8, cols, generator=rng) / 8**0.5
         step = few + torch.randn(rows, cols, generator=rng)
-        after = (before.float() + 1e-3 * before.float().std() * step).bfloat16()
+        after = (before.float() + relative * before.float().std() * step).bfloat16()
         pairs.append((before.bfloat16(), after))
         weights[name] = after
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -1,5 +1,7 @@
 """The one exception family. The command line maps each of these to exit status 2 and prints its message alone."""
 
+LONGEST = 1 << 13  # characters of a message: a name in a file may be longer than any screen
+
 
 def printable(text: str) -> str:
     r"""A name from an untrusted file as it may be shown and stored: what is not printed, or is half a character, is escaped.
@@ -17,7 +19,10 @@ class OpdgeoError(Exception):
     """
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in super().__str__())
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 class CheckpointError(OpdgeoError):

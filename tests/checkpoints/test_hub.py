@@ -315,6 +315,10 @@ def test_names_revisions_and_what_is_not_there(inside: Hub, tmp_path: Path, monk
     assert open_checkpoint("org/tuned@step-20").place == found.place
     with pytest.raises(CheckpointError, match="the hub cannot be reached"):
         open_checkpoint("org/other")
+    for damaged in ("{}", json.dumps({"files": {"model.safetensors": {"size": 1e400, "etag": "x"}}})):
+        (found.path / "files.json").write_text(damaged)  # which shards these headers are of is not known any more
+        with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+            open_checkpoint("org/tuned@step-20")
     (tmp_path / "org").mkdir()  # which makes it a path here, though the cache has such a model
     with pytest.raises(CheckpointError, match="does not exist"):
         open_checkpoint("org/tuned@step-20")

@@ -93,6 +93,23 @@ def test_one_scale_for_a_tensor_a_row_or_a_column(tmp_path, kind, shape, dtype):
     assert pair(opened, opened).unrecognised == []
 
 
+def test_one_expert_of_a_stack_takes_its_own_scales_alone(tmp_path, monkeypatch):
+    """Those of all experts, repeated for every entry, would take the memory of the stack in fp32."""
+    experts, rows, cols = 6, 8, 4
+    weight = torch.randint(1, 8, (experts, rows, cols)).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 1 + experts * 4 * 2).reshape(experts, 4, 2)
+    name = "model.layers.0.mlp.experts.down_proj"
+    folder = save(tmp_path / "m", {name: weight, f"{name}_scale_inv": scale}, model_type="mixtral")
+    stored = open_checkpoint(folder).tensors[name]
+    expected = weight.float() * scale.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    for index in ((2, slice(None), slice(1, 3)), (slice(1, 4), 5, slice(None)), (slice(None), slice(2, 7), 1)):
+        assert torch.equal(stored[index], expected[index])
+    sizes, select = [], torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda t, *a: (sizes.append(t.numel()), select(t, *a))[1])
+    assert torch.equal(stored[2, :, :], expected[2])
+    assert max(sizes) <= rows * cols
+
+
 def test_a_scale_that_fits_nothing_is_refused(tmp_path):
     folder = save(tmp_path / "m", {Q: torch.randn(6, 4).to(torch.float8_e4m3fn), f"{Q}_scale_inv": torch.ones(5, 3)})
     with pytest.raises(CheckpointError, match=r"shape \[6, 4\] and scales of shape \[5, 3\]"):

@@ -274,6 +274,13 @@ def test_experts_one_by_one_or_stacked_are_the_same(bases: dict[str, Path], tmp_
     assert weights["model.layers.0.mlp.experts.down_proj"].shape == (3, 48, 20)
     save_file(weights, stacked / "model.safetensors", metadata={"format": "pt"})
 
+    gaps = shutil.copytree(base, tmp_path / "gaps")
+    kept = load_file(base / "model.safetensors")
+    kept = {n.replace(".experts.2.", ".experts.7."): w for n, w in kept.items()}
+    save_file(kept, gaps / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks some; expected all, numbered from 0"):
+        opdgeo.compare(gaps, adapter, roles="down_proj", settings=SETTINGS)
+
     for before, after in ((base, alone), (stacked, adapter), (stacked, alone)):
         found = opdgeo.compare(before, after, roles="down_proj", settings=SETTINGS)
         assert_equal(found.measurements, expected.measurements, 0.0)

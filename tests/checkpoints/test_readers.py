@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples import examples
-from opdgeo.checkpoints import open_checkpoint, pair, pickled
+from opdgeo.checkpoints import ggufs, megatron, open_checkpoint, pair, patterns, pickled
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.patterns import Patterns
 from opdgeo.checkpoints.stored import Pieces, Raw
@@ -406,16 +406,103 @@ def test_stacks_of_empty_experts_end(shape: tuple[int, ...], tmp_path: Path) -> 
     assert within_limits(both) == "done"
 
 
-def gguf_file(path: Path, values: bytes, count: int, infos: bytes = b"", tensors: int = 0) -> Path:
+def safetensors_file(folder: Path, **more: dict[str, Any]) -> None:
+    """A checkpoint of one matrix, with other entries in its header."""
+    text = json.dumps({UP: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}, **more}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+
+
+@pytest.mark.parametrize("case", ["a product beyond any float", "a name of megabytes"])
+def test_hostile_safetensors_headers_end(case: str, tmp_path: Path) -> None:
+    name, shape = ("x", [1 << 62] * 20) if case.startswith("a product") else ("module." * 4_000_000 + "x", [0])
+    safetensors_file(tmp_path, **{name: {"dtype": "F32", "shape": shape, "data_offsets": [16, 16]}})
+    answer = within_limits(lambda: open_checkpoint(tmp_path))
+    assert "is not a readable safetensors file" in answer and len(answer) < 9000
+
+
+def distributed(folder: Path, sizes: dict[str, tuple[int, ...]], config: str = "{}") -> Any:
+    """A Megatron checkpoint of tensors of ones, and its index, to be bent and written again with `rewrite`."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({name: torch.ones(size) for name, size in sizes.items()}, checkpoint_id=folder, no_dist=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "config.json").write_text(config)
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+HEADS = '{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}'
+MANY = json.dumps({"num_attention_heads": 1 << 40, "num_key_value_heads": 1 << 40, "head_dim": 1})
+QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.weight", "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
+MASTER = f"optimizer.state.fp32_param.{FC2}"
+# What is saved, what the index then promises, config.json, the refusal ("" for none).
+PROMISES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], str, str]] = {
+    "groups of heads": ({QKV: (3, 1)}, {QKV: (3 << 40, 1)}, MANY, "groups of attention heads"),
+    "layers of experts": ({FC1: (1, 1, 2, 1)}, {FC1: (4096, 16384, 2, 1)}, HEADS, "layers and experts"),
+    "cells of a master": ({FC2: (4, 1), MASTER: (4, 1, 1)}, {FC2: (1 << 24, 1), MASTER: (1 << 24, 1, 1)}, HEADS,
+                          "parts of an optimizer's master"),
+    "a layer of thousands of digits": ({f"decoder.layers.{'9' * 5000}.mlp.linear_fc2.weight": (4, 4)}, {}, HEADS, ""),
+    "too few axes": ({"decoder.layers.mlp.linear_fc2.weight": (4,)}, {}, HEADS, "fewer axes"),
+    "no axes": ({"decoder.final_layernorm.weight": ()}, {}, HEADS, "fewer axes"),
+    "a chunk of other axes": ({FC2: (4, 4)}, {FC2: (4, 4, 1)}, HEADS, "a chunk of 2 axes"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", PROMISES)
+def test_what_a_distributed_index_promises_ends(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron, "MOST_TENSORS", 1 << 12)  # the same, with fewer to wait for
+    saved, promised, config, refusal = PROMISES[case]
+    index = distributed(tmp_path, saved, config)
+    for name, size in promised.items():
+        index.state_dict_metadata[name].size = torch.Size(size)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    answer = within_limits(lambda: open_checkpoint(tmp_path))
+    assert refusal in answer and (answer != "done" or not refusal)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_index_that_refers_to_one_list_of_chunks_over_and_over_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickled, "MOST", pickled.MOST // 10)
+    index = distributed(tmp_path, {FC2: (4, 4)}, HEADS)
+    entry = index.state_dict_metadata[FC2]
+    entry.chunks = entry.chunks * 20_000
+    index.state_dict_metadata |= {f"x{i}": entry for i in range(1000)}
+    ((key, place),) = index.storage_data.items()
+    index.storage_data |= {type(key)(f"x{i}", key.offset): place for i in range(1000)}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    assert "refer to one another" in within_limits(lambda: open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["self_attention.linear_proj.weight", "mlp.experts.experts.linear_fc2.weight"])
+def test_megatrons_stacks_of_what_is_not_there_end(part: str, tmp_path: Path) -> None:
+    """More layers, or experts, than any chunk holds, and a master without any: an index may promise both."""
+    name = f"decoder.layers.{part}" if "proj" in part else f"decoder.layers.0.{part}"
+    master = f"optimizer.state.fp32_param.{name}"
+    index = distributed(tmp_path, {name: (1, 4, 4), master: (1, 4, 4)}, HEADS)
+    index.state_dict_metadata[name].size = torch.Size([1 << 40, 4, 4])
+    index.state_dict_metadata[master].size = torch.Size([0, 4, 4])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    assert "expected at most" in within_limits(lambda: open_checkpoint(tmp_path))
+
+
+def gguf_file(
+    path: Path, values: bytes, count: int, infos: bytes = b"", tensors: int = 0, architecture: bytes = b"qwen3moe"
+) -> Path:
     def text(t: bytes) -> bytes:
         return struct.pack("<Q", len(t)) + t
 
-    head = text(b"general.architecture") + struct.pack("<I", 8) + text(b"qwen3moe")
+    head = text(b"general.architecture") + struct.pack("<I", 8) + text(architecture)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, count + 1) + head + values + infos + bytes(64))
     return path
 
 
-def test_hostile_gguf_headers_end(tmp_path: Path) -> None:
+def test_hostile_gguf_headers_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggufs, "MOST_LAYERS", 32)  # the same, with less to wait for
+    monkeypatch.setattr(ggufs, "MOST_TENSORS", 1 << 15)
+
     def text(t: bytes) -> bytes:
         return struct.pack("<Q", len(t)) + t
 
@@ -434,6 +521,29 @@ def test_hostile_gguf_headers_end(tmp_path: Path) -> None:
     for dims in ((0, 0, 10**9), (1, 1, 1 << 40), (0, 0, (1 << 64) - 1), (1 << 40, 1 << 40), (3, 1 << 62, 1 << 62)):
         gguf_file(file, b"", 0, info(b"blk.0.ffn_up_exps.weight", *dims), 1)
         within_limits(lambda: open_checkpoint(file))
+    for dims in ((0, 1 << 51), (1, 1 << 23)):  # rows of nothing, and rows in a file of holes
+        heads = text(b"llama.attention.head_count") + struct.pack("<II", 4, 2)
+        gguf_file(file, heads, 1, info(b"blk.0.attn_q.weight", *dims), 1, architecture=b"llama")
+        os.truncate(file, 64 << 20)
+        assert within_limits(lambda: open_checkpoint(file)) == "done"
+    gguf_file(file, heads, 1, info(b"blk.0.attn_q.weight", 0, 1 << 20) + b"".join(
+        info(b"blk.%d.attn_k.weight" % i, 0, 1 << 20) for i in range(200)), 201, architecture=b"llama")  # fmt: skip
+    assert within_limits(lambda: open_checkpoint(file)) == "done"
+    layers = text(b"qwen3.block_count") + struct.pack("<II", 4, 20_000)
+    scalars = b"".join(info(b"x%d" % i, 0) for i in range(20_000))
+    gguf_file(
+        file, layers, 1, scalars, 20_000, architecture=b"qwen3"
+    )  # layers that the library's table would have names for
+    within_limits(lambda: open_checkpoint(file))
+    stacks = b"".join(info(b"blk.%d.ffn_up_exps.weight" % i, 1, 1, 1 << 14) for i in range(1000))
+    gguf_file(file, b"", 0, stacks, 1000)
+    os.truncate(file, 1 << 20)
+    assert "experts and more" in within_limits(lambda: open_checkpoint(file))
+    gguf_file(file, text(b"tokenizer.chat_template") + struct.pack("<IQ", 8, 3 << 30), 1)
+    os.truncate(file, 4 << 30)  # a text that is longer than the memory, in a file of holes
+    within_limits(lambda: open_checkpoint(file))
+    gguf_file(file, b"", 0, info(b"blk.0.attn_output.weight", 1 << 63, 1 << 63, kind=999), 1, architecture=b"qwen3")
+    assert "has the shape" in within_limits(lambda: open_checkpoint(file))  # no table holds it
     gguf_file(file, b"", 0, b"", 1 << 62)
     assert "OpdgeoError" in within_limits(lambda: open_checkpoint(file))
     gguf_file(file, text(b"general.alignment") + struct.pack("<II", 4, 0), 1, info(b"x", 2), 1)
@@ -495,8 +605,11 @@ def test_patterns_match_as_python_matches_them(pattern: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["((a+)+)+b", "(a|a)*b", "a?" * 40 + "a" * 40 + "b", "(.*)*(.*)*(.*)*b",
-                                     "(((((a{0,99}){0,99}){0,99}){0,99}){0,99}){0,99}b", "(" * 5000 + ")" * 5000, "(a)\\1", "(?=a)a"])  # fmt: skip
-def test_patterns_that_go_astray_end(pattern: str) -> None:
+                                     "(((((a{0,99}){0,99}){0,99}){0,99}){0,99}){0,99}b", "(" * 5000 + ")" * 5000, "(a)\\1", "(?=a)a",
+                                     "(?:(?:(?:){4000}){4000}){4000}", "(.*)(?:" + "|" * 300_000 + "b)b"])  # fmt: skip
+def test_patterns_that_go_astray_end(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_STEPS", patterns._STEPS // 10)
+
     def find() -> None:
         try:
             Patterns({pattern: 1}).find("a" * 400)
@@ -547,6 +660,12 @@ def test_weights_that_are_no_plain_numbers_are_known_when_pairing(dtype: torch.d
     assert "Convert the checkpoint" in found.unreadable[UP] and found.to_json()["unreadable"] == found.unreadable
     with pytest.raises(CheckpointError, match="none of 1 matrices can be read"):
         pair(base, tuned, "up_proj")
+
+
+def test_a_message_is_no_longer_than_a_screen_or_two() -> None:
+    """A name in a file may have a gigabyte. What is wrong stands first, and what to try last."""
+    text = str(CheckpointError("The name " + "x" * 10_000_000 + " is long. Copy it again."))
+    assert len(text) < 9000 and text.startswith("The name x") and text.endswith("x is long. Copy it again.")
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:

@@ -79,3 +79,19 @@ def test_the_schema_refuses_what_is_none_of_it() -> None:
     for wrong in ({"format": 2}, {"skipped": -1}, {"more": 1}, {"summary": {"checkpoints": [{"checkpoint": "x"}]}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(sound | wrong, SCHEMA)
+
+
+@pytest.mark.parametrize("flags", [(), ("--all",)])
+def test_a_checkpoint_of_nan_says_that_nothing_could_be_measured(
+    flags: tuple[str, ...], models: dict[str, Path], tmp_path: Path
+) -> None:
+    names = [planted.tensor_name(layer, m) for layer in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")]
+    diverged = planted.write_checkpoint(tmp_path / "nan", {n: np.full((40, 24), np.nan) for n in names}, "float32")
+    run = run_opdgeo("compare", models["base"], diverged, "--no-cache", *flags, "-o", tmp_path / "out")
+    assert run.returncode == 3
+    said = " ".join(run.stdout.split())
+    assert said.startswith("base → nan diagnostic") and "moved" not in said
+    assert "No matrix could be measured." in said
+    assert "Over 0 of 4 matrices: every diagnostic (960 non-finite entries in nan)." in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No matrix could be measured." in page and "nothing here separates geometry from size" not in page

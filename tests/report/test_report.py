@@ -24,7 +24,7 @@ from browser import Browser
 from opdgeo.errors import ConfigError
 from opdgeo.report import charts, data, write_report
 from opdgeo.report.data import load, load_claims
-from opdgeo.report.glossary import arm_label, clean, number, variant_label
+from opdgeo.report.glossary import arm_label, arm_of, clean, expert_of, interval_decimals, number, variant_label
 from opdgeo.report.limits import ARMS as NOISE
 from opdgeo.report.markdown import write_markdown
 from opdgeo.report.sections import alike
@@ -640,6 +640,23 @@ def test_terminal_needs_neither_matplotlib_nor_torch() -> None:
 )  # fmt: skip
 def test_number(value: float | None, unit: str, text: str) -> None:
     assert number(value, unit) == text
+
+
+def test_numbers_and_names_that_only_a_foreign_summary_has() -> None:
+    """Each made an error of Python's own."""
+    assert interval_decimals(-1e307, 1e307, "share") is None
+    assert arm_of(f"opd-seed{'9' * 5000}/step-000001") == (f"opd-seed{'9' * 5000}", 0)
+    assert expert_of(f"model.layers.0.mlp.experts.{'9' * 5000}.up_proj.weight") is None
+    row = {"diagnostic": "x", "variant": "", "mean": 1.0, "computed": 1, "total": 1}
+    null = {"mean": 1.0, "excess": 0.0, "reading": "by construction"}
+    for rows, said in (([], "No matrix could be measured"), ([row | {"null": null}], "x")):
+        summary = {"checkpoints": [{"checkpoint": "a", "unmoved": 1, "diagnostics": rows}]}
+        for everything in (True, False):
+            console = Console(file=io.StringIO(), width=80)
+            print_summary(summary, console, everything=everything)
+            assert said in console.file.getvalue()
+    with pytest.raises(ConfigError, match="a whole number of 1329 bits"):
+        print_summary({"checkpoints": [{"checkpoint": "a", "diagnostics": [row | {"mean": 10**400, "null": None}]}]})
 
 
 @pytest.mark.needs("chromium")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ _REFUSED = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+MOST = 1_000_000  # matrices of a model
 Places = dict[str, list[tuple[Matrix, int]]]  # module -> the matrices inside, each with its first row there
 
 
@@ -140,16 +141,25 @@ def open_adapter(path: Path, base: Checkpoint) -> Adapter:
             )
         elif not _UNMEASURED.fullmatch(name):
             whole[_in_base(name.replace(".base_layer.", "."), base) or plain(name)] = stored
-    known = [m for n, s in base.tensors.items() for m in matrices(n, s.shape, base.config) or []]
+    known: list[Matrix] = []
+    for name, stored in base.tensors.items():
+        known += matrices(name, stored.shape, base.config) or []
+        if len(known) > MOST:
+            raise CheckpointError(f"{base.path} holds more than {MOST} matrices; expected a language model's.")
     places: Places = {}
+    by_layer: dict[int, list[Matrix]] = {}
     for m in known:
+        if m.expert is not None:
+            by_layer.setdefault(m.layer, []).append(m)
         places.setdefault(m.tensor, []).append((m, m.start))
         if m.stacked:  # the adapter may know the expert as a module of its own
             places[m.name] = [(m, 0)]
     changes: dict[str, Change] = {}
     patterns = _patterns(config, "rank_pattern", path), _patterns(config, "alpha_pattern", path)
     for module, found_parts in parts.items():
-        changes |= _changes(module, found_parts, config, patterns, base=base, places=places, path=path)
+        changes |= _changes(
+            module, found_parts, config, patterns, base=base, places=places, by_layer=by_layer, path=path
+        )
     changed = frozenset(m.tensor for m in known if m.name in changes)
     for name in changed & whole.keys():
         if whole[name].shape != base.tensors[name].shape:
@@ -191,6 +201,7 @@ def _changes(
     *,
     base: Checkpoint,
     places: Places,
+    by_layer: Mapping[int, list[Matrix]],
     path: Path,
 ) -> dict[str, Change]:
     """The matrices that one LoRA changes; none where the base knows the module and opdgeo does not measure it."""
@@ -203,7 +214,7 @@ def _changes(
             "saved from one rank of a sharded model? Gather it and save it again."
         )
     inside = module.replace(".base_layer", "")  # wrappers of several parameters of one module stand inside each other
-    targets = _targets(inside, (up.shape[0], down.shape[1]), base, places)
+    targets = _targets(inside, (up.shape[0], down.shape[1]), base, places, by_layer)
     if not targets:
         if _in_base(f"{inside}.weight", base):
             return {}  # a head, a router, a tower
@@ -212,7 +223,12 @@ def _changes(
             f"weights. Was it trained on this base? Its config names {config.get('base_model_name_or_path')!r}."
         )
     stacked = _EXPERTS.fullmatch(plain(inside)) is not None
-    experts = len({m.expert for m, _ in targets}) if stacked else 1
+    numbers = {m.expert for m, _ in targets}
+    if stacked and numbers != set(range(len(numbers))):
+        raise CheckpointError(
+            f"{path} changes the stacked experts of {module}, of which {base.path} lacks some; expected all, numbered from 0."
+        )
+    experts = len(numbers) if stacked else 1
     key = f"{inside}.{'down_proj' if targets[0][0].role == 'down_proj' else 'gate_up_proj'}" if stacked else inside
     rank = _by_pattern(config, patterns[0], "r", key, path)
     alpha = _by_pattern(config, patterns[1], "lora_alpha", key, path)
@@ -235,7 +251,9 @@ def _changes(
     return {m.name: Change(lora, start, m.expert if stacked else None) for m, start in targets}
 
 
-def _targets(module: str, shape: tuple[int, int], base: Checkpoint, places: Places) -> list[tuple[Matrix, int]]:
+def _targets(
+    module: str, shape: tuple[int, int], base: Checkpoint, places: Places, by_layer: Mapping[int, list[Matrix]]
+) -> list[tuple[Matrix, int]]:
     """The matrices inside a module or a stacked parameter whose factors are for (out, in) = `shape`.
 
     Raises:
@@ -248,8 +266,7 @@ def _targets(module: str, shape: tuple[int, int], base: Checkpoint, places: Plac
                 f"the adapter changes stacked experts ({module}), and opdgeo does not know how a "
                 f"{base.config.get('model_type')!r} model stacks them. Merge it into its base and compare that."
             )
-        layer = {m for found in places.values() for m, _ in found if m.layer == int(experts["layer"])}
-        inside = sorted((m for m in layer if m.expert is not None), key=lambda m: m.name)
+        inside = sorted(by_layer.get(int(experts["layer"]), []), key=lambda m: m.name)
         # Gate above up, or down: the shape says which parameter of the module this is.
         parameters = (
             [(m, m.rows if m.role == "up_proj" else 0) for m in inside if m.role != "down_proj"],

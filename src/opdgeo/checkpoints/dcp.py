@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints.huggingface import is_plain
 from opdgeo.checkpoints.pickled import Named, Record, load
-from opdgeo.checkpoints.stored import SIZES, Pieces, Stored, opened
+from opdgeo.checkpoints.stored import LONGEST_NAME, SIZES, Pieces, Stored, opened
 from opdgeo.checkpoints.torchfile import KNOWN, PLAIN, ints, is_stored, unpickle
 from opdgeo.errors import CheckpointError
 
@@ -86,6 +86,8 @@ def chunks(folder: Path) -> dict[str, Stored]:
             pieces: dict[tuple[int, ...], Stored] = {}
             for chunk in entry.chunks:
                 offsets, lengths = ints(chunk.offsets), ints(chunk.sizes)
+                if not len(offsets) == len(lengths) == len(shape):
+                    raise ValueError(f"a chunk of {len(lengths)} axes at {len(offsets)} of {len(shape)}")
                 # Without deduplication every rank that holds a chunk lists it, and one of them is kept.
                 if 0 not in lengths and offsets not in pieces:
                     pieces[offsets] = stored = _chunk(folder, where[_text(name), offsets], lengths, dtype, sizes)
@@ -154,8 +156,8 @@ def _chunk(folder: Path, info: Any, shape: tuple[int, ...], dtype: str, sizes: d
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a name that is no text")
+    if not isinstance(value, str) or len(value) > LONGEST_NAME:
+        raise TypeError("a name that is no text, or a very long one")
     return value
 
 

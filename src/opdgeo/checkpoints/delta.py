@@ -175,14 +175,16 @@ def open_version(path: Path, base: Checkpoint) -> Version:
         CheckpointError: a damaged index, an encoding that is not known, or a version before it that is missing.
     """
     chain: list[Delta] = []
+    passed: set[Path] = set()
     folder, source = path, base
     while True:
         chain.append(_read(folder, (folder / INDEX).stat().st_mtime_ns))
+        passed.add(folder)
         version = chain[-1].base_version
         if version == 0:
             break
         earlier = folder.with_name(f"weight_v{version:06d}")
-        if earlier in {d.folder for d in chain} or not earlier.is_dir():
+        if earlier in passed or not earlier.is_dir():
             raise CheckpointError(
                 f"{folder} builds on version {version}, and {earlier} is missing. A version can be rebuilt from all before it."
             )

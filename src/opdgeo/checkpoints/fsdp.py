@@ -97,7 +97,7 @@ def _assemble(name: str, parts: list[tuple[int, Any]], ranks: list[Path]) -> Sto
                 raise TypeError("a shard that is no tensor")
             sizes, position = _mesh(spec.mesh, rank, file, len(ranks))
             box = _box(whole, spec.placements, sizes, position, f"{name} in {file.name}")
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} holds {name} as a DTensor of an unknown torch version ({error}).") from error
         shape = shape or whole
         if whole != shape:
@@ -146,6 +146,8 @@ def _mesh(mesh: Any, rank: int, file: Path, world: int) -> tuple[tuple[int, ...]
         raise CheckpointError(
             f"{file.name} holds a tensor on a mesh of {' × '.join(map(str, sizes))} ranks; expected at most {world}."
         )
+    if ranks.dtype not in ("int64", "int32"):
+        raise TypeError("a mesh whose ranks are no whole numbers")
     members = ranks[(slice(None),) * len(ranks.shape)].flatten().tolist()
     if ranks is not plain:
         members = [members[sum(i * s for i, s in zip(at, strides, strict=True))] for at in product(*map(range, sizes))]

@@ -35,8 +35,12 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64
 # Types of values in the header: what `struct` calls them; 8 is text, 9 an array.
 _VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-MOST = 1 << 21  # texts in a header, tensors in a file
+MOST = 1 << 21  # texts in a header
+MOST_FACTS = 1 << 16
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+MOST_LAYERS = 1 << 10
+MOST_TENSORS = 1 << 18  # with every expert of a stack as one
+LONGEST = 1 << 12  # bytes of a text that is kept: a name, of the architecture too
 _EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,9})\.ffn_(?P<role>gate|up|down)_exps\.weight")
 _LAYER_NAMES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
@@ -104,6 +108,34 @@ class Quantised:
         return values[..., index[-1]]
 
 
+@dataclass(frozen=True)
+class Halves:
+    """A tensor whose rows stand as neighbours, in the order of halves, head by head: row 2i + j of a head becomes row j·size/2 + i."""
+
+    source: Stored
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def quantised(self) -> str | None:
+        return self.source.quantised
+
+    def __getitem__(self, index: Index) -> Tensor:
+        rows = self.source[tuple(slice(0, n) for n in self.shape)]
+        return rows.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).reshape(self.shape)[index]
+
+
 def _parts(place: Path) -> list[Path]:
     """The files of one model: one, or all of a split."""
     files = sorted(f for f in place.glob("*.gguf") if f.is_file()) if place.is_dir() else [place]
@@ -135,9 +167,7 @@ class _Header:
     def take(self, length: int) -> bytes:
         start = self.at - self.block_at
         if start < 0 or start + length > len(self.block):
-            self.block = self.source.read(
-                self.at, length if length > 1 << 20 else min(1 << 20, self.source.size - self.at)
-            )
+            self.block = self.source.read(self.at, min(1 << 20, self.source.size - self.at))
             self.block_at, start = self.at, 0
             if length > len(self.block):
                 raise ValueError("it ends early")
@@ -148,13 +178,16 @@ class _Header:
         return struct.unpack(self.order + kinds, self.take(struct.calcsize(self.order + kinds)))
 
     def text(self) -> bytes:
+        """A text; of one longer than `LONGEST`, such as a chat template, its beginning."""
         self.texts += 1
         if self.texts > MOST:
             raise ValueError(f"more than {MOST} texts in its header")
         (length,) = self.numbers("Q")
         if length > self.source.size - self.at:
             raise ValueError("it ends early")
-        return self.take(length)
+        found = self.take(min(length, LONGEST))
+        self.at += length - len(found)
+        return found
 
     def value(self) -> Any:
         """A number or a text; None for an array, which is passed by."""
@@ -199,8 +232,8 @@ def _read(header: _Header, file: Path) -> tuple[dict[str, Stored], dict[str, Any
     if number not in (2, 3):
         raise ValueError(f"version {number}; expected 2 or 3")
     tensors, values = header.numbers("QQ")
-    if max(tensors, values) > MOST:
-        raise ValueError(f"{max(tensors, values)} entries in its header; expected at most {MOST}")
+    if tensors > MOST_TENSORS or values > MOST_FACTS:
+        raise ValueError(f"{max(tensors, values)} entries in its header; expected at most {MOST_TENSORS}")
     fields: dict[str, Any] = {}
     for _ in range(values):
         key = header.text().decode(errors="replace")
@@ -226,12 +259,12 @@ def _read(header: _Header, file: Path) -> tuple[dict[str, Stored], dict[str, Any
 def _stored(file: Path, name: str, shape: tuple[int, ...], number: int, start: int, header: _Header) -> Stored:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    if any(n >= 1 << 63 for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
         return Unreadable(file, shape, f"ggml's type {number}, which the gguf library does not know")
-    if any(n >= 1 << 63 for n in shape):
-        raise ValueError(f"{name} has the shape {shape}")
     entries, size = GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % entries:
         raise ValueError(f"{name} has rows of {shape[-1]} entries in blocks of {entries}")
@@ -253,31 +286,34 @@ def _renamed(found: dict[str, Stored], fields: dict[str, Any], architecture: str
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     layers = fields.get(f"{architecture}.block_count")
-    layers = min(layers, len(found)) if isinstance(layers, int) else 0  # a header may promise any number
+    # A header may promise any number, and the library's table has hundreds of names for each.
+    layers = min(layers, len(found), MOST_LAYERS) if isinstance(layers, int) else 0
     heads = fields.get(f"{architecture}.attention.head_count")
     table = get_tensor_name_map(next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
     modules = ["model.embed_tokens", "model.norm", "lm_head"]
     modules += [f"model.layers.{layer}.{name}" for layer in range(layers) for name in _LAYER_NAMES]
     names = {own: module for module in modules if (own := table.get_name(module))}
+    count = 0
     for name, stored in found.items():
         module, _, kind = name.rpartition(".")
         if (experts := _EXPERTS.fullmatch(name)) and len(stored.shape) == 3 and 0 not in stored.shape:
             if stored.shape[0] > MOST_EXPERTS:
                 raise CheckpointError(f"{name} holds {stored.shape[0]} experts; expected at most {MOST_EXPERTS}.")
+            count += stored.shape[0]
+            if count > MOST_TENSORS:
+                raise CheckpointError(f"the model holds {count} experts and more; expected at most {MOST_TENSORS}.")
             for expert in range(stored.shape[0]):
                 where = f"model.layers.{experts['layer']}.mlp.experts.{expert}.{experts['role']}_proj.weight"
                 yield where, Rows(stored, ((0, stored.shape[1]),), (expert,))
         elif architecture == "llama" and module.endswith((".attn_q", ".attn_k")) and stored.shape:
             of = heads if module.endswith("q") else fields.get("llama.attention.head_count_kv", heads)
-            yield f"{names.get(module, module)}.{kind}", Rows(stored, _halves(stored.shape[0], of, name))
+            yield f"{names.get(module, module)}.{kind}", _halves(stored, of, name)
         else:
             yield (f"{names[module]}.{kind}" if module in names else name), stored
 
 
-def _halves(rows: int, heads: Any, name: str) -> tuple[tuple[int, int], ...]:
-    """The rows of neighbours in the order of halves, head by head: row 2i + j of a head becomes row j·size/2 + i."""
+def _halves(stored: Stored, heads: Any, name: str) -> Halves:
+    rows = stored.shape[0]
     if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
         raise CheckpointError(f"{name} has {rows} rows, which {heads} attention heads do not divide.")
-    size = rows // heads
-    order = (h * size + 2 * i + j for h in range(heads) for j in range(2) for i in range(size // 2))
-    return tuple((row, row + 1) for row in order)
+    return Halves(stored, heads)

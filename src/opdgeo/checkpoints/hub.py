@@ -296,7 +296,7 @@ def _stated(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         found = read_json(folder / _FILES)["files"]
         return {str(name): {"size": int(one["size"]), "etag": str(one["etag"])} for name, one in found.items()}
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return {}
 
 
@@ -339,7 +339,8 @@ def _offline(text: str, repo: str, revision: str | None, error: Exception) -> Ch
     if _COMMIT.fullmatch(commit) and (folder / _FILES).is_file():
         listed = list(shards(folder / INDEX, ".safetensors")) if (folder / INDEX).is_file() else [_SAFETENSORS[0]]
         cached = {name: file for name in listed if (file := _in_the_hubs_cache(repo, commit, name))}
-        if all(name in cached or _header_file(folder, name).is_file() for name in listed):
+        known = _stated(folder)
+        if all(name in cached or (name in known and _header_file(folder, name).is_file()) for name in listed):
             return _open(folder, repo, commit, cached)
     raise CheckpointError(
         f"{text} is no path here, the Hugging Face cache has no whole copy, and the hub cannot be reached at {transport.endpoint()} "

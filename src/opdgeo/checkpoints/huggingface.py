@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from opdgeo.checkpoints.stored import Raw, Stored, contiguous, opened
+from opdgeo.checkpoints.stored import LONGEST_NAME, Raw, Stored, contiguous, opened
 from opdgeo.checkpoints.torchfile import is_stored, tensors_of, unpickle
 from opdgeo.errors import CheckpointError
 
@@ -186,6 +186,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[Raw, int]:
     """One entry of a header: where it lies, and the end of its bytes."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a tensor whose name has {len(name)} characters")
     shape, (first, after) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in BITS:
         raise ValueError(f"{name} has an unknown dtype")
@@ -195,7 +197,7 @@ def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[R
         raise ValueError(f"{name} has no shape or no place")
     bits = math.prod(shape) * BITS[entry["dtype"]]
     if bits % 8 or after - first != bits // 8:
-        raise ValueError(f"{name} takes {after - first} bytes; its shape and dtype take {bits / 8:g}")
+        raise ValueError(f"{name} takes {after - first} bytes; its shape and dtype take {bits} bits")
     dtype = DTYPES.get(entry["dtype"], entry["dtype"])
     return Raw(file, begin + first, tuple(shape), contiguous(shape), dtype), begin + after
 

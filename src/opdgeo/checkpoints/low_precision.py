@@ -53,14 +53,15 @@ class Scaled:
         values = self.weight[index].float()
         if self.scale is None:
             return values
-        grid = self.scale[(slice(None),) * len(self.scale.shape)]
+        leading = index[:-2] if len(self.scale.shape) > 2 else ()  # of a stack the experts that are asked for
+        grid = self.scale[(*leading, *(slice(None),) * (len(self.scale.shape) - len(leading)))]
         grid = torch.exp2(grid.float() - 127) if grid.dtype == torch.uint8 else grid.float()
         if grid.dim() < 2:
             return values * grid.reshape(-1)[0]
         for axis, (size, block) in enumerate(zip(self.shape[-2:], self.block, strict=True), start=-2):
             along = torch.arange(size) // block
             grid = grid.index_select(axis, along)
-        return values * grid[index]
+        return values * grid[(..., *index[-2:])]
 
 
 @dataclass(frozen=True)

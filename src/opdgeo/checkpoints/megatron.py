@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 from operator import mul
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdgeo.checkpoints import dcp
 from opdgeo.checkpoints.huggingface import read_json
+from opdgeo.checkpoints.names import MOST_EXPERTS
 from opdgeo.checkpoints.pickled import Record
 from opdgeo.checkpoints.stored import Pieces, Rows, Stored
 from opdgeo.checkpoints.torchfile import unpickle
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
     from opdgeo.checkpoints.stored import Index
 
-_LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>\d+)\.)?(?P<part>.+)")
+MOST_LAYERS = MOST_GROUPS = MOST_CELLS = 1 << 12
+MOST_TENSORS = 1 << 18  # with every layer and expert of a stack as one
+_LAYER = re.compile(r"decoder\.layers\.(?:(?P<layer>[0-9]{1,9})\.)?(?P<part>.+)")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(?P<of>.+)")
 _WRAPPER = re.compile(r"^(?:module\.|model\.)+")
 # Whole tensors of a layer, and of the model.
@@ -104,7 +108,9 @@ def _master(tensor: Stored, shape: tuple[int, ...]) -> Stored | None:
     if tensor.shape == shape:
         return tensor
     grid = tensor.shape[:-1]
-    fits = len(grid) == len(shape) and all(n % g == 0 for n, g in zip(shape, grid, strict=True))
+    fits = len(grid) == len(shape) and all(g and n % g == 0 for n, g in zip(shape, grid, strict=True))
+    if fits:
+        _bounded(prod(grid), MOST_CELLS, "parts of an optimizer's master")
     return Unflattened(tensor, shape) if fits and prod(shape) == prod(tensor.shape) else None
 
 
@@ -143,9 +149,17 @@ def read(folder: Path, config: dict[str, Any]) -> dict[str, Stored]:
             if plain in weights and (master := _master(tensor, weights[plain].shape)):
                 weights[plain] = master
     model_type = str(config.get("model_type", ""))
-    return dict(
-        _renamed(weights, _shape(folder, config), "shared_experts" if "deepseek" in model_type else "shared_expert")
-    )
+    shared = "shared_experts" if "deepseek" in model_type else "shared_expert"
+    renamed: dict[str, Stored] = {}
+    try:
+        for name, tensor in _renamed(weights, _shape(folder, config), shared):
+            renamed[name] = tensor
+            _bounded(len(renamed), MOST_TENSORS, "layers and experts")
+    except IndexError as error:
+        raise CheckpointError(
+            f"{folder} holds a tensor with fewer axes than Megatron gives it. Copy it again."
+        ) from error
+    return renamed
 
 
 def _renamed(weights: Mapping[str, Stored], shape: _Shape, shared: str) -> Iterator[tuple[str, Stored]]:
@@ -157,10 +171,18 @@ def _renamed(weights: Mapping[str, Stored], shape: _Shape, shared: str) -> Itera
                 rows = min(rows, shape.words)
             yield _WHOLE.get(name, name), Rows(tensor, ((0, rows),))
             continue
+        if not found["layer"]:
+            _bounded(tensor.shape[0], MOST_LAYERS, "layers")
         layers = [(int(found["layer"]), ())] if found["layer"] else [(i, (i,)) for i in range(tensor.shape[0])]
         for layer, within in layers:
             for part, one in _layer(found["part"], tensor, within, shape, shared):
                 yield f"model.layers.{layer}.{part}", one
+
+
+def _bounded(count: int, most: int, what: str) -> None:
+    """A shape may promise any number where the tensor is empty or its file has holes."""
+    if count > most:
+        raise CheckpointError(f"A tensor of the model holds {count} {what}; expected at most {most}.")
 
 
 def _layer(
@@ -173,6 +195,7 @@ def _layer(
             yield f"self_attn.{role}_proj.{part.rpartition('.')[2]}", Rows(tensor, ranges, within)
     elif found := _FC.fullmatch(part):
         if found["experts"]:
+            _bounded(rows, MOST_EXPERTS, "experts")
             places = [(f"mlp.experts.{e}", (*within, e)) for e in range(rows)]
         else:
             places = [(f"mlp.{shared}" if "shared" in part else "mlp", within)]
@@ -185,8 +208,10 @@ def _layer(
         yield _PARTS.get(part, part), Rows(tensor, ((0, rows),), within)
 
 
-def _qkv(rows: int, shape: _Shape) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
-    """Rows of q, k and v: (queries of a group, its key, its value), group after group."""
+@lru_cache(maxsize=8)
+def _qkv(rows: int, shape: _Shape) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+    """Rows of q, k and v: (queries of a group, its key, its value), group after group; the same for every layer."""
+    _bounded(shape.groups, MOST_GROUPS, "groups of attention heads")
     queries = shape.heads // shape.groups
     group = (queries + 2) * shape.size
     if rows != shape.groups * group or shape.heads % shape.groups:
@@ -195,8 +220,10 @@ def _qkv(rows: int, shape: _Shape) -> Iterator[tuple[str, tuple[tuple[int, int],
             f"{shape.groups * group}. Is the config.json that of this model?"
         )
     bounds = (("q", 0, queries), ("k", queries, queries + 1), ("v", queries + 1, queries + 2))
-    for role, first, end in bounds:
-        yield role, tuple((g * group + first * shape.size, g * group + end * shape.size) for g in range(shape.groups))
+    return tuple(
+        (role, tuple((g * group + first * shape.size, g * group + end * shape.size) for g in range(shape.groups)))
+        for role, first, end in bounds
+    )
 
 
 def _halves(fc: str, half: str | None, rows: int) -> list[tuple[str, tuple[tuple[int, int], ...]]]:

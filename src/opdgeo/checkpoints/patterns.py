@@ -14,6 +14,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 _STEPS = 5_000_000  # places looked at for all modules of an adapter
+_AT_ONCE = 2500  # characters that Python's matcher compares while a place is looked at here
 _LENGTH = 1_000_000  # characters of all patterns together
 _PLAIN = re.compile(r"(?:[\w.-]|\\\.)*")  # nothing that repeats or branches: Python's matcher cannot go astray
 
@@ -35,6 +36,8 @@ class Patterns:
         """The value of the first pattern that matches a module's name; None where none does."""
         for pattern, value in self.values:
             self._spend(1)
+            if isinstance(pattern, re.Pattern):  # it is compared with the name's end, from each of its dots on
+                self._spend(len(name) * min(len(name), len(pattern.pattern)) // _AT_ONCE)
             if pattern.match(name) if isinstance(pattern, re.Pattern) else self._ends(pattern, name, {0}):
                 return value
         return None
@@ -58,6 +61,7 @@ class Patterns:
 
     def _ends(self, parts: Any, text: str, starts: set[int]) -> set[int]:
         """Where in `text` a sequence of parts can end that begins at one of `starts`."""
+        self._spend(len(starts) + 1)
         for operation, argument in parts:
             if not starts:
                 break

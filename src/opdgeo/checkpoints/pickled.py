@@ -4,7 +4,7 @@ A class or function that a pickle names must be in the list that the reader give
 a `Record`, and no code of it is looked up. The machine walks the opcodes one by one without recursion and keeps what they
 say by reference, so that its time and memory are bounded by the length of the pickle, whatever that says: dictionary keys
 are plain numbers and text (a tuple's hash would walk all that it holds), the memo is a dictionary (an index allocates nothing),
-and nothing is copied. Source of the opcodes: the standard library's `pickletools`.
+and nothing is copied. What is said once and meant many times, by reference, is counted as often as a reader would meet it. Source of the opcodes: the standard library's `pickletools`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pickletools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from opdgeo.checkpoints.stored import LONGEST_NAME
 from opdgeo.errors import CheckpointError
 
 MOST = 1_000_000  # opcodes of any pickle; a larger checkpoint may have more, one for every `EACH` of its bytes
@@ -82,11 +83,35 @@ def load(
         CheckpointError: it names anything else, is damaged, or too long for what it describes.
     """
     try:
-        return _Machine(allowed, builders or {}, persistent, MOST + holds // EACH).run(data)
+        most = MOST + holds // EACH
+        found = _Machine(allowed, builders or {}, persistent, most).run(data)
+        _refuse_what_repeats(found, most)
+        return found
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
         raise CheckpointError(f"its pickle is damaged ({error or type(error).__name__}); copy it again") from error
+
+
+def _refuse_what_repeats(content: Any, most: int) -> None:
+    """Whether `content`, with everything by reference written out where it is referred to, has more than `most` containers or entries.
+
+    Then a short pickle would keep whoever walks it busy for long.
+    """
+    waiting = [content]
+    while waiting:
+        one = waiting.pop()
+        inside: Any = ()
+        if isinstance(one, dict):
+            inside = one.values()
+        elif isinstance(one, (list, tuple)):
+            inside = one
+        elif isinstance(one, Record):
+            inside = (one.arguments, one.state)
+        most -= len(inside)
+        if most < 0:
+            raise ValueError("its parts refer to one another over and over")
+        waiting += [each for each in inside if isinstance(each, (dict, list, tuple, Record))]
 
 
 class _Machine:
@@ -216,6 +241,8 @@ def _list(target: Any) -> list[Any]:
 
 def _key(key: Any) -> Any:
     """Numbers and text; records count by identity. Their hashes take no time and do not collide at an attacker's will."""
+    if isinstance(key, (str, bytes)) and len(key) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(key)} characters")
     if isinstance(key, (str, bytes, Record)) or key is None or (isinstance(key, int) and abs(key) < 1 << 60):
         return key
     raise TypeError(f"a {type(key).__name__} as the key of a dictionary")

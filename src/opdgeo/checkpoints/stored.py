@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     Index = tuple[int | slice, ...]
 
+LONGEST_NAME = 1 << 16  # characters of a tensor's name: rules for names take time and memory for each
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # the dtypes that hold plain weights, bytes an entry
 
 
@@ -307,4 +310,4 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     >>> contiguous((2, 3, 4))
     (12, 4, 1)
     """
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()

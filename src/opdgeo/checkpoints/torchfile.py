@@ -19,6 +19,7 @@ from opdgeo.errors import CheckpointError
 
 _DAMAGED = "its zip is damaged; copy it again"
 _LONGEST = 1 << 27  # bytes of a pickle or of a zip's directory
+_SPAN = 1 << 29  # bytes from the first to the last entry of a view, beyond four times its own
 # dtype -> bytes of an entry
 SIZES_OF = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"), 1),
@@ -189,8 +190,11 @@ class _Packed:
             return Unreadable(self.file, shape, f"a lazily negated or conjugated {dtype} tensor")
         if not prod(shape):
             return Raw(self.file, self.start, shape, stride, dtype)
-        if offset * item + item * (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))) > size:
+        span = item * (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
+        if offset * item + span > size:
             raise ValueError("a tensor that is larger than its storage")
+        if span > _SPAN + prod(shape) * item * 4:  # it is read with all that lies between
+            return Unreadable(self.file, shape, f"a {dtype} view that is scattered over {span} bytes")
         if prod(shape) * item > size:  # one number in many places, by a stride of 0
             return Unreadable(self.file, shape, f"an expanded {dtype} tensor")
         return Raw(self.file, first + offset * item, shape, stride, dtype, swapped=self.swapped)

@@ -57,6 +57,8 @@ def reach() -> None:
             failed.clear()
         except OSError as error:
             failed[:] = [error]
+        except ValueError as error:  # no port, or no name of a machine
+            failed[:] = [OSError(str(error))]
 
     attempt = threading.Thread(target=connect, daemon=True)  # a look-up of a name cannot be given a limit of its own
     attempt.start()

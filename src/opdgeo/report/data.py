@@ -289,6 +289,8 @@ def _check(found: Any, shape: Any, path: Path, where: str) -> None:
                 raise _broken(path, f"{where} without {name}", f"{name} in it")
     elif not isinstance(found, shape) or (isinstance(found, bool) and shape in (_NUMBER, _COUNT)):
         raise _broken(path, f"{where} is {_kind(found)}", _WORDS.get(shape, "another type"))
+    elif isinstance(found, int) and abs(found) >= 1 << 63:
+        raise _broken(path, f"{where} is a whole number of {found.bit_length()} bits", "a number of at most 63")
     elif isinstance(found, float) and not math.isfinite(found):
         raise _broken(path, f"{where} is {found}", "a finite number")
     elif isinstance(found, str) and not found.isascii() and found.encode(errors="ignore").decode() != found:

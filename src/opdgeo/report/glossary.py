@@ -88,7 +88,7 @@ def expert_of(matrix: str) -> int | None:
     >>> expert_of("model.layers.3.mlp.experts.7.up_proj.weight")
     7
     """
-    found = re.search(r"\.experts\.(\d+)\.", matrix)
+    found = re.search(r"\.experts\.([0-9]{1,9})\.", matrix)
     return int(found[1]) if found else None
 
 
@@ -110,7 +110,7 @@ def arm_of(checkpoint: str) -> tuple[str, int]:
 
 def split_seed(folder: str) -> tuple[str, int]:
     """`opd-seed2` → (`opd`, 2), `opd` → (`opd`, 0)."""
-    match = re.fullmatch(r"(.+)-seed(\d+)", folder)
+    match = re.fullmatch(r"(.+)-seed([0-9]{1,9})", folder)
     return (match[1], int(match[2])) if match else (folder, 0)
 
 
@@ -167,8 +167,10 @@ def number(
 
 def interval_decimals(low: float | None, high: float | None, unit: str) -> int | None:
     """Digits after the point that show the width of an interval to two significant digits; None for the default."""
-    if low is None or high is None or not math.isfinite(high - low) or high <= low:
+    if low is None or high is None or high <= low:
         return None
-    scale = 100 if unit in ("share", "points") else 1
-    digits = 1 - math.floor(math.log10(scale * (high - low)))
+    width = (100 if unit in ("share", "points") else 1) * (high - low)
+    if not math.isfinite(width):
+        return None
+    digits = 1 - math.floor(math.log10(width))
     return digits if 0 <= digits <= 4 else 0 if digits < 0 else None

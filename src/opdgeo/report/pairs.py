@@ -165,7 +165,7 @@ class Pairs:
         """Pairs with matrices of which one or both did not move: names, how many, of how many."""
         for (first, other), pair in self.by_names.items():
             if pair.get("unmoved") and (first, other) in self.unordered():
-                yield first, other, pair["unmoved"], max(row["total"] for row in pair["diagnostics"])
+                yield first, other, pair["unmoved"], max((row["total"] for row in pair["diagnostics"]), default=0)
 
     def why(self, first: str, other: str) -> str:
         reasons = [row.get("reason") for row in self.by_names[first, other]["diagnostics"]]

@@ -25,6 +25,7 @@ from opdgeo.report.verdict import (
     headlines,
     incomplete,
     size_of,
+    unmeasured,
     unmoved,
 )
 
@@ -176,12 +177,10 @@ def _by_itself(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _title(checkpoint: dict[str, Any], base: str) -> str:
     """Which pair, in its direction, and how many of its matrices moved."""
     pair = f"{clean(stem(base), 60)} → " if base else ""
-    size = size_of(checkpoint)
-    moved = (
-        ""
-        if size is None
-        else f": {size.row['computed'] - checkpoint.get('unmoved', 0)} of {size.row['total']} matrices moved"
-    )
+    size, moved = size_of(checkpoint), ""
+    if size and (computed := size.row["computed"]):
+        of = f"{computed} measured" if computed < size.row["total"] else computed
+        moved = f": {computed - checkpoint.get('unmoved', 0)} of {of} matrices moved"
     return f"{pair}{clean(checkpoint['checkpoint'], 60)}{moved}"
 
 
@@ -211,6 +210,13 @@ def _print_full(checkpoint: dict[str, Any], console: Console, earlier: Sequence[
             Text(f"{found.over}/{row['total']}", style="" if found.over == row["total"] else "yellow"),
         )
     print_table(table, console)
+    console.print(
+        Text(
+            "mean: over matrices or entries; null: an isotropic update of that size; excess: mean − null (pp: percentage points); "
+            "of: matrices with a value. `opdgeo explain WORD` tells more.",
+            style="dim",
+        )
+    )
     for line in [*sentences(checkpoint, earlier), *_lacking(checkpoint), *_noted(findings(checkpoint))]:
         console.print(Text(line))
 
@@ -234,9 +240,9 @@ def _print_brief(checkpoint: dict[str, Any], console: Console, earlier: Sequence
                     _name(found), number(found.row["mean"], found.unit), null, Text() if itself else _reading(found)
                 )
         print_table(table, console)
-    size = sentences(checkpoint, earlier)[0]
-    console.print(Text(size))
-    if not size.startswith("Size:"):
+    for line in sentences(checkpoint, earlier)[:1]:
+        console.print(Text(line))
+    if did_not_move(checkpoint):
         return
     counts = {key: len(group) for key, group in by_reading(checkpoint).items()}
     if judged := {key: counts[key] for key in ("geometry", "size", "unclear") if key in counts}:
@@ -304,6 +310,8 @@ def sentences(checkpoint: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()
         ]
     if did_not_move(checkpoint):
         return ["The weights did not move: every measured matrix is the same in both checkpoints."]
+    if unmeasured(checkpoint):
+        return ["No matrix could be measured."]
     said = []
     for d, found in headlines(checkpoint):
         if d.headline and d.headline.clause and found and found.row["mean"] is not None:
@@ -336,7 +344,8 @@ def _lacking(checkpoint: dict[str, Any], *, primary: bool = False) -> list[str]:
         total = found.row["total"] - still
         left_out.setdefault((found.over, total, found.row.get("reason")), []).append(found)
     for (over, total, reason), group in left_out.items():
-        what = "every diagnostic" if len(group) == len(findings(checkpoint)) else ", ".join(names(group))
+        shown = [f for f in findings(checkpoint) if not primary or is_primary(f.diagnostic, f.variant)]
+        what = "every diagnostic" if len(group) == len(shown) else ", ".join(names(group))
         lines.append(
             f"Over {over} of {total} matrices{' that moved' if still else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
         )
@@ -356,7 +365,7 @@ def _noted(shown: Sequence[Finding]) -> list[str]:
 
 def unmoved_text(still: int, checkpoint: dict[str, Any]) -> str:
     """What is said first where `still` matrices did not move."""
-    total = max(found.row["total"] for found in findings(checkpoint))
+    total = max((found.row["total"] for found in findings(checkpoint)), default=still)
     return f"{still} of {total} matrices did not move; means, nulls and excesses are over the others."
 
 

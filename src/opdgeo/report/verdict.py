@@ -136,6 +136,11 @@ def answers(checkpoints: list[dict[str, Any]], whole: dict[str, list[dict[str, A
     return [said for said in found if said]
 
 
+def unmeasured(checkpoint: dict[str, Any]) -> bool:
+    """Whether no diagnostic has a value, as where every matrix holds NaN."""
+    return all(f.row["mean"] is None for f in findings(checkpoint))
+
+
 def did_not_move(checkpoint: dict[str, Any]) -> bool:
     """Whether every measured matrix is the same in both checkpoints."""
     size = size_of(checkpoint)

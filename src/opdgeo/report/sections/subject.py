@@ -10,7 +10,16 @@ from markupsafe import Markup
 
 from opdgeo.diagnostics import Diagnostic
 from opdgeo.report.glossary import about
-from opdgeo.report.verdict import Finding, by_reading, did_not_move, findings, headlines, incomplete, unmoved
+from opdgeo.report.verdict import (
+    Finding,
+    by_reading,
+    did_not_move,
+    findings,
+    headlines,
+    incomplete,
+    unmeasured,
+    unmoved,
+)
 from opdgeo.report.view import say, shown
 
 
@@ -42,6 +51,7 @@ class Subject:
 
     Attributes:
         still: no measured matrix moved. `still_moved`: none did, but some did at earlier checkpoints.
+        unmeasured: no diagnostic has a value.
         unmoved: how many of the `total` matrices did not move while others did.
         groups: findings by their reading.
         nulls: whether any finding has a null.
@@ -51,6 +61,7 @@ class Subject:
     name: str
     still: bool
     still_moved: bool
+    unmeasured: bool
     unmoved: int
     total: int
     headlines: list[tuple[Diagnostic, Finding | None]]
@@ -69,6 +80,7 @@ def subject_of(arm: str, checkpoints: list[dict[str, Any]]) -> Subject:
         name=checkpoint["checkpoint"],
         still=still,
         still_moved=still and not all(map(did_not_move, earlier)),
+        unmeasured=unmeasured(checkpoint),
         unmoved=unmoved(checkpoint),
         total=max((f.row["total"] for f in found), default=0),
         headlines=headlines(checkpoint),
