@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -29,18 +30,31 @@ atexit.register(shutil.rmtree, os.environ["OPDGEO_CACHE"], ignore_errors=True)
 # The files that take longest start first, so that no core waits for one of them at the end.
 LONG = (
     "reproduce",
-    "confirmatory",
     "ray",
     "report",
+    "confirmatory",
     "processes",
-    "training_runs",
-    "smollm2",
-    "claims",
+    "constrain",
     "plan",
     "resume",
+    "training_runs",
     "train_plan",
     "tasks",
-    "constrain",
+    "torture",
+    "monitor",
+    "compare",
+    "answers",
+    "noise",
+    "formats",
+    "pair_nulls",
+    "outcomes",
+    "first_minutes",
+    "streams",
+    "untrusted_models",
+    "examples",
+    "commands",
+    "served",
+    "in_chromium",
 )
 
 
@@ -69,10 +83,11 @@ def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Test processes are forked from the server as well: each would import everything anew, fifteen seconds of processor time."""
+    os.environ[program.TESTS] = json.dumps([str(config.invocation_params.dir / test) for test in config.args])
     for spec in specs:
-        spec.python = program.TEST_PROCESS
+        spec.python = program.THROUGH_SERVER
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,7 @@
 A cold start imports torch, transformers and TRL anew: up to nine seconds of processor time, and the suite starts a hundred
 programs. Here only the first one pays. The test processes of pytest-xdist are forked from it too, so all share its hash seed.
 What a child runs is what `python ARGUMENTS` would run, in a process of its own, with its own working directory, environment,
-streams, signals and exit status, and it ends as Python ends.
+streams, signals and exit status, and it ends as Python ends. The processes that `multiprocessing` starts for it come from here as well.
 
 Before a fork there are no threads but the allocators' own: torch and BLAS are held to one thread, polars and pyarrow start theirs
 when first used. Not for a test of what an import costs or does, nor for an environment variable that is read at import (but for the hub's): such a
@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
+import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -28,6 +31,8 @@ import struct
 import sys
 import threading
 import types
+from importlib.util import source_hash
+from pathlib import Path
 from typing import Any, NoReturn
 
 # What the programs import, by what they do; each is all of those above it and more. "tests": what the test modules import.
@@ -50,16 +55,36 @@ LIBRARIES = {
 }  # fmt: skip
 
 
-def load(libraries: str) -> None:
+@functools.cache
+def load(libraries: str, tests: tuple[str, ...]) -> None:
+    """Import what `libraries` names; `tests` are the files and folders that the test processes will collect."""
     kinds = list(LIBRARIES)
     for kind in kinds[: kinds.index(libraries) + 1]:
         for name in LIBRARIES[kind]:
             importlib.import_module(name)
     if libraries != "survey":  # a thousand patterns, which each child would compile at its first model
         sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("qwen3")
+    if tests:
+        rewrite(tests)
     sys.modules["torch"].set_num_threads(1)
     gc.collect()
     gc.freeze()  # a child's collector leaves the shared pages alone
+
+
+def rewrite(tests: tuple[str, ...]) -> None:
+    """Have pytest rewrite assertions here, once: each test process would do it for all files, five seconds of processor time."""
+    from _pytest.assertion import rewrite
+
+    original = rewrite._rewrite_test
+    paths = [Path(test.partition("::")[0]).resolve() for test in tests]
+    files = {file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+    made = {file: original(file, None) for file in files if file.suffix == ".py" and file.is_file()}  # type: ignore[arg-type]
+
+    def rewritten(file: Path, config: Any) -> Any:
+        known = made.get(file)
+        return known if known and known[0] == source_hash(file.read_bytes()) else original(file, config)
+
+    rewrite._rewrite_test = rewritten
 
 
 def serve(path: str) -> dict[str, Any] | None:
@@ -93,7 +118,7 @@ def serve(path: str) -> dict[str, Any] | None:
             connection, _ = listener.accept()
             request, files = _request(connection)
             try:
-                load(request["libraries"])
+                load(request["libraries"], tuple(request.get("tests", ())))
             except BaseException as error:
                 connection.sendall(json.dumps({"error": repr(error)}).encode() + b"\n")
                 raise
@@ -106,7 +131,10 @@ def serve(path: str) -> dict[str, Any] | None:
                 ready.close()
                 for other in (listener, woken, wake, connection, *running.values()):
                     other.close()
-                for target, file in enumerate(files):
+                aside = [fcntl.fcntl(file, fcntl.F_DUPFD, max(request["files"]) + 1) for file in files]
+                for file in files:
+                    os.close(file)
+                for target, file in zip(request["files"], aside, strict=True):
                     os.dup2(file, target)
                     os.close(file)
                 return request
@@ -117,8 +145,8 @@ def serve(path: str) -> dict[str, Any] | None:
 
 
 def _request(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Length and JSON, with the three streams beside the first byte."""
-    first, files, _, _ = socket.recv_fds(connection, 4, 3)
+    """Length and JSON, with the open files beside the first byte, the three streams first."""
+    first, files, _, _ = socket.recv_fds(connection, 4, 64)
     (length,) = struct.unpack("!I", first)
     text = b""
     while len(text) < length:
@@ -155,8 +183,9 @@ def end(request: dict[str, Any]) -> NoReturn:
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
     os._exit(status)
 
 
@@ -168,6 +197,7 @@ def become(request: dict[str, Any]) -> None:
             del sys.modules[name]  # it reads them when it is imported
     os.environ.clear()
     os.environ.update(request["env"])
+    multiprocessing.set_executable(request["python"])
     first, *rest = request["arguments"]
     if first == "-m":
         sys.argv = rest

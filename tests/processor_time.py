@@ -1,6 +1,7 @@
 """Which tests take the processor's time: `pytest --processor-time 30`. On a busy machine it is the time to trust.
 
-Counted are the test process, its children, and the programs that the fork server runs for it, user and system together.
+Counted are the test process, its children, and the programs that the fork server runs for it, user and system together. Not
+counted is what nobody waits for: the workers of a rehearsed study, of Ray, and the processes of Chromium.
 """
 
 from __future__ import annotations

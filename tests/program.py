@@ -4,7 +4,8 @@
     start_opdgeo("track", base, run, "--follow")         one that runs: pid, poll, wait, kill, send_signal, communicate
     run_python("-c", code, …), run_python(script, …)     as `python …`
     launch("fsdp2", 2, script, …)                        two ranks, with the environment that `accelerate launch` gives them
-    python program.py -c LINE                            a test process of pytest-xdist, which it starts so (`TEST_PROCESS`)
+    python program.py -c LINE …                          `python -c LINE …` by the server, for what starts Python itself: pytest-xdist
+                                                         (`THROUGH_SERVER`), and `multiprocessing` in a program (`PYTHON`)
 
 Each is a process of its own, forked from one that has the libraries loaded (`fork_server.py`), or, with `cold=True`, started anew.
 """
@@ -24,14 +25,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 SOURCE = Path(__file__).parents[1] / "src"
 ADDRESS = "OPDGEO_TEST_SERVER"
+TESTS = "OPDGEO_TESTS"  # what pytest was asked to run
 TIMEOUT = 1500.0  # seconds: a hung program, not a slow machine
-TEST_PROCESS = shlex.join([sys.executable, str(Path(__file__).resolve())])
+THROUGH_SERVER = shlex.join([sys.executable, str(Path(__file__).resolve())])
+PYTHON = "python"  # beside the server's socket: what `multiprocessing` takes for Python
 spent = 0.0  # seconds of processor time of the programs that the server ran and that ended
 TRAINING = {"train", "evaluate", "reproduce", "signals", "channel"}  # commands that load TRL or transformers
 
@@ -40,6 +43,7 @@ TRAINING = {"train", "evaluate", "reproduce", "signals", "channel"}  # commands 
 def server() -> Iterator[None]:
     """Have a server at `ADDRESS`, for this process and those that it starts. It loads nothing before it is first asked."""
     folder = tempfile.mkdtemp(prefix="opdgeo-server-")
+    write_python(Path(folder))
     command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), f"{folder}/socket"]
     running = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment({}))
     os.environ[ADDRESS] = f"{folder}/socket"
@@ -51,6 +55,12 @@ def server() -> Iterator[None]:
             running.stdin.close()
         running.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_python(folder: Path) -> None:
+    """Write `PYTHON` beside the server's socket in `folder`."""
+    (folder / PYTHON).write_text(f'#!/bin/sh\nexec {THROUGH_SERVER} "$@"\n')
+    (folder / PYTHON).chmod(0o755)
 
 
 class Program:
@@ -73,7 +83,7 @@ class Program:
         self._connection = _connected(os.environ[ADDRESS])
         request = {"arguments": arguments, "libraries": libraries, "cwd": folder, "env": dict(env)}
         with Path(os.devnull).open() as nothing:
-            _send(self._connection, request, [nothing.fileno(), self.stdout.fileno(), self.stderr.fileno()])
+            _send(self._connection, request, {0: nothing.fileno(), 1: self.stdout.fileno(), 2: self.stderr.fileno()})
             answer = self._answer(None)
         if answer is None or "pid" not in answer:
             raise RuntimeError(f"the fork server ended: {answer}")
@@ -231,23 +241,50 @@ def _file() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _send(connection: socket.socket, request: dict[str, Any], files: list[int]) -> None:
-    """Length and JSON, with the program's three streams beside the first byte."""
-    text = json.dumps(request).encode()
-    socket.send_fds(connection, [struct.pack("!I", len(text))], files)
+def _send(connection: socket.socket, request: dict[str, Any], files: dict[int, int]) -> None:
+    """Length and JSON, with the program's open files (its number: ours) beside the first byte."""
+    more = {"files": list(files), "python": str(Path(os.environ[ADDRESS]).with_name(PYTHON))}
+    text = json.dumps(request | more).encode()
+    socket.send_fds(connection, [struct.pack("!I", len(text))], list(files.values()))
     connection.sendall(text)
 
 
-def _test_process(arguments: list[str]) -> int:
-    """Have the server run `python ARGUMENTS` on this process's own streams, with all that test modules import; its exit status."""
+def _through_server(arguments: list[str]) -> int:
+    """Have the server run `python ARGUMENTS` with this process's own files; its exit status."""
+    files = {number: number for number in range(3, 256) if _is_open(number)}  # multiprocessing's pipes
     arguments = arguments[arguments.index("-c") :]  # after options of the interpreter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the test process itself
+    tests = json.loads(os.environ.pop(TESTS, "[]"))
+    libraries = "training" if "multiprocessing" in arguments[1] else "tests"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it can be passed on
     with _connected(os.environ[ADDRESS]) as connection:
-        request = {"arguments": arguments, "libraries": "tests", "cwd": str(Path.cwd()), "env": dict(os.environ)}
-        _send(connection, request, [0, 1, 2])
-        answers = connection.makefile().read().splitlines()
-    return json.loads(answers[-1]).get("status", 1) if answers else 1
+        request = {
+            "arguments": arguments, "libraries": libraries, "cwd": str(Path.cwd()), "env": dict(os.environ), "tests": tests,
+        }  # fmt: skip
+        _send(connection, request, {0: 0, 1: 1, 2: 2} | files)
+        for number in files:
+            os.close(number)
+        answers = connection.makefile()
+        started = json.loads(answers.readline() or "{}")
+        if "pid" in started:
+            signal.signal(signal.SIGTERM, lambda *_: os.kill(started["pid"], signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        ended = answers.readline()
+    status = json.loads(ended)["status"] if ended else 1
+    if status < 0:  # as it ended, so does this one
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(_test_process(sys.argv[1:]))
+    sys.exit(_through_server(sys.argv[1:]))

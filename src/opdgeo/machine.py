@@ -1,9 +1,17 @@
-"""What every plan asks of the machine that it runs on, and how it states a time."""
+"""What plans and results say of the machine that they run on, and how a time is stated."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 from pathlib import Path
+
+
+@functools.cache
+def version(package: str) -> str:
+    """The installed version of a package. Its metadata is parsed once: that takes longer than a small matrix."""
+    return importlib.metadata.version(package)
 
 
 def available_memory() -> int:

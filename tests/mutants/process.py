@@ -113,6 +113,7 @@ def _server(place: Path) -> Iterator[None]:
         if context := request["env"].get(CONTEXT):
             _measure(context, place)
         fork_server.end(request)
+    program.write_python(place)
     os.environ[program.ADDRESS] = f"{place}/socket"
     try:
         yield

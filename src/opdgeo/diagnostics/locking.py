@@ -54,18 +54,22 @@ def measure(measurements: pl.DataFrame) -> list[dict[str, Any]]:
     ).with_columns(run=pl.col("checkpoint").str.extract(r"^(.+)/", 1).fill_null(""))
     found = []
     for (run, variant), rows in final.group_by("run", "variant", maintain_order=True):
-        names = rows["checkpoint"].unique(maintain_order=True).to_list()
-        steps = [rows.filter(checkpoint=n)["step"][0] for n in names]
+        places: dict[str, list[int]] = {}  # of the rows of each checkpoint: to cut a table into small ones takes longer
+        for place, checkpoint in enumerate(rows["checkpoint"]):
+            places.setdefault(checkpoint, []).append(place)
+        at = list(places.values())
+        every = rows["step"].to_list()
+        steps = [every[here[0]] for here in at]
         if None in steps:
-            steps = list(range(1, len(names) + 1))
-        order = sorted(range(len(names)), key=lambda i: steps[i])[:-1]  # the last one equals itself
+            steps = list(range(1, len(at) + 1))
+        order = sorted(range(len(at)), key=lambda i: steps[i])[:-1]  # the last one equals itself
         if not order:
             continue
-        tables = [rows.filter(checkpoint=names[i]) for i in order]
-        steps = [steps[i] for i in order]
-        curve, chance = ([_mean(table, column) for table in tables] for column in ("value", "null_mean"))
-        known = [dict(zip(table["matrix"], table["value"], strict=True)) for table in tables]
-        alone = [[values.get(matrix) for values in known] for matrix in tables[-1]["matrix"]]
+        at, steps = [at[i] for i in order], [steps[i] for i in order]
+        curve, chance = (_means(rows, at, column) for column in ("value", "null_mean"))
+        matrices, values = rows["matrix"].to_list(), rows["value"].to_list()
+        known = [{matrices[i]: values[i] for i in here} for here in at]
+        alone = [[by_matrix.get(matrices[i]) for by_matrix in known] for i in at[-1]]
         _, side, k = parts(str(variant))
         found.append(
             {
@@ -82,10 +86,15 @@ def measure(measurements: pl.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _mean(table: pl.DataFrame, column: str) -> float | None:
-    kept = compared(*(table[name].is_not_null().to_numpy() for name in ("value", "null_mean")))
-    known = table[column].filter(kept).drop_nulls()
-    return float(known.to_numpy().mean()) if len(known) else None
+def _means(rows: pl.DataFrame, places: list[list[int]], column: str) -> list[float | None]:
+    """The mean of a column over the matrices of each checkpoint, whose rows stand at `places`."""
+    valued, nulled = (rows[name].is_not_null().to_numpy() for name in ("value", "null_mean"))
+    numbers, present = rows[column].to_numpy(), rows[column].is_not_null().to_numpy()
+    means: list[float | None] = []
+    for here in places:
+        known = numbers[here][compared(valued[here], nulled[here]) & present[here]]
+        means.append(float(known.mean()) if len(known) else None)
+    return means
 
 
 def _median_step(steps: list[int | None]) -> int | None:

@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,7 @@ from opdgeo.experiments.gradient_statistics import (
 )
 from opdgeo.experiments.presets import train_config
 from opdgeo.files import write_atomically
+from opdgeo.machine import version
 from opdgeo.numerics import moments
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.request import Execution

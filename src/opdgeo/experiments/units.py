@@ -28,7 +28,6 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, Point
 from opdgeo.experiments.reproduce import _start_worker
 from opdgeo.experiments.rules import COIN, FROZEN, MATCHED, OPD, SFT, VERSION
 from opdgeo.files import write_atomically
+from opdgeo.machine import version
 from opdgeo.training.config import TrainConfig
 
 SHORT: dict[str, Any] = {

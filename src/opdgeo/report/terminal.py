@@ -24,6 +24,7 @@ from opdgeo.report.verdict import (
     findings,
     headlines,
     incomplete,
+    size_of,
     unmeasured,
     unmoved,
 )
@@ -176,10 +177,9 @@ def _by_itself(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _title(checkpoint: dict[str, Any], base: str) -> str:
     """Which pair, in its direction, and how many of its matrices moved."""
     pair = f"{clean(stem(base), 60)} → " if base else ""
-    size = next((f.row for f in findings(checkpoint) if about(f.diagnostic).size), None)
-    moved = ""
-    if size and (computed := size["computed"]):
-        of = f"{computed} measured" if computed < size["total"] else computed
+    size, moved = size_of(checkpoint), ""
+    if size and (computed := size.row["computed"]):
+        of = f"{computed} measured" if computed < size.row["total"] else computed
         moved = f": {computed - checkpoint.get('unmoved', 0)} of {of} matrices moved"
     return f"{pair}{clean(checkpoint['checkpoint'], 60)}{moved}"
 
@@ -336,18 +336,18 @@ def _lacking(checkpoint: dict[str, Any], *, primary: bool = False) -> list[str]:
     """What is not over all matrices that moved, and why; `primary`: of what the short table shows."""
     if did_not_move(checkpoint):
         return []
-    lines = []
+    lines, still = [], unmoved(checkpoint)
     left_out: dict[tuple[int, int, str | None], list[Finding]] = {}
     for found in incomplete(checkpoint):
         if primary and not is_primary(found.diagnostic, found.variant):
             continue
-        total = found.row["total"] - unmoved(checkpoint)
+        total = found.row["total"] - still
         left_out.setdefault((found.over, total, found.row.get("reason")), []).append(found)
     for (over, total, reason), group in left_out.items():
         shown = [f for f in findings(checkpoint) if not primary or is_primary(f.diagnostic, f.variant)]
         what = "every diagnostic" if len(group) == len(shown) else ", ".join(names(group))
         lines.append(
-            f"Over {over} of {total} matrices{' that moved' if unmoved(checkpoint) else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
+            f"Over {over} of {total} matrices{' that moved' if still else ''}: {what}{f' ({clean(reason)})' if reason else ''}."
         )
     return lines
 
@@ -434,10 +434,7 @@ def _print_arms(arms: dict[str, list[dict[str, Any]]], console: Console) -> None
     for column in findings(next(iter(last.values()))):
         cells = []
         for checkpoint in last.values():
-            found = next(
-                (f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (column.diagnostic, column.variant)),
-                None,
-            )
+            found = next((f for f in findings(checkpoint, column.diagnostic) if f.variant == column.variant), None)
             cell = _cell(found, between, arrows=True)
             if found is not None and found.over < found.row["total"]:
                 cell.append(f"{between}{found.over}/{found.row['total']}", style="yellow")

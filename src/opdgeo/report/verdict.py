@@ -67,12 +67,13 @@ class Finding:
         return "" if not excess else "above" if excess > 0 else "below"
 
 
-def findings(checkpoint: dict[str, Any]) -> list[Finding]:
-    """Every listed row of a summary's checkpoint, or the one that stands for it, in the order of the diagnostics, unknown ones last."""
+def findings(checkpoint: dict[str, Any], diagnostic: str | None = None) -> list[Finding]:
+    """Every listed row of a summary's checkpoint, or the one that stands for it, in the order of the diagnostics, unknown ones last.
+    `diagnostic`: of that one alone."""
     rows = [
         Finding(r["diagnostic"], r["variant"], _standing(r, checkpoint))
         for r in checkpoint["diagnostics"]
-        if is_listed(r["diagnostic"], r["variant"])
+        if diagnostic in (None, r["diagnostic"]) and is_listed(r["diagnostic"], r["variant"])
     ]
     return sorted(rows, key=lambda f: position(f.diagnostic))
 
@@ -103,8 +104,8 @@ def by_reading(checkpoint: dict[str, Any]) -> dict[str, list[Finding]]:
 
 def find(checkpoint: dict[str, Any], diagnostic: str, variant: str = "") -> Finding | None:
     """The row of one diagnostic; `variant` matches by its beginning."""
-    for found in findings(checkpoint):
-        if found.diagnostic == diagnostic and found.variant.startswith(variant):
+    for found in findings(checkpoint, diagnostic):
+        if found.variant.startswith(variant):
             return found
     return None
 
@@ -120,7 +121,8 @@ def headlines(checkpoint: dict[str, Any]) -> list[tuple[Diagnostic, Finding | No
 
 def incomplete(checkpoint: dict[str, Any]) -> list[Finding]:
     """Findings whose mean leaves out matrices that moved."""
-    return [f for f in findings(checkpoint) if f.over < f.row["total"] - unmoved(checkpoint)]
+    still = unmoved(checkpoint)
+    return [f for f in findings(checkpoint) if f.over < f.row["total"] - still]
 
 
 def unmoved(checkpoint: dict[str, Any]) -> int:
@@ -141,5 +143,11 @@ def unmeasured(checkpoint: dict[str, Any]) -> bool:
 
 def did_not_move(checkpoint: dict[str, Any]) -> bool:
     """Whether every measured matrix is the same in both checkpoints."""
-    size = next((f for f in findings(checkpoint) if about(f.diagnostic).size), None)
+    size = size_of(checkpoint)
     return size is not None and size.row["mean"] == 0
+
+
+def size_of(checkpoint: dict[str, Any]) -> Finding | None:
+    """The first row that says how large the update is."""
+    sizes = {r["diagnostic"] for r in checkpoint["diagnostics"] if about(r["diagnostic"]).size}
+    return next((f for name in sorted(sizes, key=position) for f in findings(checkpoint, name)), None)

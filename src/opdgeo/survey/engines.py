@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
@@ -22,7 +21,7 @@ from typing import Any
 
 from opdgeo.checkpoints import Matrix
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.machine import available_gpu_memory, available_memory
+from opdgeo.machine import available_gpu_memory, available_memory, version
 from opdgeo.numerics.devices import gpus, start, stream
 from opdgeo.survey.measure import Job, Measured, measure
 from opdgeo.survey.memory import LIBRARIES, Memory, block_set, give_back, peak_memory, working_set

@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import DIAGNOSTICS, Settings
 from opdgeo.errors import CheckpointError, ConfigError
 from opdgeo.files import Journal, remove_orphans
+from opdgeo.machine import version
 from opdgeo.survey.measure import Measured, outdated
 from opdgeo.survey.results import PARTS, frames, load_result
 

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from opdgeo.checkpoints import Checkpoint, Matrix
 from opdgeo.diagnostics import Settings
 from opdgeo.errors import CheckpointError
+from opdgeo.machine import version
 from opdgeo.survey import engines, fetching, kinship
 from opdgeo.survey.cache import SpectrumCache
 from opdgeo.survey.measure import Job, Measured, outdated

@@ -98,7 +98,7 @@ def _of_one_run(checkpoints: Checkpoints, diagnostic: str, variant: str) -> tupl
 
 
 def _row(checkpoint: dict[str, Any], diagnostic: str, variant: str) -> Finding | None:
-    return next((f for f in findings(checkpoint) if (f.diagnostic, f.variant) == (diagnostic, variant)), None)
+    return next((f for f in findings(checkpoint, diagnostic) if f.variant == variant), None)
 
 
 def _whole_runs(view: View) -> list[Part]:
