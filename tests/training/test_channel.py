@@ -171,9 +171,10 @@ def test_a_channel_comes_back_equal_and_a_damaged_one_is_refused(planted, tmp_pa
         save_file(broken, path, metadata=about)
         with pytest.raises(CheckpointError, match=message):
             Channel.load(path)
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="not a readable channel"):
-        Channel.load(path)
+    for wrong in (None, {**about, "source": "[" * 100_000}, {**about, "matrices": "[" * 100_000}):
+        save_file(tensors, path, metadata=wrong)
+        with pytest.raises(CheckpointError, match="not a readable channel"):
+            Channel.load(path)
     with pytest.raises(CheckpointError, match=r"no channel .*nowhere"):
         Channel.load(tmp_path / "nowhere")
 

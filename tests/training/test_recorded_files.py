@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from opdgeo.errors import CheckpointError, ConfigError
+from opdgeo.training.callbacks import read_log
 from opdgeo.training.config import TrainConfig
 from opdgeo.training.rollouts import Recorded, forget_after
 
@@ -34,6 +35,9 @@ def test_what_follows_a_damaged_line_is_forgotten(damage: bytes, tmp_path: Path)
         Recorded(file, 1, 32)
     forget_after(file, 1)
     assert file.read_bytes() == whole
+    row = b'{"event": "step", "step": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(row + damage + row)
+    assert read_log(tmp_path) == [json.loads(row)]
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     found = {}
     with suppress(OSError):
         for line in (folder / JOURNAL).read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # cut short
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut short
                 entry = json.loads(line)
                 if is_plain(entry["file"]):
                     found[entry["file"]] = str(entry["sha256"])

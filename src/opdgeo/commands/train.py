@@ -144,5 +144,5 @@ def _setting(text: str) -> tuple[str, object]:
         raise ConfigError(f"--set is {text!r}; expected NAME=VALUE, such as --set micro_batch=2.")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

@@ -104,7 +104,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         self.folders: set[str] = set()
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             listed = map(str, json.loads((self.out / _FETCHED).read_text()))
             # Whoever wrote the list: nothing is removed but what this library keeps for the hub.
             self.folders = {
@@ -198,7 +198,7 @@ def measure(
 def _list(out: Path, row: dict[str, Any]) -> None:
     """Put a pair into the list of all that `out` holds; one that failed now and was measured before stays measured."""
     known: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         known = {one["name"]: one for one in json.loads((out / TABLE).read_text())["pairs"]}
     if row["status"] == "measured" or not (out / row["name"] / "run.json").is_file():
         known[row["name"]] = row

@@ -39,7 +39,7 @@ class Trail:
         """What was measured of checkpoint `index`, or None; an unreadable file counts as none."""
         from safetensors import SafetensorError, safe_open
 
-        with suppress(OSError, ValueError, TypeError, KeyError, SafetensorError):
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError):
             with safe_open(self._path(matrix, index), framework="pt") as file:
                 about = json.loads(file.metadata()["step"])
                 spectrum = None

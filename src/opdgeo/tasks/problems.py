@@ -155,7 +155,7 @@ def _file(path: Path) -> Iterable[dict[str, Any]]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError("not an object")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ConfigError(f"line {number} of {path} is not a JSON object: {error}.") from None
                 yield row
 

@@ -72,14 +72,17 @@ def save_weights(
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The rows of log.jsonl. A last line that was cut when the run was killed is left out."""
+    """The rows of log.jsonl, up to the first that is none, such as a last line that was cut when the run was killed."""
     path = out / LOG
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("event"), str) or type(row.get("step")) is not int:
+            break
+        rows.append(row)
     return rows
 
 

@@ -206,7 +206,16 @@ class Channel:
                     of = Subspace(matrix, file.get_tensor(name), facts["inside"], facts["gap"], facts["error"])
                     _check_basis(of, side)
                     found[name] = of
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+            ConfigError,
+        ) as error:
             raise CheckpointError(f"{path} is not a readable channel: {error}. Extract it again.") from error
         return cls(side, found, source)
 

@@ -626,7 +626,8 @@ def _save_history(history: list[tuple[int, dict[str, _Seen]]], path: Path) -> No
 def _load_history(path: Path) -> list[tuple[int, dict[str, _Seen]]]:
     """What `_save_history` wrote. Empty where the file is missing or not readable."""
     history: dict[int, tuple[int, dict[str, _Seen]]] = {}
-    with suppress(OSError, SafetensorError, KeyError, TypeError, ValueError), safe_open(path, framework="pt") as file:
+    damaged = (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError)
+    with suppress(*damaged), safe_open(path, framework="pt") as file:
         for fact in json.loads(file.metadata()["history"]):
             i, step, name = (fact.pop(n) for n in ("place", "step", "matrix"))
             length = fact.pop("length", None)  # a state of an earlier version has none

@@ -12,7 +12,6 @@ For every token and layer the backward pass keeps, in floats (h width, i MLP wid
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +168,7 @@ def shape(name: str) -> Shape:
     Raises:
         CheckpointError: it is neither on this machine nor known.
     """
+    from opdgeo.checkpoints.huggingface import read_json
     from opdgeo.training import models
 
     for known in sorted(KNOWN, key=len, reverse=True):
@@ -176,7 +176,7 @@ def shape(name: str) -> Shape:
             return KNOWN[known]
     if name in models.SMOLLM2_RUN:
         name = models.SMOLLM2
-    config = json.loads((models.resolve(name) / "config.json").read_text())
+    config = read_json(models.resolve(name) / "config.json")
     config = config.get("text_config", config)
     try:
         heads = config["num_attention_heads"]

@@ -313,7 +313,8 @@ def _known_evaluation(config: TrainConfig, origin: Path) -> evaluation.Evaluatio
         return None
     enough = config.eval_prompts_between or config.eval_prompts  # the origin may be a checkpoint on the way
     for row in callbacks.read_log(origin.parent):
-        if row["event"] == "eval" and row["step"] == int(step) and row["prompts"] >= enough:
+        count = row.get("prompts")
+        if row["event"] == "eval" and row["step"] == int(step) and isinstance(count, int) and count >= enough:
             known: dict[str, Any] = {name: row.get(name) for name in evaluation.Evaluation.__dataclass_fields__}
             return evaluation.Evaluation(**known | {"kl_origin": 0.0 if config.eval_kl_origin else None})
     return None
