@@ -1,6 +1,6 @@
 """Two versions of opdgeo on the same inputs, in turn: what became faster, and whether anything became slower.
 
-    python benchmarks/versions.py v0.1 .                    # a commit and this checkout: half an hour on two cores
+    python benchmarks/versions.py COMMIT .                   # a commit and this checkout: half an hour on two cores
     python benchmarks/versions.py OLD NEW --only experts page --repeats 3
 
 A version is a commit of this repository or the folder of a checkout. Each case is the whole program, from the start of Python to the
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import experts
 import smollm2
-from identity import Version, checkout
+from identity import THREADS, Version, checkout
 
 OFF = ("--nulls", "0", "--no-report")
 CASES = {"smollm2": OFF, "smollm2 nulls": (), "large update": ("--no-report",), "experts": OFF, "page": ()}
@@ -48,9 +48,9 @@ def prepare(case: str, folder: Path) -> list[str]:
 
 def run(version: Version, arguments: list[str], out: Path) -> tuple[float, float]:
     """Processor and wall seconds of `opdgeo` with these arguments."""
-    environment = {**version.environment, "OPDGEO_CACHE": str(version.results / "cache")}
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment.pop(name)  # as a user starts it
+    environment = {
+        name: value for name, value in version.environment.items() if name not in THREADS
+    }  # as a user starts it
     before, start = os.times(), os.times().elapsed
     done = subprocess.run(
         [sys.executable, "-m", "opdgeo", *arguments], env=environment, cwd=out.parent, capture_output=True, text=True

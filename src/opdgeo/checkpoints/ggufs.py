@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opdgeo.checkpoints.names import MOST_EXPERTS
-from opdgeo.checkpoints.stored import Opened, Raw, Rows, Stored, Unreadable, contiguous, opened
+from opdgeo.checkpoints.stored import Derived, Opened, Raw, Rows, Stored, Unreadable, contiguous, opened
 from opdgeo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -109,27 +109,14 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Halves(Derived):
     """A tensor whose rows stand as neighbours, in the order of halves, head by head: row 2i + j of a head becomes row j·size/2 + i."""
 
-    source: Stored
     heads: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
-
-    @property
-    def quantised(self) -> str | None:
-        return self.source.quantised
 
     def __getitem__(self, index: Index) -> Tensor:
         rows = self.source[tuple(slice(0, n) for n in self.shape)]

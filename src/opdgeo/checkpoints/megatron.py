@@ -22,7 +22,7 @@ from opdgeo.checkpoints import dcp
 from opdgeo.checkpoints.huggingface import read_json
 from opdgeo.checkpoints.names import MOST_EXPERTS
 from opdgeo.checkpoints.pickled import Record
-from opdgeo.checkpoints.stored import Pieces, Rows, Stored
+from opdgeo.checkpoints.stored import Derived, Pieces, Rows, Stored
 from opdgeo.checkpoints.torchfile import unpickle
 from opdgeo.errors import CheckpointError
 
@@ -62,23 +62,10 @@ _FC = re.compile(
 
 
 @dataclass(frozen=True)
-class Unflattened:
+class Unflattened(Derived):
     """A tensor of `shape` cut into a grid of equal cells, each of them flat: (*grid, entries of a cell)."""
 
-    source: Stored
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
-
-    @property
-    def quantised(self) -> str | None:
-        return self.source.quantised
 
     @property
     def cell(self) -> tuple[int, ...]:

@@ -260,20 +260,10 @@ def _same_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows of another tensor, one below the other: (rows, cols) from a tensor (…, rows, cols).
-
-    `ranges` are (first, end) of rows, in the order wanted; `within` is an index into the leading axes.
-    """
+class Derived:
+    """Another tensor's numbers in another order or shape: how they are stored is that one's matter."""
 
     source: Stored
-    ranges: tuple[tuple[int, int], ...]
-    within: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = sum(end - first for first, end in self.ranges)
-        return (rows, *self.source.shape[len(self.within) + 1 :])
 
     @property
     def dtype(self) -> str:
@@ -286,6 +276,22 @@ class Rows:
     @property
     def quantised(self) -> str | None:
         return self.source.quantised
+
+
+@dataclass(frozen=True)
+class Rows(Derived):
+    """Some rows of another tensor, one below the other: (rows, cols) from a tensor (…, rows, cols).
+
+    `ranges` are (first, end) of rows, in the order wanted; `within` is an index into the leading axes.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    within: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(end - first for first, end in self.ranges)
+        return (rows, *self.source.shape[len(self.within) + 1 :])
 
     def __getitem__(self, index: Index) -> Tensor:
         import torch
