@@ -188,7 +188,7 @@ def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[R
     """One entry of a header: where it lies, and the end of its bytes."""
     if len(name) > LONGEST_NAME:
         raise ValueError(f"a tensor whose name has {len(name)} characters")
-    shape, (first, after) = entry["shape"], entry["data_offsets"]
+    shape, (first, after) = tuple(entry["shape"]), entry["data_offsets"]
     if entry["dtype"] not in BITS:
         raise ValueError(f"{name} has an unknown dtype")
     if len(shape) > MOST_AXES:  # the product of many would take hours
@@ -199,7 +199,7 @@ def _header(file: Path, name: str, entry: dict[str, Any], begin: int) -> tuple[R
     if bits % 8 or after - first != bits // 8:
         raise ValueError(f"{name} takes {after - first} bytes; its shape and dtype take {bits} bits")
     dtype = DTYPES.get(entry["dtype"], entry["dtype"])
-    return Raw(file, begin + first, tuple(shape), contiguous(shape), dtype), begin + after
+    return Raw(file, begin + first, shape, contiguous(shape), dtype), begin + after
 
 
 def stored_bytes(raw: Raw) -> int:

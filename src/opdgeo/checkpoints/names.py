@@ -7,6 +7,7 @@ experts of more than nine digits, which no table holds, and for stacks of more e
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,7 +78,7 @@ _OTHER = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """One linear weight W, read as (out, in): rows are outputs, cols are inputs.
 
@@ -134,7 +135,8 @@ def unwrapped(name: str) -> str:
     parts = [part for part in name.split(".") if part not in _AROUND]
     while len(parts) > 1 and parts[0] == _BEFORE:
         del parts[0]
-    return ".".join(parts[2:] if tuple(parts[:2]) == _PEFT and len(parts) > 2 else parts)
+    # interned: base and checkpoints have the same names, tens of thousands of them
+    return sys.intern(".".join(parts[2:] if tuple(parts[:2]) == _PEFT and len(parts) > 2 else parts))
 
 
 def plain(tensor: str) -> str:

@@ -11,9 +11,10 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -131,7 +132,7 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Raw:
     """The bytes of a tensor from `offset` on in a file, with the strides (in entries) it was written with.
 
@@ -310,7 +311,8 @@ def bounds(index: int | slice, size: int) -> tuple[int, int]:
     return start, max(start, stop)
 
 
-def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=1 << 10)  # thousands of experts share a few
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor in row-major order.
 
     >>> contiguous((2, 3, 4))

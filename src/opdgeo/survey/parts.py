@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self._path(self.folder))
         fields = vars(measured) | {"rows": _packed(measured.rows), "curves": _packed(measured.curves)}
-        line = {"matrix": vars(matrix), "measured": fields}
+        line = {"matrix": asdict(matrix), "measured": fields}
         text = json.dumps(line, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         self._kept[matrix] = self._journal.add(text.encode())
 

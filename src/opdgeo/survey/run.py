@@ -223,7 +223,7 @@ def survey(request: Request, execution: Execution, source: Source | None = None)
         beside.shutdown(cancel_futures=True)
     require_unchanged(request.every, parts.stamps, gone=source.deletes)
 
-    tables = Tables([c.name for c in request.checkpoints], parts.folder, pairs=request.pairs)
+    tables = Tables([c.name for c in request.checkpoints], parts.folder, len(work), pairs=request.pairs)
     timings: Counter[str] = Counter()
     by_shape: defaultdict[str, float] = defaultdict(float)
     for m in work:

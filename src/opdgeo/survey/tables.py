@@ -1,4 +1,4 @@
-"""The rows of a survey, matrix by matrix, as the tables of its result: in memory, or in files once they are many.
+"""The rows of a survey, matrix by matrix, as the tables of its result: in memory, or in files where they will be many.
 
 The tables are ordered by checkpoint, those of `relate` by pair, then as the matrices came. So rows are put aside by place, a `CHUNK`
 at a time, and joined at the end.
@@ -26,13 +26,14 @@ class Tables:
     Args:
         checkpoints: their names, in order.
         folder: where tables of more than `GROUP` rows are written, a folder that is there; None: all stay in memory.
+        matrices: how many will come. By their first rows it is known whether tables will be long, before they are.
         pairs: whether rows may be of two checkpoints, in the column `other`. Such tables stay in memory.
     """
 
-    def __init__(self, checkpoints: list[str], folder: Path | None, *, pairs: bool = False):
+    def __init__(self, checkpoints: list[str], folder: Path | None, matrices: int, *, pairs: bool = False):
         self.order = {name: place for place, name in enumerate(checkpoints)}
         self.pairs, self.folder = pairs, None if pairs else folder
-        self.count = 0
+        self.count, self.added, self.matrices = 0, 0, matrices
         self.waiting: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self.frames: tuple[dict[Place, list[pl.DataFrame]], dict[Place, list[pl.DataFrame]]] = ({}, {})
         self.files: tuple[dict[Place, list[Path]], dict[Place, list[Path]]] = ({}, {})
@@ -41,6 +42,7 @@ class Tables:
         for waiting, new in zip(self.waiting, (rows, curves), strict=True):
             waiting += new
         self.count += len(rows)
+        self.added += 1
         if len(self.waiting[0]) >= CHUNK:
             self._put_aside()
 
@@ -73,7 +75,7 @@ class Tables:
         for place, (rows, curves) in places.items():
             for of_table, frame in zip(self.frames, frames(rows, curves, pairs=self.pairs), strict=True):
                 of_table.setdefault(place, []).append(frame)
-        if self.folder and self.count > GROUP:
+        if self.folder and self.added and self.count / self.added * self.matrices > GROUP:
             self._to_files()
 
     def _to_files(self) -> None:
