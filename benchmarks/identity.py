@@ -15,7 +15,8 @@ after the other, with one thread each, and write:
 
 Of each the files `measurements.parquet`, `curves.parquet`, `summary.json` and `claims.json` are compared byte by byte. `--ignore
 NAME` (repeatable) first leaves out what belongs to the diagnostic NAME: its rows, its summaries and its claims; what is left is
-compared as bytes again. The exit status is 0 where all files are identical, 1 where one differs.
+compared as bytes again. Of measurements that differ it is told how many values lie apart by more than both stated errors together, how many
+errors grew, and how far the nulls moved. The exit status is 0 where all files are identical, 1 where one differs.
 """
 
 from __future__ import annotations
@@ -274,10 +275,57 @@ def first_difference(name: str, mine: bytes, theirs: bytes) -> str:
     return "the same rows, stored differently"
 
 
+def apart(mine: bytes, theirs: bytes) -> Iterator[str]:
+    """How far two tables of measurements are apart, against what they say of their own errors."""
+    keys = ["checkpoint", "matrix", "diagnostic", "variant"]
+    one, other = (pl.read_parquet(io.BytesIO(content)) for content in (mine, theirs))
+    both = one.join(other, on=keys, suffix="_after")
+    yield f"{len(both)} rows in both, {len(one) - len(both)} only before, {len(other) - len(both)} only after"
+    known = both.drop_nulls(["value", "value_after"])
+    changed = known.filter(pl.col("value") != pl.col("value_after"))
+    rounding = 4 * sys.float_info.epsilon * pl.col("value").abs()
+    beyond = changed.with_columns(
+        more=(pl.col("value") - pl.col("value_after")).abs()
+        - pl.sum_horizontal("error", "error_after", ignore_nulls=True)
+        - rounding
+    ).filter(pl.col("more") > 0)
+    wider = known.filter(pl.col("error_after") > pl.col("error") * (1 + 1e-9) + rounding)
+    yield f"values: {len(changed)} of {len(known)} changed, {len(beyond)} by more than both errors"
+    for side, other_side in (("before", "value_after"), ("after", "value")):
+        alone = both.filter(
+            pl.col(other_side).is_null(), pl.col("value" if side == "before" else "value_after").is_not_null()
+        )
+        names = alone["diagnostic"].value_counts(sort=True).iter_rows()
+        yield f"known {side} alone: {len(alone)}" + "".join(f"; {name} {count}" for name, count in names)
+    for row in beyond.sort("more", descending=True).head(5).iter_rows(named=True):
+        yield f"  {[row[k] for k in keys]}: {row['value']} ({row['error']}), {row['value_after']} ({row['error_after']})"
+    yield f"errors: {len(wider)} grew" + "".join(
+        f"\n  {[row[k] for k in keys]}: {row['error']} to {row['error_after']} of {row['value']} ({row['method']}, {row['method_after']})"
+        for row in wider.sort(pl.col("error_after") / pl.col("value").abs(), descending=True)
+        .head(5)
+        .iter_rows(named=True)
+    )
+    nulls = both.drop_nulls(["null_mean", "null_mean_after"]).with_columns(
+        moved=(pl.col("null_mean") - pl.col("null_mean_after")).abs()
+    )
+    shares = nulls.select(
+        (pl.col("moved") / pl.col("null_mean").abs()).alias("relative"),
+        (pl.col("moved") / pl.col("null_std")).alias("std"),
+    )
+    far = nulls.with_columns(by=pl.col("moved") / pl.col("null_std")).filter(pl.col("by").is_finite()).sort("by")
+    told = [
+        f"{column.name} {column.filter(column.is_finite()).median() or 0:.2g} in the middle, {column.filter(column.is_finite()).max() or 0:.2g} at most"
+        for column in shares
+    ]
+    yield f"nulls: {len(nulls.filter(pl.col('moved') > 0))} of {len(nulls)} moved; difference over mean and over spread: {'; '.join(told)}"
+    for row in far.tail(5).iter_rows(named=True):
+        yield f"  {[row[k] for k in keys]}: {row['null_mean']} ± {row['null_std']}, {row['null_mean_after']} ± {row['null_std_after']}"
+
+
 def report(before: Version, after: Version, cases: list[str], ignored: set[str]) -> bool:
     """Print the verdict of every file; whether all are identical."""
     print("\n| data | file | bytes | verdict |\n|---|---|---|---|")
-    same = True
+    same, distances = True, list[str]()
     for case in cases:
         compared = 0
         for name in FILES:
@@ -292,10 +340,13 @@ def report(before: Version, after: Version, cases: list[str], ignored: set[str])
                 size, verdict = len(mine), f"byte-identical, sha256 {hashlib.sha256(mine).hexdigest()[:12]}"
                 if mine != theirs:
                     verdict = f"DIFFERENT: {first_difference(name, mine, theirs)}"
+                    if name == "measurements.parquet":
+                        distances += [f"\n{case}", *apart(mine, theirs)]
             same &= verdict.startswith("byte-identical")
             print(f"| {case} | {name} | {size} | {verdict} |")
         if not compared:
             raise SystemExit(f"{case}: neither version wrote a data file.")
+    print(*distances, sep="\n")
     print(f"\n{'Byte-identical' if same else 'NOT identical'}: {before.name} and {after.name}.")
     return same
 

@@ -1,6 +1,6 @@
 """Two versions of opdgeo on the same inputs, in turn: what became faster, and whether anything became slower.
 
-    python benchmarks/versions.py COMMIT .                   # a commit and this checkout: half an hour on two cores
+    python benchmarks/versions.py COMMIT .                   # a commit and this checkout: two hours on two cores
     python benchmarks/versions.py OLD NEW --only experts page --repeats 3
 
 A version is a commit of this repository or the folder of a checkout. Each case is the whole program, from the start of Python to the
@@ -11,6 +11,9 @@ files on disk. The versions take turns, so that a slow moment of the machine mee
     large update     the same with an update of 1 % and its nulls, page off
     experts          6,144 experts of 96×64 (`experts.py`), nulls and page off
     page             the page of the packaged pair, from its finished results
+    reproduce        the small study of the tiny preset, `make reproduce` without installation
+    study            every arm of the full study for a few steps (`--rehearse`): what its processes cost beside training. Versions have
+                     other arms, so it is a run as a whole that is compared.
 """
 
 from __future__ import annotations
@@ -27,12 +30,23 @@ import experts
 import smollm2
 from identity import THREADS, Version, checkout
 
-OFF = ("--nulls", "0", "--no-report")
-CASES = {"smollm2": OFF, "smollm2 nulls": (), "large update": ("--no-report",), "experts": OFF, "page": ()}
+OFF = ("--nulls", "0", "--no-report", "--no-cache")
+CASES = {
+    "smollm2": OFF,
+    "smollm2 nulls": ("--no-cache",),
+    "large update": ("--no-report", "--no-cache"),
+    "experts": OFF,
+    "page": (),
+    "reproduce": (),
+    "study": ("--study", "full", "--rehearse"),
+}
+"""Case → options of its command."""
 
 
 def prepare(case: str, folder: Path) -> list[str]:
     """Write what the case reads, once for both versions, and return the command's arguments."""
+    if case in ("reproduce", "study"):
+        return ["reproduce", "--preset", "tiny"]
     if case == "experts":
         experts.write(folder, 6144)
         return ["compare", str(folder / "base"), str(folder / "tuned")]
@@ -90,7 +104,7 @@ def main() -> None:
                 if case == "page":
                     out = folder / version.name / "out"
                     out.parent.mkdir(parents=True)
-                    run(version, [*arguments, "-o", str(out)], out)
+                    run(version, [*arguments, "--no-cache", "-o", str(out)], out)
             for _ in range(args.repeats):
                 for i, version in enumerate(versions):
                     out = folder / version.name / "out"
@@ -99,9 +113,9 @@ def main() -> None:
                     else:
                         shutil.rmtree(out.parent, ignore_errors=True)
                         out.parent.mkdir(parents=True)
-                        command = [*arguments, *CASES[case], "--no-cache", "-o", str(out)]
+                        command = [*arguments, *CASES[case], "-o", str(out)]
                     best[i] = tuple(map(min, best[i], run(version, command, out)))
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             (cpu, wall), (cpu_now, wall_now) = best
             print(
                 f"| {case} | {cpu:.1f} | {cpu_now:.1f} | {cpu / cpu_now:.2f}× | {wall:.1f} | {wall_now:.1f} | {wall / wall_now:.2f}× |",
