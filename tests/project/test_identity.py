@@ -16,7 +16,9 @@ assert SPEC.loader is not None
 identity = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(identity)
 
-ROWS = [{"diagnostic": "stable_rank", "value": 2.5}, {"diagnostic": "hill_exponent", "value": None}]
+ROW = {"checkpoint": "step-000001", "matrix": "w", "diagnostic": "stable_rank", "variant": "", "value": 2.5, "error": 1e-9, "method": "svd",
+       "null_mean": 4.0, "null_std": 0.5}  # fmt: skip
+ROWS = [ROW, ROW | {"diagnostic": "hill_exponent", "value": None}]
 
 
 def version(folder: Path, rows: list[dict], summed: dict, claims: dict) -> SimpleNamespace:
@@ -53,12 +55,29 @@ def test_a_last_digit_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_an_ignored_diagnostic_may_come_and_nothing_else(tmp_path: Path) -> None:
     before = version(tmp_path / "before", ROWS, summary("stable_rank"), {"claims": []})
-    more = [*ROWS, {"diagnostic": "effective_rank", "value": 7.0}]
+    more = [*ROWS, ROW | {"diagnostic": "effective_rank", "value": 7.0}]
     both = summary("stable_rank", "effective_rank")
     after = version(tmp_path / "after", more, both, {"claims": [{"diagnostic": "effective_rank"}]})
     assert not verdict(before, after)
     assert verdict(before, after, "effective_rank")
     assert not verdict(before, after, "hill_exponent")
+
+
+def test_numbers_are_held_against_their_own_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = summary("stable_rank"), {"claims": []}
+    names = ("same", "within", "beyond", "wider", "gone")
+    before = [ROW | {"matrix": name} for name in names]
+    after = [*before]
+    for i, change in enumerate(
+        [{"null_mean": 5.0}, {"value": 2.5 + 1.5e-9}, {"value": 2.5 + 3e-9}, {"error": 2e-9}, {"value": None}]
+    ):
+        after[i] = after[i] | change
+    assert not verdict(version(tmp_path / "before", before, *facts), version(tmp_path / "after", after, *facts))
+    said = capsys.readouterr().out
+    assert "values: 2 of 4 changed, 1 by more than both errors" in said and "'beyond'" in said
+    assert "known before alone: 1; stable_rank 1" in said and "known after alone: 0" in said
+    assert "errors: 1 grew" in said and "'wider'" in said
+    assert "nulls: 1 of 5 moved" in said and "2 at most" in said
 
 
 def test_a_case_that_wrote_nothing_is_no_proof(tmp_path: Path) -> None:
