@@ -28,7 +28,9 @@ from program import SOURCE, Program, kept_matrices, run_opdgeo, start_opdgeo
 
 FILES = ("measurements.parquet", "curves.parquet", "summary.json")
 NODE = {"num_cpus": 1, "memory": 2_000_000_000, "object_store_memory": 80_000_000}
-HEAD = NODE | {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+# a node that is gone is noticed at once, where a cluster waits a minute
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 2}
+HEAD = NODE | {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True, "_system_config": HEALTH}
 OPTIONS = ("--no-report", "--no-cache", "--nulls", "1")
 
 

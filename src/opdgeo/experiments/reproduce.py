@@ -2,7 +2,7 @@
 
 A seed is an independent repetition from the shared base: its own anchor, prompts and sampling. The SFT arm is the anchor's own
 training, base → anchor, as in the paper. Runs go one to a process, each as soon as what it starts from is there, the longest way
-to the end first. One more runs than there are cores (at most three by default), so that no core waits while the last one trains.
+to the end first, as many at a time as there are cores (at most two by default): a third makes every step of each a seventh slower.
 Arms share the anchor and what was measured of it; every finished model, arm and measurement is kept, so the same command goes on
 after an interruption.
 """
@@ -92,7 +92,7 @@ def reproduce(
 
     started, clock = datetime.now(UTC), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    workers = workers or min(2, cpu_cores()) + 1
+    workers = workers or min(2, cpu_cores())
     for teacher in {job.config.teacher: job.config for job in jobs if job.config}.values():
         make_teacher(teacher, progress=sys.stderr.isatty())
     with _alone(out):
