@@ -278,4 +278,5 @@ REHEARSAL: dict[str, Any] = {
     "checkpoints": (0.2, 0.6, 1.0),
     "max_tokens": 3,
     "resume_every": 1000,
+    "monitor": 0,
 }
