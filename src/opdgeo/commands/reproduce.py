@@ -30,9 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         default="small",
         help="small: the four paradigms (default); full: every control, with --seeds 3 in two to three hours on two cores",
     )
-    command.add_argument(
-        "--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)"
-    )
+    command.add_argument("--workers", type=int, help="arms trained at a time (default: one per CPU core, at most 2)")
     command.add_argument(
         "--rehearse",
         action="store_true",
