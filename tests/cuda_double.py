@@ -389,7 +389,7 @@ def cuda_doubles(count: int = 1, *, memory: int = 80 << 30) -> Iterator[Counted]
         "is_available": lambda: True, "device_count": lambda: count, "synchronize": lambda *_: None, "current_device": current,
         "mem_get_info": lambda *_: (memory, memory), "get_device_name": lambda *_: "a double of a GPU", "is_initialized": lambda: True,
         "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": lambda *_: None, "empty_cache": lambda: None,
-        "Stream": lambda *_: None, "stream": lambda *_: nullcontext(), "manual_seed_all": lambda *_: None, "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
+        "Stream": type("Stream", (), {"__new__": lambda *_: None}), "stream": lambda *_: nullcontext(), "manual_seed_all": lambda *_: None, "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
     }  # fmt: skip
     with ExitStack() as stack:
         for name, stub in patches.items():
