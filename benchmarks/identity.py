@@ -291,10 +291,8 @@ def apart(mine: bytes, theirs: bytes) -> Iterator[str]:
     ).filter(pl.col("more") > 0)
     wider = known.filter(pl.col("error_after") > pl.col("error") * (1 + 1e-9) + rounding)
     yield f"values: {len(changed)} of {len(known)} changed, {len(beyond)} by more than both errors"
-    for side, other_side in (("before", "value_after"), ("after", "value")):
-        alone = both.filter(
-            pl.col(other_side).is_null(), pl.col("value" if side == "before" else "value_after").is_not_null()
-        )
+    for side, here, there in (("before", "value", "value_after"), ("after", "value_after", "value")):
+        alone = both.filter(pl.col(here).is_not_null(), pl.col(there).is_null())
         names = alone["diagnostic"].value_counts(sort=True).iter_rows()
         yield f"known {side} alone: {len(alone)}" + "".join(f"; {name} {count}" for name, count in names)
     for row in beyond.sort("more", descending=True).head(5).iter_rows(named=True):
@@ -305,21 +303,17 @@ def apart(mine: bytes, theirs: bytes) -> Iterator[str]:
         .head(5)
         .iter_rows(named=True)
     )
+    moved = (pl.col("null_mean") - pl.col("null_mean_after")).abs()
     nulls = both.drop_nulls(["null_mean", "null_mean_after"]).with_columns(
-        moved=(pl.col("null_mean") - pl.col("null_mean_after")).abs()
+        (moved / pl.col("null_mean").abs()).alias("mean"), (moved / pl.col("null_std")).alias("spread")
     )
-    shares = nulls.select(
-        (pl.col("moved") / pl.col("null_mean").abs()).alias("relative"),
-        (pl.col("moved") / pl.col("null_std")).alias("std"),
-    )
-    far = nulls.with_columns(by=pl.col("moved") / pl.col("null_std")).filter(pl.col("by").is_finite()).sort("by")
-    told = [
-        f"{column.name} {column.filter(column.is_finite()).median() or 0:.2g} in the middle, {column.filter(column.is_finite()).max() or 0:.2g} at most"
-        for column in shares
-    ]
-    yield f"nulls: {len(nulls.filter(pl.col('moved') > 0))} of {len(nulls)} moved; difference over mean and over spread: {'; '.join(told)}"
-    for row in far.tail(5).iter_rows(named=True):
-        yield f"  {[row[k] for k in keys]}: {row['null_mean']} ± {row['null_std']}, {row['null_mean_after']} ± {row['null_std_after']}"
+    yield f"nulls: {len(nulls.filter(moved > 0))} of {len(nulls)} moved"
+    for name in ("mean", "spread"):
+        known = nulls.filter(pl.col(name).is_finite()).sort(name)
+        if len(known):
+            yield f"  over their {name}: {known[name].median():.2g} in the middle, {known[name][-1]:.2g} at most"
+            row = known.row(-1, named=True)
+            yield f"  {[row[k] for k in keys]}: {row['null_mean']} ± {row['null_std']}, {row['null_mean_after']} ± {row['null_std_after']}"
 
 
 def report(before: Version, after: Version, cases: list[str], ignored: set[str]) -> bool:

@@ -63,6 +63,21 @@ def test_tables_in_files_hold_what_those_in_memory_hold(
         assert table.equals(other) and table.equals(read)
 
 
+@pytest.mark.parametrize(("matrices", "files"), [(40, 0), (400, 1)])
+def test_long_tables_are_in_files_from_their_first_rows_on(
+    matrices: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "GROUP", 1000)
+    monkeypatch.setattr(tables, "CHUNK", 50)
+    taken = tables.Tables(["tuned"], tmp_path, matrices)
+    row = dict.fromkeys(results.MEASUREMENTS) | {"checkpoint": "tuned", "matrix": "m", "diagnostic": "stable_rank"}
+    for _ in range(5):  # 50 rows of the first matrices: fewer than a group, of 400 or of 4000 that will come
+        taken.add([row] * 10, [])
+    assert len(list(tmp_path.glob("*measurements.parquet"))) == files
+    held = [frame for of_place in taken.frames[0].values() for frame in of_place]
+    assert sum(map(len, held)) == (0 if files else 50)
+
+
 def test_a_bootstrap_in_pieces_is_one_of_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         "has value": np.ones(50, bool), "has null_mean": np.ones(50, bool), "has null_std": np.ones(50, bool),

@@ -2,7 +2,7 @@
 
 A seed is an independent repetition from the shared base: its own anchor, prompts and sampling. The SFT arm is the anchor's own
 training, base → anchor, as in the paper. Runs go one to a process, each as soon as what it starts from is there, the longest way
-to the end first, as many at a time as there are cores (at most two by default): a third makes every step of each a seventh slower.
+to the end first, as many at a time as there are cores (at most two by default): with a third on two cores the whole takes longer.
 Arms share the anchor and what was measured of it; every finished model, arm and measurement is kept, so the same command goes on
 after an interruption.
 """
