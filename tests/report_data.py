@@ -257,6 +257,7 @@ def write_reproduce(out: Path, seeds: int = 3) -> Path:
         [(f"{n}/step-{s:06d}", s) for n in names for s in ((60, 120, 240) if n == "sft" else (20, 60, 100))],
         layers=2,
         base="assets/base",
+        diagnostics=(*FEW, "subspace_similarity", "channel_energy"),  # all are in `track`
     )
     ends = {"sft": 0.58, "sft-matched": 0.84, "opd": 0.74, "rlvr": 0.69}
     for name in names:

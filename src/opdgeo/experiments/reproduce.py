@@ -309,7 +309,7 @@ def _do(job: Job, preset: str, out: Path, rehearse: bool, threads: int) -> int:
         return peak_memory()
     if job.arm is None or job.config is None:
         with quiet():
-            derived.build(job.name, out / "models" / job.name, scale=0.01 if rehearse else 1.0)
+            derived.build(job.name, out / "models" / job.name, scale=0.001 if rehearse else 1.0)
         return peak_memory()
     folder = out / "arms" / job.name
     if job.measures:

@@ -274,7 +274,7 @@ REHEARSAL: dict[str, Any] = {
     "steps": 5,
     "sequences_per_step": 8,
     "eval_prompts": 8,
-    "eval_prompts_between": 4,
+    "eval_prompts_between": 0,
     "checkpoints": (0.2, 0.6, 1.0),
     "max_tokens": 3,
     "resume_every": 1000,

@@ -47,7 +47,7 @@ from opdgeo.training.config import TrainConfig
 SHORT: dict[str, Any] = {
     "sequences_per_step": 8,
     "eval_prompts": 8,
-    "eval_prompts_between": 4,
+    "eval_prompts_between": 0,
     "max_tokens": 3,
     "resume_every": 1000,
 }

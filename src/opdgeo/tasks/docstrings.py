@@ -9,6 +9,7 @@ another minor version gives a slightly different corpus.
 from __future__ import annotations
 
 import ast
+import os
 import random
 import sys
 import sysconfig
@@ -60,9 +61,9 @@ def corpus() -> tuple[tuple[str, str], ...]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_sources(root)):
         parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED & set(parts) or parts[0] not in sys.stdlib_module_names:
+        if parts[0] not in sys.stdlib_module_names:
             continue
         try:
             with warnings.catch_warnings():
@@ -80,6 +81,13 @@ def corpus() -> tuple[tuple[str, str], ...]:
             "Use a Python that ships them (python.org, a distribution's package, conda or uv)."
         )
     return tuple((module, text) for text, module in found.items())
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """The Python files below a folder, without those of the folders that are `SKIPPED`."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in SKIPPED]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def _documented(tree: ast.Module) -> Iterator[Documented]:
@@ -105,7 +113,8 @@ def prose(docstring: str) -> str:
         if not lines or any(line.startswith((" ", "\t", ">>>", "|")) for line in lines):
             continue
         text = " ".join(" ".join(lines).split())
-        letters = sum(c.isalpha() or c == " " for c in text)
-        if len(text) >= 40 and text[0].isupper() and text[-1] in ".!?" and letters >= 0.9 * len(text):
-            kept.append(text)
+        if len(text) >= 40 and text[0].isupper() and text[-1] in ".!?":
+            letters = sum(c.isalpha() or c == " " for c in text)
+            if letters >= 0.9 * len(text):
+                kept.append(text)
     return "\n\n".join(kept)
