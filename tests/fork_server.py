@@ -39,9 +39,9 @@ from typing import Any, NoReturn
 # What the programs import, by what they do; each is all of those above it and more. "tests": what the test modules import.
 LIBRARIES = {
     "survey": (
-        "numpy", "scipy.linalg", "torch", "polars", "pyarrow.parquet", "rich.console", "jinja2", "matplotlib.pyplot",
-        "matplotlib.backends.backend_svg", "opdgeo.survey.follow", "opdgeo.report.page", "opdgeo.report.terminal",
-        "opdgeo.diagnostics.gaussian_null",
+        "numpy", "scipy.linalg", "threadpoolctl", "torch", "polars", "pyarrow.parquet", "rich.console", "rich._emoji_replace",
+        "rich._emoji_codes", "jinja2", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "opdgeo.survey.follow",
+        "opdgeo.report.page", "opdgeo.report.terminal", "opdgeo.diagnostics.gaussian_null", "opdgeo.commands",
     ),
     "training": (
         "datasets", "peft", "accelerate", "trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer",
