@@ -67,11 +67,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ProcessorTime(shown))
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One test process more than cores: many tests wait, for a program, a cluster or a lock."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionstart(session: pytest.Session) -> Iterator[None]:
     """One fork server for all test processes: it belongs to the one that starts the others."""

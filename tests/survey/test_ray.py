@@ -38,13 +38,12 @@ OPTIONS = ("--no-report", "--no-cache", "--nulls", "1")
 def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), before]))
-    running = Cluster(initialize_head=True, head_node_args=HEAD)
-    running.add_node(**NODE)
-    yield running
-    running.shutdown()
-    os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SOURCE), prepend=os.pathsep)
+        running = Cluster(initialize_head=True, head_node_args=HEAD)
+        running.add_node(**NODE)
+        yield running
+        running.shutdown()
 
 
 @pytest.fixture(scope="module")
