@@ -41,7 +41,7 @@ def run_config(kind: str, origin: Path, teacher: Path, /, **changes: Any) -> Tra
     values: dict[str, Any] = dict(
         arm=kind, task="arithmetic", task_options={"operands": 2}, origin=str(origin), teacher=str(teacher), steps=5,
         sequences_per_step=8, generations=4, max_prompt_tokens=12, max_tokens=6, learning_rate=1e-3,
-        checkpoints=(0.4, 1.0), eval_prompts=8, eval_prompts_between=4, eval_batch=8, eval_kl_origin=True, device="cpu",
+        checkpoints=(0.4, 1.0), eval_prompts=4, eval_prompts_between=0, eval_batch=8, eval_kl_origin=True, device="cpu",
     )  # fmt: skip
     return TrainConfig(**{**values, **KIND[kind], **changes})
 

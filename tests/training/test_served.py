@@ -99,7 +99,7 @@ def test_a_served_teacher_trains_as_the_loaded_one(
     tmp_path: Path,
 ) -> None:
     """Also with padding on both sides, a share of the tokens, and a server that fails now and then."""
-    kind = {"token_share": 0.5, "alpha": 0.7, "eval_prompts": 4, "learning_rate": 1e-3}
+    kind = {"token_share": 0.5, "alpha": 0.7, "eval_prompts": 4, "eval_prompts_between": 4, "learning_rate": 1e-3}
     train(config("opd", **kind), tmp_path / "loaded", progress=False)
     server.broken = 2
     train(config("opd", **kind, teacher=None, teacher_server=server.url), tmp_path / "served", progress=False)

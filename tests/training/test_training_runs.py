@@ -29,6 +29,7 @@ from tiny_models import KIND, assert_bit_equal, random_model, weights
 
 torch.set_num_threads(1)
 
+BETWEEN = {"eval_prompts": 8, "eval_prompts_between": 4}
 STEP = {
     "event",
     "step",
@@ -51,7 +52,7 @@ EVAL = {
 def test_a_run_leaves_whole_checkpoints_and_complete_rows(
     kind: str, config: Callable[..., TrainConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked = config(kind)
+    asked = config(kind, **BETWEEN)
     last = train(asked, tmp_path / "run", progress=False)
     out = tmp_path / "run"
 
@@ -240,7 +241,10 @@ def _killed(asked: TrainConfig, out: Path, where: str) -> None:
 def unbroken(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The last checkpoints of the runs that others are killed in."""
     folder = tmp_path_factory.mktemp("unbroken")
-    return {kind: train(config(kind, schedule="cosine"), folder / kind, progress=False) for kind in ("sft", "mixture")}
+    return {
+        kind: train(config(kind, schedule="cosine", **BETWEEN), folder / kind, progress=False)
+        for kind in ("sft", "mixture")
+    }
 
 
 @pytest.mark.parametrize("where", ["after step 4", "in the last weights", "in a trainer state"])
@@ -248,7 +252,7 @@ def unbroken(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPa
 def test_a_killed_run_resumes_to_the_same_weights_and_log(
     kind: str, where: str, config: Callable[..., TrainConfig], unbroken: dict[str, Path], tmp_path: Path
 ) -> None:
-    asked, whole = config(kind, schedule="cosine"), unbroken[kind]
+    asked, whole = config(kind, schedule="cosine", **BETWEEN), unbroken[kind]
 
     child = multiprocessing.get_context("fork").Process(target=_killed, args=(asked, tmp_path / "run", where))
     child.start()
@@ -348,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_plain_text_trains_on_every_token_and_reports_its_loss(
     config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    asked = config("sft", task="docstrings", task_options={}, teacher=None, max_tokens=24, steps=2)
+    asked = config("sft", task="docstrings", task_options={}, teacher=None, max_tokens=24, steps=2, **BETWEEN)
     train(asked, tmp_path / "run", progress=False)
     evals = [row for row in callbacks.read_log(tmp_path / "run") if row["event"] == "eval"]
     assert len(evals) == 3 and all(row["loss"] > 0 and row["accuracy_greedy"] is None for row in evals)
@@ -418,7 +422,7 @@ def test_a_missing_smollm2_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_the_start_is_evaluated_once_for_all_arms(
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(config("sft", steps=1, checkpoints=(1.0,)), tmp_path / "first", progress=False)
+    first = train(config("sft", steps=1, checkpoints=(1.0,), **BETWEEN), tmp_path / "first", progress=False)
     measured: list[int] = []
     original = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: measured.append(len(a[3])) or original(*a, **k))
