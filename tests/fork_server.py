@@ -75,7 +75,7 @@ def load(libraries: str, tests: tuple[str, ...]) -> None:
 
 def leave_as_it_is() -> None:
     """At its end a child does not clear away what was there before it: PyTorch would have each tell its compile times and take its
-    operators apart, a tenth of a second."""
+    operators apart, up to a tenth of a second."""
     if dynamo := sys.modules.get("torch._dynamo.utils"):
         atexit.unregister(dynamo.dump_compile_times)
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]

@@ -287,12 +287,11 @@ PICKLES = {
 @pytest.mark.parametrize("case", PICKLES)
 @pytest.mark.parametrize("where", ["bin", "metadata"])
 def test_a_hostile_pickle_ends(case: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two that take longest with as many instructions as are allowed; the others have fewer to wait for."""
+    """With as many instructions as are allowed in one place; the other, read by the same machine, has fewer to wait for."""
     if where == "bin":
         packed(tmp_path / "pytorch_model.bin", PICKLES[case])
     else:
         (tmp_path / ".metadata").write_bytes(PICKLES[case])
-    if (where, case) not in (("bin", "a million levels of tuples"), ("bin", "doubling tuples")):
         monkeypatch.setattr(pickled, "MOST", pickled.MOST // 10)
     assert "OpdgeoError" in within_limits(lambda: open_checkpoint(tmp_path))
 

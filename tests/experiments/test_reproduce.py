@@ -31,17 +31,16 @@ ARMS = ("sft", "sft-matched", "opd", "rlvr")
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: its folder, `claims.json`, the page if it was drawn, and what the recomputation found different."""
+    """A finished study: its folder, `claims.json`, the page, and what the recomputation found different."""
 
     out: Path
     claims: dict
-    page: str | None
+    page: str
     differing: list[str]
 
     @classmethod
     def of(cls, out: Path, claims: dict) -> Study:
-        page = out / "report.html"
-        return cls(out, claims, page.read_text() if page.exists() else None, recompute_claims.main(out))
+        return cls(out, claims, (out / "report.html").read_text(), recompute_claims.main(out))
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +59,11 @@ def small(full: Study) -> Study:
     """The small study in the same folder, whose arms are all there."""
     finished = ("arms/*/log.jsonl", "related/*/run.json")
     trained = {log: log.stat().st_mtime_ns for kind in finished for log in full.out.glob(kind)}
-    with pytest.MonkeyPatch.context() as patch:  # no page: other tests draw one of four arms
+    with pytest.MonkeyPatch.context() as patch:  # the second call draws the page of the same data
         patch.setattr("opdgeo.report.write_report", lambda out: out)
         claims = reproduce("tiny", full.out, rehearse=True)
-        # It finds everything done and says the same.
-        assert reproduce("tiny", full.out, rehearse=True) == claims
+    # It finds everything done and says the same.
+    assert reproduce("tiny", full.out, rehearse=True) == claims
     assert {log: log.stat().st_mtime_ns for kind in finished for log in full.out.glob(kind)} == trained
     return Study.of(full.out, claims)
 
@@ -90,7 +89,7 @@ def test_the_arms_of_an_anchor_are_related(full: Study, small: Study) -> None:
     table = pl.read_parquet(small.out / "relations.parquet")
     assert dict(table.schema) == {name: kind() for name, kind in related.COLUMNS.items()}
     assert set(table["arm"]) == set(ARMS[1:])
-    assert full.page and '<section id="alike">' in full.page and "The pairs with a noise arm" in full.page
+    assert '<section id="alike">' in full.page and "The pairs with a noise arm" in full.page
 
 
 def test_every_claim_has_a_rule_a_verdict_and_controls(small: Study) -> None:
@@ -107,6 +106,7 @@ def test_every_claim_has_a_rule_a_verdict_and_controls(small: Study) -> None:
             names = [c["name"] for c in claim["controls"]]
             assert {"beyond size", "equal norm", "equal norm, beyond size", "equal accuracy"} <= set(names)
     assert claims["outcomes"]["opd"]["prompts"] == 8
+    assert (out / "report.html").stat().st_size > 10_000
 
 
 def test_sft_starts_from_the_base_and_the_others_from_its_last_checkpoint(small: Study) -> None:
@@ -167,7 +167,7 @@ def test_the_full_study_trains_every_arm_and_judges_every_claim(full: Study) -> 
     assert claims["rehearsal"] and claims["study"] == "full" and claims["left_out"] == []
     assert {p.name for p in (full.out / "arms").iterdir()} == set(claims["outcomes"]) == set(ARMS_OF_FULL)
     assert {c["name"] for c in claims["claims"][0]["controls"]} == {k.name for k in CONTROLS}
-    assert full.page and "This was a rehearsal" in full.page and "control arms are judged in the claims" in full.page
+    assert "This was a rehearsal" in full.page and "control arms are judged in the claims" in full.page
 
 
 def test_arms_differ_from_the_arm_they_are_like_in_their_axes_and_changes_alone(tmp_path: Path) -> None:

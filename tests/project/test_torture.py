@@ -16,7 +16,7 @@ TESTS = Path(__file__).parents[1]
 def test_inputs_of_every_kind_end_well(tmp_path: Path) -> None:
     """The sound ones are accepted; the others are, or are refused, within limits and with nothing else touched."""
     code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); from torture.__main__ import main; sys.exit(main())"
-    done = run_python("-c", code, "--seed", 7, "--inputs", 500, "--jobs", 1, "--no-kills")
+    done = run_python("-c", code, "--seed", 7, "--inputs", 700, "--jobs", 1, "--no-kills")
     assert done.returncode == 0, done.stdout + done.stderr
     for family in FAMILIES:
         assert family.name in done.stdout

@@ -363,14 +363,14 @@ def test_a_study_says_how_far_every_arm_is_from_the_null_of_its_size(
 def test_thousands_of_experts_are_shown_as_distributions(tmp_path: Path) -> None:
     from mixture import write_mixture
 
-    write_mixture(tmp_path / "out", 2001)
+    write_mixture(tmp_path / "out", 3000)
     path = write_report(tmp_path / "out")
     page = Page(path.read_text(encoding="utf-8"))
     assert path.stat().st_size < 2_000_000
     gathered = [re.fullmatch(r"(\w+): (\d+) matri(?:x|ces)", tip) for tip in page.tips]
     counts = [int(m[2]) for m in gathered if m]
     charted = sum(t == "svg" and "against the relative norm" in a["aria-label"] for t, a in page.tags)
-    assert charted > 8 and sum(counts) == 2001 * charted, "every matrix is in a dot"
+    assert charted > 8 and sum(counts) == 3000 * charted, "every matrix is in a dot"
     assert len(counts) < 1000 * charted and max(counts) > 10
     listed = [c for c in page.cells if c in ("gate_proj", "up_proj", "down_proj")]
     assert 0 < len(listed) <= 20

@@ -1,4 +1,4 @@
-"""`--engine ray` on a cluster on this machine, of two nodes until one is lost: the bytes of the local engine, whatever dies on the way."""
+"""`--engine ray` on a cluster of two nodes on this machine: the bytes of the local engine, whatever dies on the way."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster: Any, run_folder: 
         assert process.poll() is None, "the run ended before the second node measured anything"
     cluster.remove_node(second, allow_graceful=False)
     check(run_folder, tmp_path / "out", process)
+    cluster.add_node(**NODE)
 
     # The driver itself dies: the same command goes on, on either engine.
     process = start(run_folder, tmp_path / "driver", cluster.address)
