@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from opdgeo.commands.common import DONE
 from opdgeo.errors import ConfigError
+from opdgeo.machine import keep_freed_memory
 
 if TYPE_CHECKING:  # --help imports no torch
     from opdgeo.training.config import TrainConfig
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"opdgeo-{args.paradigm}")
     if args.plan is not None:
         return _train_plan(config, args.plan or None)
+    keep_freed_memory()
     make_teacher(config, progress=True)
     last = train(config, out, resume=args.resume, progress=True)
     if not is_main():

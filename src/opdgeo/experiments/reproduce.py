@@ -37,6 +37,7 @@ from opdgeo.experiments.reduced import reduced
 from opdgeo.experiments.rules import EXPLORATORY, OPD, SFT, VERSION
 from opdgeo.experiments.study import BY_NAME, Arm
 from opdgeo.files import write_atomically
+from opdgeo.machine import keep_freed_memory
 from opdgeo.survey.engines import cpu_cores
 from opdgeo.survey.memory import peak_memory
 from opdgeo.survey.results import Result, load_result, summarise, write_json
@@ -267,6 +268,7 @@ def _start_worker(threads: int | None = None) -> None:
     gc.freeze()  # every run collects garbage: 0.2 s over the objects of the libraries
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
