@@ -28,7 +28,6 @@ from opdgeo.experiments.rules import (
     CLAIMS,
     COIN,
     EXPLORATORY,
-    FROZEN,
     MATCHED,
     NORM,
     OPD,
@@ -277,6 +276,50 @@ def test_distances_from_the_null_are_means_over_seeds_with_t_intervals(tmp_path:
 # What is frozen
 
 
+def kept_units() -> list[tuple[regime.Regime, Path]]:
+    """Every unit's file in the repository, with the regime that it belongs to."""
+    results = ROOT / "docs/results"
+    return [(of, path) for of in regime.REGIMES.values() for path in sorted((results / of.folder).glob("*.parquet"))]
+
+
+def test_every_study_has_its_own_rules() -> None:
+    hashes = {of.preset: regime.rules_hash(of) for of in regime.REGIMES.values()}
+    assert len(set(hashes.values())) == len(hashes)
+    assert hashes["tiny"] == RULES
+    for of in regime.REGIMES.values():
+        assert {point.name for point in of.points} == set(of.by_name)
+
+
+def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:
+    (real,) = regime.SMOLLM2.points
+    rules = regime.rules_hash(regime.SMOLLM2)
+    begun = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": rules})
+    unchanged = {"sft": 0.1, MATCHED: 0.1, OPD: 0.5, RLVR: 0.9}  # far apart: two seeds show no less
+    for seed in regime.planned(real):
+
+        def plant(_: str, arm: str, name: str) -> float | None:
+            return unchanged.get(arm) if name == SPARSITY.name else None
+
+        write_unit(tmp_path / "smollm2", real, seed, plant, rules=rules, begun=begun)
+    units_of = confirmatory.load(tmp_path / "smollm2", regime.SMOLLM2)
+    found = confirmatory.judged(units_of)
+    claims = {claim["id"]: claim for claim in found["claims"]}
+    assert set(claims) == {"R1", "R3", "R4", "R5a", "R5b", "L1", "L2", "L3", "L4"}  # those whose arms are there
+    assert claims["R1"]["points"]["smollm2"]["complete"] and claims["R1"]["verdict"] == "holds"
+    assert claims["R1"]["points"]["smollm2"]["noise"]["noise in RLVR's place"]["verdict"] != "holds"
+    text = confirmatory.page(found)
+    assert f"`{rules}`" in text and "smollm2 2 of 2" in text and "--preset smollm2" in text
+    assert recomputed(tmp_path, found, tmp_path / "smollm2") == []
+    with pytest.raises(ConfigError, match="no unit of the confirmatory study of tiny"):
+        confirmatory.load(tmp_path / "smollm2")
+
+
+def recomputed(folder: Path, found: dict[str, Any], units_folder: Path) -> list[str]:
+    file = folder / "found.json"
+    file.write_text(json.dumps(found))
+    return recompute_claims.main(units_folder, file)
+
+
 def test_the_page_in_docs_is_of_the_units_beside_it() -> None:
     folder = ROOT / "docs/results"
     kept = confirmatory.load(folder / "units")
@@ -288,49 +331,45 @@ def test_the_page_in_docs_is_of_the_units_beside_it() -> None:
 
 def test_the_protocol_states_the_rules_that_judge() -> None:
     text = (ROOT / "docs/protocol.md").read_text()
-    stated = re.search(r"Version (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
-    assert stated is not None
-    assert stated.groups() == (str(VERSION), FROZEN, regime.rules_hash()), (
+    stated = re.findall(r"[Vv]ersion (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
+    assert stated == [(str(VERSION), of.frozen, regime.rules_hash(of)) for of in regime.REGIMES.values()], (
         "rules changed without a new version of the protocol"
     )
-    for point in regime.POINTS:
-        assert f"| `{point.name}` | {point.text} | {point.seeds} |" in text
+    for of in regime.REGIMES.values():
+        for point in of.points:
+            assert f"| `{point.name}` | {point.text} | {point.seeds} |" in text
     assert all(str(seed) in text for seed in EXPLORATORY)
 
 
 def test_the_protocols_commit_precedes_every_confirmatory_unit() -> None:
-    kept = sorted((ROOT / "docs/results/units").glob("*.parquet"))
-    for path in kept:
+    kept = kept_units()
+    for of, path in kept:
         said = pl.read_parquet_metadata(path)
         begun = json.loads(said["begun"])
-        assert (said["rules"], begun["rules"]) == (regime.rules_hash(),) * 2, path.name
-        assert datetime.fromisoformat(begun["date"]).date() >= date.fromisoformat(FROZEN), path.name
+        assert (said["rules"], begun["rules"]) == (regime.rules_hash(of),) * 2, path.name
+        assert datetime.fromisoformat(begun["date"]).date() >= date.fromisoformat(of.frozen), path.name
         assert path.stat().st_size <= 100_000
     if not kept or not (ROOT / ".git").exists() or shutil.which("git") is None:
         return
-    log = [
-        "git",
-        "-C",
-        str(ROOT),
-        "log",
-        "--reverse",
-        "--format=%cI",
-        f"-Srules `{regime.rules_hash()}`",
-        "--",
-        "docs/protocol.md",
-    ]
-    dates = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
-    for path in kept if dates else []:  # a shallow clone has no such commit
-        begun = json.loads(pl.read_parquet_metadata(path)["begun"])["date"]
-        assert datetime.fromisoformat(dates[0]) <= datetime.fromisoformat(begun), path.name
+    dates: dict[str, list[str]] = {}
+    for of in regime.REGIMES.values():
+        stated = f"-Srules `{regime.rules_hash(of)}`"
+        log = ["git", "-C", str(ROOT), "log", "--reverse", "--format=%cI", stated, "--", "docs/protocol.md"]
+        dates[of.preset] = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
+    for of, path in kept:
+        if dates[of.preset]:  # a shallow clone has no such commit
+            begun = json.loads(pl.read_parquet_metadata(path)["begun"])["date"]
+            assert datetime.fromisoformat(dates[of.preset][0]) <= datetime.fromisoformat(begun), path.name
 
 
 def test_every_kept_arm_ran_with_the_settings_of_its_point(tmp_path: Path) -> None:
-    for path in sorted((ROOT / "docs/results/units").glob("*.parquet")):
+    for of, path in kept_units():
         said = pl.read_parquet_metadata(path)
-        point, seed = regime.BY_NAME[said["point"]], int(said["seed"])
+        point, seed = of.by_name[said["point"]], int(said["seed"])
         ran = json.loads(said["settings"])
-        now = {arm: units.settings_hash(units.settings(point, arm, seed, tmp_path)) for arm in units.arms_of(point)}
+        now = {
+            arm: units.settings_hash(units.settings(point, arm, seed, tmp_path, of=of)) for arm in units.arms_of(point)
+        }
         assert ran == now, path.name
 
 
@@ -355,6 +394,21 @@ def test_settings_differ_between_points_as_the_regime_says(tmp_path: Path) -> No
                 plain = configure(BY_NAME[arm], 101, "tiny", tmp_path)
                 changed = set(config.differences(plain))
                 assert changed <= {"learning_rate", "steps", "sequences_per_step", "origin", *regime.EVALUATED}, arm
+    (real,) = regime.SMOLLM2.points
+    for arm in units.arms_of(real):
+        config = units.settings(real, arm, 101, tmp_path, of=regime.SMOLLM2)
+        plain = configure(BY_NAME[arm], 101, "smollm2", tmp_path)
+        assert set(config.differences(plain)) <= {
+            "origin",
+            "learning_rate",
+            "eval_kl_origin",
+            "eval_prompts_between",
+            "monitor",
+        }
+        assert (config.steps, config.learning_rate) == (
+            (plain.steps, plain.learning_rate) if arm == "sft" else (real.steps, real.learning_rate)
+        )
+        assert config.teacher == "smollm2/teacher" and config.eval_prompts == 1024
     held = units.settings(regime.BY_NAME[regime.S1], "s1-opd-other", 101, tmp_path)
     assert (held.steps, held.constrain, held.eval_samples) == (90, "update", 4)
     elsewhere = units.settings(regime.BY_NAME[regime.S1], "s1-opd-other", 101, tmp_path / "elsewhere")

@@ -135,7 +135,15 @@ def test_smollm2_trains_on_one_task_with_one_teacher() -> None:
     assert {arms[arm].origin for arm in ("sft-matched", "opd", "rlvr")} == {models.SMOLLM2_ANCHOR}
     assert arms["sft"].origin == arms["teacher"].origin == models.SMOLLM2
     assert arms["teacher"].checkpoint_steps == tuple(models.SMOLLM2_RUN.values())
-    assert train_config("opd", "smollm2", steps=12).checkpoint_steps == (4, 8, 12)
+
+
+@pytest.mark.needs("smollm2")
+def test_no_prompt_or_answer_of_smollm2s_task_is_cut() -> None:
+    config = train_config("opd", "smollm2")
+    tokenizer = models.load_tokenizer(models.resolve(models.SMOLLM2), None)
+    for example in tasks.load(config.task, config.task_options).examples(200, 0, held_out=False):
+        assert len(tokenizer(example.prompt)["input_ids"]) <= config.max_prompt_tokens
+        assert len(tokenizer(example.completion)["input_ids"]) + 1 <= config.max_tokens
 
 
 @pytest.mark.parametrize("family", ["chain_sum", "letter_counting", "number_sorting", "knights_knaves"])

@@ -19,10 +19,10 @@ import recompute_claims
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import presets, related
 from opdgeo.experiments.presets import train_config
-from opdgeo.experiments.reproduce import reproduce
+from opdgeo.experiments.reproduce import plan, reproduce
 from opdgeo.experiments.rules import CONTROLS
 from opdgeo.experiments.study import BY_NAME as ARMS_OF_FULL
-from opdgeo.experiments.study import FEWER, configure
+from opdgeo.experiments.study import FEWER, chosen, configure
 from opdgeo.survey.results import CURVES, MEASUREMENTS
 from program import run_opdgeo, run_python
 
@@ -185,6 +185,15 @@ def test_arms_differ_from_the_arm_they_are_like_in_their_axes_and_changes_alone(
             assert config.checkpoint_steps == like.checkpoint_steps[: len(config.checkpoint_steps)], (
                 "read at the same steps"
             )
+
+
+def test_a_real_models_small_study_has_a_noise_arm_of_its_own(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in plan(chosen("small", "smollm2"), range(1), "smollm2", tmp_path)}
+    coin, rlvr = (jobs[name].config for name in ("coin", "rlvr"))
+    assert coin and rlvr and coin.credit == "coin"
+    assert set(coin.differences(rlvr)) == {"arm", "credit"}
+    assert coin.origin.endswith("arms/sft/step-000024")
+    assert "coin" not in {job.name for job in plan(chosen("small", "tiny"), range(1), "tiny", tmp_path)}
 
 
 def test_the_full_study_is_for_the_preset_whose_models_it_makes(tmp_path: Path) -> None:

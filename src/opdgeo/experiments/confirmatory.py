@@ -2,7 +2,7 @@
 
     python -m opdgeo.experiments.confirmatory docs/results [--json FILE] [--page FILE.md] [--figure FILE.svg] [--sizes FILE.parquet]
 
-reads docs/results/units/*.parquet. A file counts when it was made by the rules as they are (their hash is in it), with a planned seed, and
+reads docs/results/units/*.parquet, or with `--preset smollm2` docs/results/smollm2/*.parquet. A file counts when it was made by the rules as they are (their hash is in it), with a planned seed, and
 is no rehearsal; every other file is named and left out. A claim is judged at a point when all planned seeds are there, and over
 the regime when all its points are: before that it is open, and what is known so far stands beside it.
 
@@ -29,13 +29,12 @@ from opdgeo.experiments import regime, related
 from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
 from opdgeo.experiments.distances import APART, at_the_end, from_null
 from opdgeo.experiments.reduced import SCHEMA
-from opdgeo.experiments.regime import MAIN, Point
+from opdgeo.experiments.regime import MAIN, TINY, Point, Regime
 from opdgeo.experiments.rules import (
     ACCURACY,
     CLAIMS,
     COHERENCE,
     EXPLORATORY,
-    FROZEN,
     NOISE,
     NORM,
     PERSISTENCE,
@@ -50,7 +49,6 @@ from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
 from opdgeo.files import atomic_path, write_atomically
 from opdgeo.report.apart import NOTE, TITLE
 
-UNITS = "units"
 PRIMARY = "matched SFT"
 """The control whose reading is the verdict where a claim is about SFT."""
 SHOWN = (NORM, SPARSITY, STABLE_RANK, PERSISTENCE, COHERENCE, ACCURACY)
@@ -68,6 +66,7 @@ class Units:
     about: list[dict[str, Any]]
     left_out: dict[str, str]
     relations: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=related.COLUMNS | {"point": pl.String}))
+    of: Regime = TINY
 
     def at(self, point: Point) -> pl.DataFrame:
         """The rows of a point, borrowed arms included."""
@@ -77,7 +76,7 @@ class Units:
         return pl.concat(parts).drop("point")
 
 
-def load(folder: Path) -> Units:
+def load(folder: Path, of: Regime = TINY) -> Units:
     """Read every unit's file in `folder`.
 
     Raises:
@@ -87,14 +86,16 @@ def load(folder: Path) -> Units:
         raise ConfigError(
             f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
         )
-    rules = regime.rules_hash()
+    rules, points = regime.rules_hash(of), of.by_name
     rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
     relations = [pl.DataFrame(schema=related.COLUMNS | {"point": pl.String})]
     for path in sorted(folder.glob("*.parquet")):
         said = pl.read_parquet_metadata(path)
-        if not {"point", "seed", "rules"} <= said.keys() or said["point"] not in regime.BY_NAME:
-            raise ConfigError(f"{path} is no unit of the confirmatory study; expected a file that units.py wrote.")
-        point, seed = regime.BY_NAME[said["point"]], int(said["seed"])
+        if not {"point", "seed", "rules"} <= said.keys() or said["point"] not in points:
+            raise ConfigError(
+                f"{path} is no unit of the confirmatory study of {of.preset}; expected a file that units.py wrote."
+            )
+        point, seed = points[said["point"]], int(said["seed"])
         reason = ""
         if said["rules"] != rules or json.loads(said["begun"])["rules"] != rules:
             reason = f"made by rules {said['rules']}, not {rules}"
@@ -117,28 +118,29 @@ def load(folder: Path) -> Units:
             relations.append(table.filter(pl.col("over").is_not_null()).select(*related.COLUMNS, "point"))
             table = table.filter(pl.col("over").is_null())
         rows.append(table.select(*SCHEMA, "point"))
-    return Units(pl.concat(rows), about, left_out, pl.concat(relations))
+    return Units(pl.concat(rows), about, left_out, pl.concat(relations), of)
 
 
 def judged(units: Units) -> dict[str, Any]:
     """Every claim over the regime: the content of the confirmatory claims.json."""
-    data = {point.name: Data(units.at(point)) for point in regime.POINTS}
-    claims = [found for claim in CLAIMS if (found := _claim(claim, data))]
+    of = units.of
+    data = {point.name: Data(units.at(point)) for point in of.points}
+    claims = [found for claim in CLAIMS if (found := _claim(claim, of, data))]
     return {
-        "preset": "tiny",
+        "preset": of.preset,
         "study": "confirmatory",
-        "protocol": {"version": VERSION, "frozen": FROZEN, "rules": regime.rules_hash()},
+        "protocol": {"version": VERSION, "frozen": of.frozen, "rules": regime.rules_hash(of)},
         "regime": [
             {"name": p.name, "text": p.text, "seeds": p.seeds, "first": regime.FIRST, "borrows": p.borrows}
-            for p in regime.POINTS
+            for p in of.points
         ],
         "seeds": sorted({int(unit["seed"]) for unit in units.about}),
         "claims": claims,
-        "arms": [row for point in regime.POINTS for row in _arms(point, data[point.name])],
+        "arms": [row for point in of.points for row in _arms(point, data[point.name])],
         "sizes": sizes(units).to_dicts(),
         "related": [
             {"point": point.name} | row
-            for point in regime.POINTS
+            for point in of.points
             for row in related.over_seeds(units.relations.filter(point=point.name).drop("point"))
         ],
         "units": units.about,
@@ -146,13 +148,13 @@ def judged(units: Units) -> dict[str, Any]:
     }
 
 
-def points_of(claim: Claim) -> list[Point]:
+def points_of(claim: Claim, of: Regime = TINY) -> list[Point]:
     """The points whose arms a claim can be judged on."""
-    return [p for p in regime.POINTS if set(claim.arms) <= set(p.all_arms)]
+    return [p for p in of.points if set(claim.arms) <= set(p.all_arms)]
 
 
-def _claim(claim: Claim, data: dict[str, Data]) -> dict[str, Any] | None:
-    points = points_of(claim)
+def _claim(claim: Claim, of: Regime, data: dict[str, Data]) -> dict[str, Any] | None:
+    points = points_of(claim, of)
     if not points:
         return None
     found = {point.name: _at(claim, point, data[point.name]) for point in points}
@@ -259,7 +261,7 @@ def _arms(point: Point, data: Data) -> list[dict[str, Any]]:
 
 def sizes(units: Units) -> pl.DataFrame:
     """How far every arm is from the null of its own size: the rows of `distances.from_null` with a column `point`, in their order."""
-    order = {point.name: place for place, point in enumerate(regime.POINTS)}
+    order = {point.name: place for place, point in enumerate(units.of.points)}
     found = from_null(units.rows, ("point", "arm"))
     return found.sort(pl.col("point").replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
 
@@ -281,16 +283,18 @@ def void(found: dict[str, Any]) -> list[str]:
 
 def page(found: dict[str, Any]) -> str:
     """The results page: the map, the verdicts with noise beside them, and how far the study is."""
-    shown = [point for point in regime.POINTS if point.name != regime.S1]
-    counts = {p.name: len({u["seed"] for u in found["units"] if u["point"] == p.name}) for p in regime.POINTS}
+    of = regime.REGIMES[found["preset"]]
+    shown = [point for point in of.points if point.name != regime.S1]
+    counts = {p.name: len({u["seed"] for u in found["units"] if u["point"] == p.name}) for p in of.points}
+    option = "" if of is TINY else f"--preset {of.preset} "
     lines = [
-        "# What the confirmatory study found",
+        f"# {of.title}",
         "",
-        f"Written by `python -m opdgeo.experiments.confirmatory docs/results --page FILE` from the units in docs/results/units, by protocol "
-        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {FROZEN}; [protocol.md](../protocol.md)). "
-        "`python tests/recompute_claims.py --units docs/results/units FILE.json` computes every effect and verdict once more.",
+        f"Written by `python -m opdgeo.experiments.confirmatory docs/results {option}--page FILE` from the units in docs/results/{of.folder}, by protocol "
+        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {of.frozen}; [protocol.md](../protocol.md)). "
+        f"`python tests/recompute_claims.py --units docs/results/{of.folder} FILE.json` computes every effect and verdict once more.",
         "",
-        "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in regime.POINTS) + ". "
+        "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in of.points) + ". "
         "A claim is judged at a point when all its planned seeds are there; until then it is open, and what is known so far is in brackets.",
         "",
     ]
@@ -496,14 +500,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m opdgeo.experiments.confirmatory", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("results", type=Path, help="the folder that holds units/")
+    parser.add_argument("results", type=Path, help="the folder that holds the study's folder of units")
+    parser.add_argument("--preset", default="tiny", choices=regime.REGIMES, help="the study (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where the verdicts go")
     parser.add_argument("--page", type=Path, help="where the results page goes (Markdown)")
     parser.add_argument("--figure", type=Path, help="where the map goes (SVG, PNG or PDF)")
     parser.add_argument("--sizes", type=Path, help="where the arms' distances from the null of their size go (parquet)")
     options = parser.parse_args(arguments)
     try:
-        units = load(options.results / UNITS)
+        of = regime.REGIMES[options.preset]
+        units = load(options.results / of.folder, of)
         found = judged(units)
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
-"""The regime of the confirmatory study, as data: its points, their arms and seeds, and the order in which they are worth running.
+"""The regimes of the confirmatory studies, as data: their points, arms and seeds, and the order in which these are worth running.
 
-A point is a learning rate with batches and steps. What an arm is otherwise stands in `study.py`. All arms of a point and seed start from that
+There are two, by preset: `tiny`, whose points make a map over learning rate and batch, and `smollm2`, the real model at one point. Each has its own
+rules' hash, units and page. A point is a learning rate with batches and steps. What an arm is otherwise stands in `study.py`. All arms of a point and seed start from that
 seed's own anchor. The seeds are FIRST and on, in order; a verdict at a point is given when all its planned seeds are there, and
 not before. What a point borrows from another one is trained once: those arms have the same settings in both.
 """
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from opdgeo.experiments.presets import PRESETS
 from opdgeo.experiments.rules import (
     ALPHAS,
     CLAIMS,
     COIN,
     CONTROLS,
     EXPLORATORY,
+    FROZEN,
     KINDS,
     MATCHED,
     OPD,
@@ -100,9 +103,39 @@ S1_EVALUATED: dict[str, Any] = {
 }
 
 
-def units() -> Iterator[tuple[Point, int]]:
+@dataclass(frozen=True)
+class Regime:
+    """Points that are judged together."""
+
+    preset: str
+    points: tuple[Point, ...]
+    frozen: str
+    """The day on which its rules were fixed."""
+    evaluated: dict[str, Any]
+    folder: str
+    """Of its units' files, below docs/results."""
+    title: str
+
+    @property
+    def by_name(self) -> dict[str, Point]:
+        return {point.name: point for point in self.points}
+
+
+TINY = Regime("tiny", POINTS, FROZEN, EVALUATED, "units", "What the confirmatory study found")
+SMOLLM2 = Regime(
+    "smollm2",
+    (Point("smollm2", "lr 3e-5, 100 steps, 64 sequences", 3e-5, 100, (SFT, MATCHED, OPD, RLVR, COIN), seeds=2),),
+    "2026-11-28",
+    EVALUATED | {"eval_prompts_between": 128},
+    "smollm2",
+    "What the study of SmolLM2 found",
+)
+REGIMES = {of.preset: of for of in (TINY, SMOLLM2)}
+
+
+def units(of: Regime = TINY) -> Iterator[tuple[Point, int]]:
     """Every (point, seed) in order of worth."""
-    for point in POINTS:
+    for point in of.points:
         for seed in planned(point):
             yield point, seed
 
@@ -111,9 +144,9 @@ def planned(point: Point) -> list[int]:
     return [FIRST + i for i in range(point.seeds)]
 
 
-def as_data() -> dict[str, Any]:
+def as_data(of: Regime = TINY) -> dict[str, Any]:
     """Everything that a confirmatory verdict depends on, as JSON can hold it."""
-    return {
+    shared = {
         "version": VERSION,
         "alpha": ALPHA,
         "exploratory": sorted(EXPLORATORY),
@@ -121,14 +154,16 @@ def as_data() -> dict[str, Any]:
         "kinds": {name: [kind.says, kind.asks, kind.log] for name, kind in KINDS.items()},
         "claims": [asdict(claim) for claim in CLAIMS],
         "controls": [asdict(control) for control in CONTROLS],
-        "points": [asdict(point) for point in POINTS],
-        "evaluated": EVALUATED,
+        "points": [asdict(point) for point in of.points],
+        "evaluated": of.evaluated,
         "noise_gains": NOISE_GAINS,
-        "s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM},
     }
+    if of is TINY:
+        return shared | {"s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM}}
+    return shared | {"preset": of.preset, "settings": PRESETS[of.preset]}
 
 
-def rules_hash() -> str:
+def rules_hash(of: Regime = TINY) -> str:
     """The fingerprint of `as_data`: what stands in the protocol, in every unit's file and in claims.json."""
-    text = json.dumps(as_data(), sort_keys=True, ensure_ascii=False)
+    text = json.dumps(as_data(of), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

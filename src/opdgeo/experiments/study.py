@@ -162,6 +162,8 @@ ARMS: tuple[Arm, ...] = (
 )  # fmt: skip
 
 STUDIES = {"small": PARADIGMS, "full": tuple(arm.name for arm in ARMS)}
+OWN_NOISE = {"smollm2": ("coin",)}
+"""Noise arms that the small study of a preset trains itself. The tiny one shows rows that the package carries (`noise.py`)."""
 
 
 def chosen(study: str, preset: str) -> list[Arm]:
@@ -177,7 +179,7 @@ def chosen(study: str, preset: str) -> list[Arm]:
             f"the study {study!r} was asked for with preset {preset!r}; expected the preset tiny, whose other teachers and students "
             "it makes. Use --study small."
         )
-    return [arm for arm in ARMS if arm.name in STUDIES[study]]
+    return [arm for arm in ARMS if arm.name in (*STUDIES[study], *OWN_NOISE.get(preset, ()))]
 
 
 def folder(arm: str, seed: int) -> str:
@@ -273,6 +275,7 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 REHEARSAL: dict[str, Any] = {
     "steps": 5,
     "sequences_per_step": 8,
+    "micro_batch": 0,
     "eval_prompts": 8,
     "eval_prompts_between": 0,
     "checkpoints": (0.2, 0.6, 1.0),

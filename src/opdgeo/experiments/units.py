@@ -1,6 +1,7 @@
 """The confirmatory study, unit by unit: all arms of one point of the regime (`regime.py`) and one seed, reduced to one small file.
 
     python -m opdgeo.experiments.units -o WORK --keep docs/results/units [--workers 2] [--points main,hot] [--first-seed 101] [--seeds 7]
+    python -m opdgeo.experiments.units --preset smollm2 -o WORK --keep docs/results/smollm2
 
 Units come in order of worth, one a process and core; what is kept already is not run again, and a killed unit goes on from its
 finished arms and the trainer states in WORK. When a unit is finished its numbers (`reduced.py`) stand in KEEP/POINT-seedN.parquet,
@@ -36,16 +37,18 @@ from filelock import FileLock
 
 from opdgeo.errors import ConfigError
 from opdgeo.experiments import regime, related, study
+from opdgeo.experiments.presets import make_teacher, train_config
 from opdgeo.experiments.reduced import reduced, walk
-from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, Point
+from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, TINY, Point, Regime
 from opdgeo.experiments.reproduce import _start_worker
-from opdgeo.experiments.rules import COIN, FROZEN, MATCHED, OPD, SFT, VERSION
+from opdgeo.experiments.rules import COIN, MATCHED, OPD, SFT, VERSION
 from opdgeo.files import write_atomically
 from opdgeo.machine import version
 from opdgeo.training.config import TrainConfig
 
 SHORT: dict[str, Any] = {
     "sequences_per_step": 8,
+    "micro_batch": 0,
     "eval_prompts": 8,
     "eval_prompts_between": 0,
     "max_tokens": 3,
@@ -60,35 +63,36 @@ def file_of(keep: Path, point: str, seed: int) -> Path:
     return keep / f"{point}-seed{seed}.parquet"
 
 
-def settings(point: Point, arm: str, seed: int, out: Path, *, short: bool = False) -> TrainConfig:
+def settings(point: Point, arm: str, seed: int, out: Path, *, of: Regime = TINY, short: bool = False) -> TrainConfig:
     """The training of one arm of a point; `out` is the folder that holds anchors/ and the point's own runs.
 
     Of S1, the arms `opd`, `sft-matched` and `coin` are the early updates that the channels are taken from.
     """
     steps = SHORT_STEPS if short else point.steps
-    shared = dict(regime.EVALUATED) | (SHORT | {"checkpoints": SHORT_CHECKPOINTS} if short else {})
+    shared = dict(of.evaluated) | (SHORT | {"checkpoints": SHORT_CHECKPOINTS} if short else {})
     anchors = out / "anchors"
     if arm == SFT:
-        plain = study.configure(study.BY_NAME[SFT], seed, "tiny", anchors)
+        plain = study.configure(study.BY_NAME[SFT], seed, of.preset, anchors)
         return replace(plain, **shared | {"eval_kl_origin": False} | ({"steps": SHORT_STEPS} if short else {}))
     here = out / f"{point.name}-seed{seed}"
     anchor = anchors / "arms" / study.folder(SFT, seed)
-    whole = SHORT_STEPS if short else 60
-    start = anchor / f"step-{(whole if point.name != regime.S1 else round(EARLY_ANCHOR * whole / 60)):06d}"
+    full = train_config(SFT, of.preset).steps
+    whole = SHORT_STEPS if short else full
+    start = anchor / f"step-{(whole if point.name != regime.S1 else round(EARLY_ANCHOR * whole / full)):06d}"
     changes: dict[str, Any] = {"learning_rate": point.learning_rate, "sequences_per_step": point.sequences} | shared
     if point.name != regime.S1:
-        of = study.BY_NAME[arm]
-        plain = study.configure(of, seed, "tiny", here)
+        like = study.BY_NAME[arm]
+        plain = study.configure(like, seed, of.preset, here)
         if arm not in regime.PLAIN:
             changes["eval_prompts"] = 0
-        return replace(plain, origin=str(start.resolve()), **changes | {"steps": round(of.part * steps)})
+        return replace(plain, origin=str(start.resolve()), **changes | {"steps": round(like.part * steps)})
     taken = max(1, round(LEG_FROM * steps / point.steps))
     changes |= regime.S1_EVALUATED | (SHORT if short else {})
     if not arm.startswith("s1-"):
-        plain = study.configure(study.BY_NAME[arm], seed, "tiny", here)
+        plain = study.configure(study.BY_NAME[arm], seed, of.preset, here)
         return replace(plain, origin=str(start.resolve()), **changes | {"steps": taken, "eval_prompts": 0})
     paradigm, what = _s1_parts(arm)
-    plain = study.configure(study.BY_NAME[paradigm], seed, "tiny", here)
+    plain = study.configure(study.BY_NAME[paradigm], seed, of.preset, here)
     early = here / "arms" / study.folder(paradigm, seed) / f"step-{taken:06d}"
     held = (
         {}
@@ -125,7 +129,7 @@ def settings_hash(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = False) -> Path:
+def run_unit(point: Point, seed: int, out: Path, keep: Path, *, of: Regime = TINY, short: bool = False) -> Path:
     """Train and measure every arm, keep the reduced numbers, delete the weights, and return the kept file.
 
     Raises:
@@ -134,16 +138,15 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     kept = file_of(keep, point.name, seed)
     if kept.is_file():
         return kept
+    rules = regime.rules_hash(of)
     here = out / f"{point.name}-seed{seed}"
     here.mkdir(parents=True, exist_ok=True)
     begun = here / "begun.json"
     if not begun.is_file():
-        begun.write_text(
-            json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), "rules": regime.rules_hash()})
-        )
-    if (old := json.loads(begun.read_text())["rules"]) != regime.rules_hash():
+        begun.write_text(json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), "rules": rules}))
+    if (old := json.loads(begun.read_text())["rules"]) != rules:
         raise ConfigError(
-            f"{here} was begun under rules {old}; expected {regime.rules_hash()}. Delete the folder: such a unit never counts."
+            f"{here} was begun under rules {old}; expected {rules}. Delete the folder: such a unit never counts."
         )
     from opdgeo.survey import track
     from opdgeo.survey.results import load_result
@@ -157,7 +160,7 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
     last: dict[str, tuple[Path, Path]] = {}  # arm → what it starts from, and its last checkpoint
     relations: pl.DataFrame | None = None
     for arm in arms_of(point):
-        config = settings(point, arm, seed, out, short=short)
+        config = settings(point, arm, seed, out, of=of, short=short)
         where = out / "anchors" if arm == SFT else here
         folder = where / "arms" / study.folder(arm, seed)
         if config.channel and not Path(config.channel).is_file():
@@ -200,8 +203,8 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, short: bool = Fa
         "point": point.name,
         "seed": str(seed),
         "protocol": str(VERSION),
-        "frozen": FROZEN,
-        "rules": regime.rules_hash(),
+        "frozen": of.frozen,
+        "rules": rules,
         "begun": begun.read_text(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": json.dumps(hashes),
@@ -265,26 +268,36 @@ def _make_channel(point: Point, arm: str, seed: int, out: Path, path: Path, *, s
     channel.save(path)
 
 
-def run_all(units: list[tuple[Point, int]], out: Path, keep: Path, workers: int, *, short: bool = False) -> list[Path]:
+def run_all(
+    units: list[tuple[Point, int]],
+    out: Path,
+    keep: Path,
+    workers: int,
+    *,
+    of: Regime = TINY,
+    short: bool = False,
+) -> list[Path]:
     """Run units in their order, `workers` at a time, each on one thread of a process of its own.
 
-    A process serves several units, so libraries are loaded once.
+    A process serves several units, so libraries are loaded once. A teacher that the preset makes is trained before.
     """
     waiting = [unit for unit in units if not file_of(keep, unit[0].name, unit[1]).is_file()]
     done = [file_of(keep, point.name, seed) for point, seed in units if (point, seed) not in waiting]
     print(f"{len(done)} of {len(units)} units are kept already", file=sys.stderr, flush=True)
+    if waiting:
+        make_teacher(settings(waiting[0][0], OPD, waiting[0][1], out, of=of), progress=sys.stderr.isatty())
     if workers == 1:
         import torch
 
         torch.set_num_threads(1)
-        return done + [run_unit(point, seed, out, keep, short=short) for point, seed in waiting]
+        return done + [run_unit(point, seed, out, keep, of=of, short=short) for point, seed in waiting]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(1,)) as pool:
         running: dict[Future[Path], str] = {}
         while waiting or running:
             while waiting and len(running) < workers:
                 point, seed = waiting.pop(0)
-                running[pool.submit(run_unit, point, seed, out, keep, short=short)] = f"{point.name} seed {seed}"
+                running[pool.submit(run_unit, point, seed, out, keep, of=of, short=short)] = f"{point.name} seed {seed}"
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 name = running.pop(future)
@@ -297,25 +310,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m opdgeo.experiments.units", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("--preset", default="tiny", choices=regime.REGIMES, help="the study (default: %(default)s)")
     parser.add_argument("-o", type=Path, required=True, help="folder of the runs; it may be lost between sittings")
     parser.add_argument("--keep", type=Path, required=True, help="folder of the finished units' files")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="units at a time")
-    parser.add_argument("--points", help="some of " + ", ".join(regime.BY_NAME) + " (default: all, in order of worth)")
+    parser.add_argument("--points", help="some of the study's points (default: all, in order of worth)")
     parser.add_argument("--first-seed", type=int, default=regime.FIRST, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="seeds of each point (default: as planned)")
     parser.add_argument(
         "--rehearse", action="store_true", help="a few steps an arm: whether the units run, not what they find"
     )
     options = parser.parse_args(arguments)
-    wanted = options.points.split(",") if options.points else list(regime.BY_NAME)
-    if unknown := [name for name in wanted if name not in regime.BY_NAME]:
-        parser.error(f"no point {unknown[0]!r}; expected some of {', '.join(regime.BY_NAME)}")
+    of = regime.REGIMES[options.preset]
+    wanted = options.points.split(",") if options.points else list(of.by_name)
+    if unknown := [name for name in wanted if name not in of.by_name]:
+        parser.error(f"no point {unknown[0]!r}; expected some of {', '.join(of.by_name)}")
     chosen = [
         (point, seed - regime.FIRST + options.first_seed)
-        for point, seed in regime.units()
+        for point, seed in regime.units(of)
         if point.name in wanted and (options.seeds is None or seed - regime.FIRST < options.seeds)
     ]
-    run_all(chosen, options.o.resolve(), options.keep, options.workers, short=options.rehearse)
+    run_all(chosen, options.o.resolve(), options.keep, options.workers, of=of, short=options.rehearse)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2, SMOLLM2_ANCHOR, SMOLLM2_TEACHER = "smollm2", "smollm2/anchor", "smollm2/teacher"
-SMOLLM2_RUN = {SMOLLM2_ANCHOR: 3, SMOLLM2_TEACHER: 24}  # checkpoints of the preset's arm `teacher`
+SMOLLM2_RUN = {SMOLLM2_ANCHOR: 24, SMOLLM2_TEACHER: 96}  # checkpoints of the preset's arm `teacher`
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -298,7 +298,7 @@ def smollm2() -> Path:
 
 def smollm2_run() -> Path:
     """Where the run lies that gives the `smollm2` preset its anchor and teacher, made or not (`experiments.presets.make_teacher`)."""
-    return cache_folder() / "smollm2-teacher-2"
+    return cache_folder() / "smollm2-teacher-3"
 
 
 def convert_gguf(source: Path, folder: Path, origin: str) -> None:
