@@ -35,8 +35,8 @@ def available_gpu_memory(device: str) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next arrays. For a process that trains, and does nothing beside it.
 
-    By default glibc hands every large block back and gets it anew, zeroed page by page: a fifth of the time of an OPD step of SmolLM2 on
-    one core (`benchmarks/keep_memory.py`). Another C library is left as it is.
+    By default glibc hands every large block back and gets it anew, zeroed page by page: 6 to 15 % of an OPD step of SmolLM2 on one core
+    (`benchmarks/keep_memory.py`). Another C library is left as it is.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
