@@ -242,3 +242,23 @@ def test_what_does_not_change_is_computed_once(origin: Path, monkeypatch: pytest
 def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GeometryMonitor(**arguments)
+
+
+def test_a_measurement_uses_as_many_threads_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy's own threads, one a core, wait for each other by turning where other work has the cores."""
+    from threadpoolctl import threadpool_info
+
+    seen: list[set[int]] = []
+
+    def measured(self: GeometryMonitor, step: int) -> dict[str, float]:
+        seen.append({pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"})
+        return {}
+
+    monkeypatch.setattr(GeometryMonitor, "_measure", measured)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        GeometryMonitor().measure(1)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [{1}]

@@ -56,7 +56,7 @@ from opdgeo.diagnostics.gaussian_null import gaussian_null
 from opdgeo.diagnostics.trajectory import walk_angle
 from opdgeo.diagnostics.update import cached
 from opdgeo.errors import CheckpointError, ConfigError
-from opdgeo.numerics import precision, subspaces
+from opdgeo.numerics import lapack, precision, subspaces
 from opdgeo.numerics.devices import upload
 from opdgeo.numerics.sharded import Rows, ShardedDifference
 from opdgeo.numerics.spectra import Difference, Spectrum, truncated_svd
@@ -180,6 +180,11 @@ class GeometryMonitor(FirstCallback):
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
         """Measure now and return the means over the matrices by their names in the log."""
+        # SciPy's own threads, one a core, wait for each other by turning where other work has the cores.
+        with lapack.threads(torch.get_num_threads()):
+            return self._measure(step)
+
+    def _measure(self, step: int) -> dict[str, float]:
         now: dict[str, _Seen] = {}
         values: dict[Name, list[float]] = {}
         chances: dict[Name, list[float | None]] = {}
