@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -433,21 +434,25 @@ def _p(p: float | None) -> str:
 
 
 def figure(found: dict[str, Any], path: Path) -> None:
-    """The map, one panel a claim: each comparison's effect at every point, and beside it the same with a noise arm."""
+    """The map, one panel a claim: each comparison's effect at every point, and beside it the same with a noise arm.
+
+    A claim that is judged at one point alone has no panel, unless all are.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    claims = found["claims"]
+    claims = [claim for claim in found["claims"] if len(claim["points"]) > 1] or found["claims"]
     wide = 3
     tall = -(-len(claims) // wide)
-    picture, panels = pyplot.subplots(tall, wide, figsize=(4.6 * wide, 2.7 * tall), squeeze=False)
+    picture, panels = pyplot.subplots(tall, wide, figsize=(4.6 * wide, 2.9 * tall), squeeze=False)
     for panel in panels.flat[len(claims) :]:
         panel.axis("off")
     for panel, claim in zip(panels.flat, claims, strict=False):
         names = list(claim["points"])
         bars: dict[str, list[tuple[float, float, float]]] = {}
+        marks: dict[int, Any] = {}
         for place, at in enumerate(claim["points"].values()):
             for reading, colour, shift in (("verdict", "#1f5f8b", -0.12), ("noise", "#999999", 0.12)):
                 sets = [at["comparisons"]] if reading == "verdict" else [n["comparisons"] for n in at["noise"].values()]
@@ -455,14 +460,11 @@ def figure(found: dict[str, Any], path: Path) -> None:
                     for i, c in enumerate(comparisons):
                         for effect in [np.array(c["effects"][-1], float)] if c["effects"] else []:
                             x, margin = place + shift + 0.05 * i, _least(c)
-                            panel.plot(
-                                [x],
-                                [effect.mean() / margin],
-                                marker="o^sD"[i % 4],
-                                color=colour,
-                                markersize=4,
-                                linestyle="",
-                            )
+                            style = {"marker": "o^sD"[i % 4], "color": colour, "markersize": 4, "linestyle": ""}
+                            words = re.sub(r" (above|within a factor|at every).*", "", c["text"])
+                            (mark,) = panel.plot([x], [effect.mean() / margin], label=words, **style)
+                            if reading == "verdict":
+                                marks.setdefault(i, mark)
                             low, high = t_interval(effect)
                             if np.isfinite(low):
                                 bars.setdefault(colour, []).append((x, float(low / margin), float(high / margin)))
@@ -472,9 +474,17 @@ def figure(found: dict[str, Any], path: Path) -> None:
         panel.axhline(0, color="black", linewidth=0.6)
         panel.set_xlim(-0.5, len(names) - 0.5)
         panel.set_yscale("symlog", linthresh=1)
+        panel.yaxis.set_major_formatter("{x:g}")
+        if marks:
+            panel.legend(
+                handles=list(marks.values()), fontsize=6, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98)
+            )
         panel.set_xticks(range(len(names)), names, rotation=30, fontsize=7, ha="right")
         panel.set_title(f"{claim['id']}: {_over(claim).strip('*')}", fontsize=9, loc="left")
-    picture.supylabel("effect over its margin (grey: noise in an arm's place; band: within the margin)", fontsize=8)
+    picture.supylabel(
+        "effect over its margin, in the claim's direction (grey: noise in an arm's place; band: within the margin)",
+        fontsize=8,
+    )
     picture.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
