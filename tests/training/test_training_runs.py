@@ -464,3 +464,23 @@ def test_the_loss_uses_the_forward_pass_of_the_scoring(
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(ends[0][name], value) for name, value in weights(Path(asked.origin)).items())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_that_is_freed_stays_with_a_training_process(kept: bool) -> None:
+    """200 MB that were touched and freed are resident still, or no more."""
+    script = f"""
+import numpy as np
+from opdgeo.machine import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1000
+before = resident()
+held = np.ones(25_000_000)
+del held
+print(resident() - before)
+"""
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert (float(done.stdout) > 150) == kept, done.stdout

@@ -314,7 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", type=Path, required=True, help="folder of the runs; it may be lost between sittings")
     parser.add_argument("--keep", type=Path, required=True, help="folder of the finished units' files")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="units at a time")
-    parser.add_argument("--points", help="some of the study's points (default: all, in order of worth)")
+    known = "; ".join(f"{of.preset}: {', '.join(of.by_name)}" for of in regime.REGIMES.values())
+    parser.add_argument("--points", help=f"some of the study's points ({known}; default: all, in order of worth)")
     parser.add_argument("--first-seed", type=int, default=regime.FIRST, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="seeds of each point (default: as planned)")
     parser.add_argument(
