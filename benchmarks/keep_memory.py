@@ -1,8 +1,8 @@
 """What it brings that a training process keeps the memory it frees: python benchmarks/keep_memory.py [--preset smollm2] [--steps 6] [--rounds 2]
 
 OPD steps of a preset on one core, each time in a process of its own, with `opdgeo.machine.keep_freed_memory` and without in
-turn. The teacher is the released model, which costs what the preset's own does. Printed are the processor seconds of a step, over the
-second half of the steps, how much of a whole run the kernel took, and the peak of memory.
+turn. The teacher is the released model, which costs what the preset's own does. Printed are the seconds of a step by the clock, the mean of
+the second half of the steps, how much of a whole run the kernel took, and the peak of memory.
 """
 
 from __future__ import annotations

@@ -135,6 +135,7 @@ def test_smollm2_trains_on_one_task_with_one_teacher() -> None:
     assert {arms[arm].origin for arm in ("sft-matched", "opd", "rlvr")} == {models.SMOLLM2_ANCHOR}
     assert arms["sft"].origin == arms["teacher"].origin == models.SMOLLM2
     assert arms["teacher"].checkpoint_steps == tuple(models.SMOLLM2_RUN.values())
+    assert train_config("opd", "smollm2", steps=10).checkpoint_steps == (2, 4, 6, 8, 10)
 
 
 @pytest.mark.needs("smollm2")
