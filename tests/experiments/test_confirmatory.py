@@ -130,6 +130,9 @@ def test_a_planted_pattern_gets_its_verdict(tmp_path: Path, plant: Plant, expect
     assert found["verdict"] == expected, found["points"]["main"]["comparisons"]
     assert {at["verdict"] for at in found["points"].values()} == {expected}
     assert all(at["complete"] and len(at["seeds"]) == at["planned"] for at in found["points"].values())
+    text = confirmatory.page(confirmatory.judged(confirmatory.load(tmp_path / "units")))
+    left = [line for line in text.splitlines() if re.match(r"\| R1 \| main \| [a-z ]+ \| [> \d]+ \| 7 \|", line)]
+    assert bool(left) == (expected == "open"), "what is left open is told with the seeds that would decide it"
 
 
 @pytest.mark.usefixtures("r1_alone")

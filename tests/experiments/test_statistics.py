@@ -31,6 +31,7 @@ from opdgeo.experiments.statistics import (
     t_interval,
     tost,
     verdict,
+    would_show,
 )
 
 MARGIN = 0.1
@@ -200,3 +201,27 @@ def test_the_table_says_how_many_seeds_a_pilot_asks_for() -> None:
         n = seeds_for(pilot, 0.8)
         assert n is not None and power(pilot, n) >= 0.8 > power(pilot, n - 1)
     assert seeds_for(Pilot("-", "-", 1.0, 0.1, 0.11), 0.8) is None
+
+
+def test_seeds_that_would_show_a_verdict_show_it_in_four_of_five_studies() -> None:
+    rng = np.random.default_rng(0)
+    for mean, kind in ((0.18, HOLDS), (0.0, SAME), (-0.16, REVERSED)):
+        seen = planted(mean, sd=0.08)
+        said, seeds = would_show([seen])
+        assert said == kind and seeds is not None and seeds > 5
+        for n, enough in ((seeds, True), (seeds - 2, False)):
+            got = np.mean([verdict([Compared(tuple(rng.normal(mean, 0.08, n)), MARGIN)]) == kind for _ in range(2000)])
+            assert (got > 0.8 - 4 * (0.16 / 2000) ** 0.5) if enough else (got < 0.8), (kind, n)
+
+
+def test_a_claim_needs_all_its_comparisons_to_hold_and_one_to_fail() -> None:
+    easy, hard, against = planted(0.5, 0.08), planted(0.15, 0.08), planted(-0.3, 0.08)
+    assert would_show([easy, hard]) == would_show([hard])
+    assert would_show([easy, hard, against])[0] == REVERSED
+    assert would_show([easy, hard, against])[1] == would_show([against], points=3)[1], "Bonferroni over three"
+    assert would_show([hard], points=6)[1] > would_show([hard])[1]  # type: ignore[operator]
+    assert would_show([planted(0.101, 0.08)]) == (HOLDS, None), "too near its margin"
+    same, other = (Compared(easy.effects, MARGIN, sameness=s, either=not s) for s in (True, False))
+    assert would_show([same])[0] == REVERSED and would_show([other])[0] == HOLDS
+    assert would_show([Compared(tuple(-x for x in easy.effects), MARGIN, either=True)])[0] == HOLDS
+    assert would_show([Compared((0.2, 0.2), MARGIN)]) == (HOLDS, 2)

@@ -46,7 +46,7 @@ from opdgeo.experiments.rules import (
     Claim,
     Quantity,
 )
-from opdgeo.experiments.statistics import OPEN, over_the_regime, t_interval
+from opdgeo.experiments.statistics import MOST_SEEDS, OPEN, over_the_regime, t_interval, would_show
 from opdgeo.files import atomic_path, write_atomically
 from opdgeo.report.apart import NOTE, TITLE
 
@@ -166,6 +166,8 @@ def _claim(claim: Claim, of: Regime, data: dict[str, Data]) -> dict[str, Any] | 
         at["also_without_learning"] = [
             noise for noise, said in at["noise"].items() if said["verdict"] == at["verdict"] != OPEN
         ]
+        if name in whole and at["verdict"] == OPEN:
+            at["would_show"] = would_show(whole[name], len(points))
     main = found.get(MAIN) or next(iter(found.values()))
     complete = len(whole) == len(found)
     return {
@@ -328,6 +330,7 @@ def page(found: dict[str, Any]) -> str:
                         f"| {name} | {reading} | {c['text']} | {_effect(c)} | {_p(c['sign_flip'])} | {c['outcome']} |"
                     )
         lines.append("")
+    lines += _needed(found)
     lines += [
         "## Arms",
         "",
@@ -362,6 +365,29 @@ def page(found: dict[str, Any]) -> str:
     if found["left_out"]:
         lines += ["", "Not counted: " + "; ".join(f"{name} ({why})" for name, why in found["left_out"].items()) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _needed(found: dict[str, Any]) -> list[str]:
+    """How many seeds would decide what all planned seeds leave open; nothing where they leave nothing open."""
+    rows = [
+        f"| {claim['id']} | {name} | {at['would_show'][0]} | {at['would_show'][1] or f'> {MOST_SEEDS}'} | {at['planned']} |"
+        for claim in found["claims"]
+        for name, at in claim["points"].items()
+        if "would_show" in at
+    ]
+    if not rows:
+        return []
+    return [
+        "## What all planned seeds leave open",
+        "",
+        "If every effect and its standard deviation between seeds are as seen, so many seeds show the verdict in four of five studies. A plan for a next "
+        "version, not a test: an effect near its margin needs very many, and a standard deviation of two seeds is hardly known.",
+        "",
+        "| claim | point | would be | seeds | planned here |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _related(rows: list[dict[str, Any]]) -> list[str]:

@@ -42,7 +42,7 @@ S1_MODES = ("gradient", "update", "adapter")
 
 
 EXPLORATORY = {
-    0: "the finished study (docs/results.md)",
+    0: "the finished study (docs/results/earlier-study.md)",
     1: "the finished study",
     2: "the finished study",
     900: "the noise control beside the arms (noise.py), and the pilots of the protocol's costs",

@@ -221,9 +221,33 @@ def power(pilot: Pilot, seeds: int, alpha: float = ALPHA) -> float:
     return float(integrate.quad(inside, 0, min(largest, 1 + 12 / math.sqrt(df)), limit=200)[0])
 
 
-def seeds_for(pilot: Pilot, wanted: float, most: int = 100) -> int | None:
-    """The fewest seeds with power `wanted`; None when `most` are not enough."""
-    return next((n for n in range(2, most + 1) if power(pilot, n) >= wanted), None)
+MOST_SEEDS = 100
+
+
+def seeds_for(pilot: Pilot, wanted: float, alpha: float = ALPHA) -> int | None:
+    """The fewest seeds with power `wanted`; None when MOST_SEEDS are not enough."""
+    return next((n for n in range(2, MOST_SEEDS + 1) if power(pilot, n, alpha) >= wanted), None)
+
+
+def would_show(comparisons: Sequence[Compared], points: int = 1, wanted: float = 0.8) -> tuple[str, int | None]:
+    """The verdict of a claim if every effect is what was seen, and the fewest seeds that show it with power `wanted`.
+
+    A plan, not a test: means and standard deviations are taken from the seeds that are there. Bonferroni's correction over the
+    `points` of the regime, and over comparisons where one is enough, stands for Holm's, so the number is rather too large.
+    """
+    plans: list[tuple[str, Pilot]] = []
+    for c in comparisons:
+        mean, sd = float(np.mean(c.effects)), max(float(np.std(c.effects, ddof=1)), 1e-9)
+        inside = abs(mean) <= c.margin
+        kind = SAME if inside else HOLDS if mean > 0 or c.either else REVERSED
+        if c.sameness:
+            kind = HOLDS if inside else REVERSED
+        plans.append((kind, Pilot("", "", sd, c.margin, mean)))
+    against = [(kind, plan) for kind, plan in plans if kind != HOLDS]
+    alpha = ALPHA / points / (len(comparisons) if against else 1)
+    needed = [(seeds_for(plan, wanted, alpha) or math.inf, kind) for kind, plan in against or plans]
+    seeds, kind = min(needed) if against else max(needed)
+    return kind, None if math.isinf(seeds) else int(seeds)
 
 
 def power_table() -> list[str]:
@@ -234,7 +258,7 @@ def power_table() -> list[str]:
     ]
     for p in PILOTS:
         shown = HOLDS if p.truth > p.margin else REVERSED if p.truth < -p.margin else SAME
-        counts = [seeds_for(p, wanted) or "> 100" for wanted in (0.8, 0.9)]
+        counts = [seeds_for(p, wanted) or f"> {MOST_SEEDS}" for wanted in (0.8, 0.9)]
         chances = [f"{power(p, n):.2f}" for n in (5, 7, 9)]
         cells = [p.claim, p.effect, f"{p.sd:g}", f"{p.margin:.3g}", f"{p.truth:g}", shown, *counts, *chances]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
