@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -294,7 +295,7 @@ def test_every_study_has_its_own_rules() -> None:
 
 
 def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:
-    (real,) = regime.SMOLLM2.points
+    real, other = regime.SMOLLM2.points
     rules = regime.rules_hash(regime.SMOLLM2)
     begun = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": rules})
     unchanged = {"sft": 0.1, MATCHED: 0.1, OPD: 0.5, RLVR: 0.9}  # far apart: two seeds show no less
@@ -304,6 +305,7 @@ def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:
             return unchanged.get(arm) if name == SPARSITY.name else None
 
         write_unit(tmp_path / "smollm2", real, seed, plant, rules=rules, begun=begun)
+        write_unit(tmp_path / "smollm2", other, seed, plant, rules=rules, begun=begun)
     units_of = confirmatory.load(tmp_path / "smollm2", regime.SMOLLM2)
     found = confirmatory.judged(units_of)
     claims = {claim["id"]: claim for claim in found["claims"]}
@@ -311,10 +313,23 @@ def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:
     assert claims["R1"]["points"]["smollm2"]["complete"] and claims["R1"]["verdict"] == "holds"
     assert claims["R1"]["points"]["smollm2"]["noise"]["noise in RLVR's place"]["verdict"] != "holds"
     text = confirmatory.page(found)
-    assert f"`{rules}`" in text and "smollm2 2 of 2" in text and "--preset smollm2" in text
+    assert f"`{rules}`" in text and "smollm2 2 of 2, smollm2-1e-5 2 of 2" in text and "--preset smollm2" in text
     assert recomputed(tmp_path, found, tmp_path / "smollm2") == []
     with pytest.raises(ConfigError, match="no unit of the confirmatory study of tiny"):
         confirmatory.load(tmp_path / "smollm2")
+
+
+def test_units_of_an_earlier_version_count_where_their_rules_are_the_same(tmp_path: Path) -> None:
+    old = dataclasses.replace(regime.SMOLLM2, points=regime.SMOLLM2.points[:1], version=1, before={})
+    assert {regime.rules_hash(old): ("smollm2",)} == regime.SMOLLM2.before, "only a point was added"
+    rules = regime.rules_hash(old)
+    for point in regime.SMOLLM2.points:
+        begun = json.dumps({"date": "2026-12-01T00:00:00+00:00", "rules": rules})
+        write_unit(tmp_path / "smollm2", point, 101, sparsity(opd=0.5), rules=rules, begun=begun)
+    kept = confirmatory.load(tmp_path / "smollm2", regime.SMOLLM2)
+    assert [unit["point"] for unit in kept.about] == ["smollm2"]
+    assert list(kept.left_out) == ["smollm2-1e-5-seed101.parquet"]
+    assert recomputed(tmp_path, confirmatory.judged(kept), tmp_path / "smollm2") == []
 
 
 def recomputed(folder: Path, found: dict[str, Any], units_folder: Path) -> list[str]:
@@ -335,7 +350,7 @@ def test_the_page_in_docs_is_of_the_units_beside_it() -> None:
 def test_the_protocol_states_the_rules_that_judge() -> None:
     text = (ROOT / "docs/protocol.md").read_text()
     stated = re.findall(r"[Vv]ersion (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
-    assert stated == [(str(VERSION), of.frozen, regime.rules_hash(of)) for of in regime.REGIMES.values()], (
+    assert stated == [(str(of.version), of.frozen, regime.rules_hash(of)) for of in regime.REGIMES.values()], (
         "rules changed without a new version of the protocol"
     )
     for of in regime.REGIMES.values():
@@ -349,20 +364,30 @@ def test_the_protocols_commit_precedes_every_confirmatory_unit() -> None:
     for of, path in kept:
         said = pl.read_parquet_metadata(path)
         begun = json.loads(said["begun"])
-        assert (said["rules"], begun["rules"]) == (regime.rules_hash(of),) * 2, path.name
+        assert begun["rules"] == said["rules"] in regime.counting(of.by_name[said["point"]], of), path.name
         assert datetime.fromisoformat(begun["date"]).date() >= date.fromisoformat(of.frozen), path.name
         assert path.stat().st_size <= 100_000
     if not kept or not (ROOT / ".git").exists() or shutil.which("git") is None:
         return
     dates: dict[str, list[str]] = {}
-    for of in regime.REGIMES.values():
-        stated = f"-Srules `{regime.rules_hash(of)}`"
-        log = ["git", "-C", str(ROOT), "log", "--reverse", "--format=%cI", stated, "--", "docs/protocol.md"]
-        dates[of.preset] = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
-    for of, path in kept:
-        if dates[of.preset]:  # a shallow clone has no such commit
-            begun = json.loads(pl.read_parquet_metadata(path)["begun"])["date"]
-            assert datetime.fromisoformat(dates[of.preset][0]) <= datetime.fromisoformat(begun), path.name
+    for rules in {rules for of in regime.REGIMES.values() for rules in (regime.rules_hash(of), *of.before)}:
+        log = [
+            "git",
+            "-C",
+            str(ROOT),
+            "log",
+            "--reverse",
+            "--format=%cI",
+            f"-Srules `{rules}`",
+            "--",
+            "docs/protocol.md",
+        ]
+        dates[rules] = subprocess.run(log, capture_output=True, text=True, check=False).stdout.split()
+    for _, path in kept:
+        said = pl.read_parquet_metadata(path)
+        if dates[said["rules"]]:  # a shallow clone has no such commit
+            begun = json.loads(said["begun"])["date"]
+            assert datetime.fromisoformat(dates[said["rules"]][0]) <= datetime.fromisoformat(begun), path.name
 
 
 def test_every_kept_arm_ran_with_the_settings_of_its_point(tmp_path: Path) -> None:
@@ -397,8 +422,7 @@ def test_settings_differ_between_points_as_the_regime_says(tmp_path: Path) -> No
                 plain = configure(BY_NAME[arm], 101, "tiny", tmp_path)
                 changed = set(config.differences(plain))
                 assert changed <= {"learning_rate", "steps", "sequences_per_step", "origin", *regime.EVALUATED}, arm
-    (real,) = regime.SMOLLM2.points
-    for arm in units.arms_of(real):
+    for real, arm in ((point, arm) for point in regime.SMOLLM2.points for arm in units.arms_of(point)):
         config = units.settings(real, arm, 101, tmp_path, of=regime.SMOLLM2)
         plain = configure(BY_NAME[arm], 101, "smollm2", tmp_path)
         assert set(config.differences(plain)) <= {

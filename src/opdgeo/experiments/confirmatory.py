@@ -42,7 +42,6 @@ from opdgeo.experiments.rules import (
     SFT,
     SPARSITY,
     STABLE_RANK,
-    VERSION,
     Claim,
     Quantity,
 )
@@ -87,7 +86,7 @@ def load(folder: Path, of: Regime = TINY) -> Units:
         raise ConfigError(
             f"there is no folder {folder}; expected the finished units of `python -m opdgeo.experiments.units`."
         )
-    rules, points = regime.rules_hash(of), of.by_name
+    points = of.by_name
     rows, about, left_out = [pl.DataFrame(schema=SCHEMA | {"point": pl.String})], [], dict[str, str]()
     relations = [pl.DataFrame(schema=related.COLUMNS | {"point": pl.String})]
     for path in sorted(folder.glob("*.parquet")):
@@ -98,8 +97,9 @@ def load(folder: Path, of: Regime = TINY) -> Units:
             )
         point, seed = points[said["point"]], int(said["seed"])
         reason = ""
-        if said["rules"] != rules or json.loads(said["begun"])["rules"] != rules:
-            reason = f"made by rules {said['rules']}, not {rules}"
+        counts = regime.counting(point, of)
+        if said["rules"] not in counts or json.loads(said["begun"])["rules"] != said["rules"]:
+            reason = f"made by rules {said['rules']}, not {regime.rules_hash(of)}"
         elif said["rehearsal"] == "True":
             reason = "a rehearsal"
         elif seed in EXPLORATORY or seed not in regime.planned(point):
@@ -130,9 +130,16 @@ def judged(units: Units) -> dict[str, Any]:
     return {
         "preset": of.preset,
         "study": "confirmatory",
-        "protocol": {"version": VERSION, "frozen": of.frozen, "rules": regime.rules_hash(of)},
+        "protocol": {"version": of.version, "frozen": of.frozen, "rules": regime.rules_hash(of)},
         "regime": [
-            {"name": p.name, "text": p.text, "seeds": p.seeds, "first": regime.FIRST, "borrows": p.borrows}
+            {
+                "name": p.name,
+                "text": p.text,
+                "seeds": p.seeds,
+                "first": regime.FIRST,
+                "borrows": p.borrows,
+                "rules": sorted(regime.counting(p, of)),
+            }
             for p in of.points
         ],
         "seeds": sorted({int(unit["seed"]) for unit in units.about}),
@@ -294,7 +301,7 @@ def page(found: dict[str, Any]) -> str:
         f"# {of.title}",
         "",
         f"Written by `python -m opdgeo.experiments.confirmatory docs/results {option}--page FILE` from the units in docs/results/{of.folder}, by protocol "
-        f"{VERSION} (rules `{found['protocol']['rules']}`, fixed on {of.frozen}; [protocol.md](../protocol.md)). "
+        f"{of.version} (rules `{found['protocol']['rules']}`, fixed on {of.frozen}; [protocol.md](../protocol.md)). "
         f"`python tests/recompute_claims.py --units docs/results/{of.folder} FILE.json` computes every effect and verdict once more.",
         "",
         "Seeds finished: " + ", ".join(f"{p.name} {counts[p.name]} of {p.seeds}" for p in of.points) + ". "

@@ -1,6 +1,6 @@
 """The regimes of the confirmatory studies, as data: their points, arms and seeds, and the order in which these are worth running.
 
-There are two, by preset: `tiny`, whose points make a map over learning rate and batch, and `smollm2`, the real model at one point. Each has its own
+There are two, by preset: `tiny`, whose points make a map over learning rate and batch, and `smollm2`, the real model at two rates. Each has its own
 rules' hash, units and page. A point is a learning rate with batches and steps. What an arm is otherwise stands in `study.py`. All arms of a point and seed start from that
 seed's own anchor. The seeds are FIRST and on, in order; a verdict at a point is given when all its planned seeds are there, and
 not before. What a point borrows from another one is trained once: those arms have the same settings in both.
@@ -115,6 +115,9 @@ class Regime:
     folder: str
     """Of its units' files, below docs/results."""
     title: str
+    version: int = VERSION
+    before: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Rules of an earlier version → the points whose rules have not changed since, so that its units count."""
 
     @property
     def by_name(self) -> dict[str, Point]:
@@ -122,13 +125,19 @@ class Regime:
 
 
 TINY = Regime("tiny", POINTS, FROZEN, EVALUATED, "units", "What the confirmatory study found")
+SMOLLM2_ARMS = (SFT, MATCHED, OPD, RLVR, COIN)
 SMOLLM2 = Regime(
     "smollm2",
-    (Point("smollm2", "lr 3e-5, 100 steps, 64 sequences", 3e-5, 100, (SFT, MATCHED, OPD, RLVR, COIN), seeds=2),),
+    (
+        Point("smollm2", "lr 3e-5, 100 steps, 64 sequences", 3e-5, 100, SMOLLM2_ARMS, seeds=2),
+        Point("smollm2-1e-5", "lr 1e-5, 100 steps, 64 sequences", 1e-5, 100, SMOLLM2_ARMS, seeds=2),
+    ),
     "2026-11-28",
     EVALUATED | {"eval_prompts_between": 128},
     "smollm2",
     "What the study of SmolLM2 found",
+    version=2,
+    before={"33f0eada8738b793": ("smollm2",)},
 )
 REGIMES = {of.preset: of for of in (TINY, SMOLLM2)}
 
@@ -147,7 +156,7 @@ def planned(point: Point) -> list[int]:
 def as_data(of: Regime = TINY) -> dict[str, Any]:
     """Everything that a confirmatory verdict depends on, as JSON can hold it."""
     shared = {
-        "version": VERSION,
+        "version": of.version,
         "alpha": ALPHA,
         "exploratory": sorted(EXPLORATORY),
         "first_seed": FIRST,
@@ -161,6 +170,11 @@ def as_data(of: Regime = TINY) -> dict[str, Any]:
     if of is TINY:
         return shared | {"s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM}}
     return shared | {"preset": of.preset, "settings": PRESETS[of.preset]}
+
+
+def counting(point: Point, of: Regime = TINY) -> set[str]:
+    """The hashes of the rules by which a unit of `point` may have been made: today's, and those of versions that had the same."""
+    return {rules_hash(of), *(rules for rules, names in of.before.items() if point.name in names)}
 
 
 def rules_hash(of: Regime = TINY) -> str:

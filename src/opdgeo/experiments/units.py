@@ -41,7 +41,7 @@ from opdgeo.experiments.presets import make_teacher, train_config
 from opdgeo.experiments.reduced import reduced, walk
 from opdgeo.experiments.regime import EARLY_ANCHOR, LEG_FROM, TINY, Point, Regime
 from opdgeo.experiments.reproduce import _start_worker
-from opdgeo.experiments.rules import COIN, MATCHED, OPD, SFT, VERSION
+from opdgeo.experiments.rules import COIN, MATCHED, OPD, SFT
 from opdgeo.files import write_atomically
 from opdgeo.machine import version
 from opdgeo.training.config import TrainConfig
@@ -202,7 +202,7 @@ def run_unit(point: Point, seed: int, out: Path, keep: Path, *, of: Regime = TIN
     metadata = {
         "point": point.name,
         "seed": str(seed),
-        "protocol": str(VERSION),
+        "protocol": str(of.version),
         "frozen": of.frozen,
         "rules": rules,
         "begun": begun.read_text(),
