@@ -319,6 +319,29 @@ def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:
         confirmatory.load(tmp_path / "smollm2")
 
 
+def test_of_two_seeds_what_was_learned_is_read_over_prompts(tmp_path: Path) -> None:
+    for point in regime.SMOLLM2.points:
+        for seed in regime.planned(point):
+
+            def plant(name: str, arm: str, quantity: str, seed: int = seed) -> float | None:
+                lost = arm == COIN or (arm, name, seed) == (RLVR, "smollm2", 102)
+                return (0.1 if lost else 0.6) if quantity == ACCURACY.name else None
+
+            rules = regime.rules_hash(regime.SMOLLM2)
+            write_unit(tmp_path / "smollm2", point, seed, plant, rules=rules, begun=BEGUN.replace(RULES, rules))
+    kept = confirmatory.load(tmp_path / "smollm2", regime.SMOLLM2)
+    found = confirmatory.judged(kept)
+    assert confirmatory.unlearned(found) == ["rlvr at smollm2"], "one seed that lost is enough; the coin need not learn"
+    assert "**Did not learn in every seed: rlvr at smollm2**" in confirmatory.page(found)
+    row = next(r for r in found["gains"] if (r["point"], r["arm"], r["seed"]) == ("smollm2", OPD, 101))
+    mine = kept.rows.filter(point="smollm2", arm=OPD, seed=101, name=ACCURACY.name).sort("step")
+    bits = [np.unpackbits(np.frombuffer(mine["right"][i], np.uint8)).astype(float) for i in (0, -1)]
+    gained = bits[1] - bits[0]
+    assert (row["low"], row["high"]) == pytest.approx(
+        stats.t.interval(0.95, len(gained) - 1, gained.mean(), gained.std(ddof=1) / len(gained) ** 0.5)
+    )
+
+
 def test_units_of_an_earlier_version_count_where_their_rules_are_the_same(tmp_path: Path) -> None:
     old = dataclasses.replace(regime.SMOLLM2, points=regime.SMOLLM2.points[:1], version=1, before={})
     assert {regime.rules_hash(old): ("smollm2",)} == regime.SMOLLM2.before, "only a point was added"
@@ -338,13 +361,18 @@ def recomputed(folder: Path, found: dict[str, Any], units_folder: Path) -> list[
     return recompute_claims.main(units_folder, file)
 
 
-def test_the_page_in_docs_is_of_the_units_beside_it() -> None:
+PAGES = {"tiny": "confirmatory.md", "smollm2": "smollm2.md"}
+
+
+@pytest.mark.parametrize("of", regime.REGIMES.values(), ids=regime.REGIMES)
+def test_the_page_in_docs_is_of_the_units_beside_it(of: regime.Regime) -> None:
     folder = ROOT / "docs/results"
-    kept = confirmatory.load(folder / "units")
-    again = "python -m opdgeo.experiments.confirmatory docs/results --page docs/results/confirmatory.md --sizes docs/results/sizes.parquet"
-    assert (folder / "confirmatory.md").read_text() == confirmatory.page(confirmatory.judged(kept)), again
-    table = pl.read_parquet(folder / "sizes.parquet")
-    assert_frame_equal(table, confirmatory.sizes(kept), rel_tol=1e-9)
+    kept = confirmatory.load(folder / of.folder, of)
+    again = f"python -m opdgeo.experiments.confirmatory docs/results --preset {of.preset} --page docs/results/{PAGES[of.preset]}"
+    assert (folder / PAGES[of.preset]).read_text() == confirmatory.page(confirmatory.judged(kept)), again
+    if of is regime.TINY:
+        table = pl.read_parquet(folder / "sizes.parquet")
+        assert_frame_equal(table, confirmatory.sizes(kept), rel_tol=1e-9)
 
 
 def test_the_protocol_states_the_rules_that_judge() -> None:

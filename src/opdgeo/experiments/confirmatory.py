@@ -29,7 +29,7 @@ from opdgeo.errors import ConfigError
 from opdgeo.experiments import regime, related
 from opdgeo.experiments.claims import Content, Data, accuracy_samples, compare, compared_again, controls_of
 from opdgeo.experiments.distances import APART, at_the_end, from_null
-from opdgeo.experiments.reduced import SCHEMA
+from opdgeo.experiments.reduced import SCHEMA, unpacked
 from opdgeo.experiments.regime import MAIN, TINY, Point, Regime
 from opdgeo.experiments.rules import (
     ACCURACY,
@@ -38,7 +38,9 @@ from opdgeo.experiments.rules import (
     EXPLORATORY,
     NOISE,
     NORM,
+    OPD,
     PERSISTENCE,
+    RLVR,
     SFT,
     SPARSITY,
     STABLE_RANK,
@@ -53,6 +55,8 @@ PRIMARY = "matched SFT"
 """The control whose reading is the verdict where a claim is about SFT."""
 SHOWN = (NORM, SPARSITY, STABLE_RANK, PERSISTENCE, COHERENCE, ACCURACY)
 OWN = "as the paper compares"
+T_SEEDS = 3
+"""With fewer seeds, whether an arm learned is read over prompts, seed by seed (docs/protocol.md)."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ def judged(units: Units) -> dict[str, Any]:
         "seeds": sorted({int(unit["seed"]) for unit in units.about}),
         "claims": claims,
         "arms": [row for point in of.points for row in _arms(point, data[point.name])],
+        "gains": [row for point in of.points if point.seeds < T_SEEDS for row in gains(units, point)],
         "sizes": sizes(units).to_dicts(),
         "related": [
             {"point": point.name} | row
@@ -276,6 +281,26 @@ def sizes(units: Units) -> pl.DataFrame:
     return found.sort(pl.col("point").replace_strict(order, return_dtype=pl.Int32), maintain_order=True)
 
 
+def gains(units: Units, point: Point) -> list[dict[str, Any]]:
+    """What each arm of a point gained in sampled accuracy, seed by seed, with Student's 95 % interval over the same prompts before and after."""
+    count = units.of.evaluated["eval_prompts"]
+    rows = units.at(point).filter(pl.col("name") == ACCURACY.name, pl.col("right").is_not_null()).sort("step")
+    out = []
+    for arm in point.all_arms:
+        for (seed,), mine in rows.filter(arm=arm).group_by("seed", maintain_order=True):
+            before, after = (unpacked(mine["right"][i], count).astype(float) for i in (0, -1))
+            low, high = (float(end) for end in t_interval(after - before))
+            ends = {"before": float(before.mean()), "after": float(after.mean())}
+            out.append({"point": point.name, "arm": arm, "seed": seed, **ends, "low": low, "high": high})
+    return sorted(out, key=lambda row: (point.all_arms.index(row["arm"]), row["seed"]))
+
+
+def unlearned(found: dict[str, Any]) -> list[str]:
+    """OPD or RLVR that did not gain accuracy in every seed, beyond the interval over prompts: of these nothing is said of an arm that learns."""
+    without = [row for row in found["gains"] if row["arm"] in (OPD, RLVR) and not row["low"] > 0]
+    return list(dict.fromkeys(f"{row['arm']} at {row['point']}" for row in without))
+
+
 def void(found: dict[str, Any]) -> list[str]:
     """Noise arms that gained accuracy, more than NOISE_GAINS by their whole interval: a protocol whose noise learns is void until that is explained."""
     return [
@@ -313,6 +338,11 @@ def page(found: dict[str, Any]) -> str:
             f"**A noise arm gained accuracy ({', '.join(wrong)}): no verdict below counts until that is explained.**",
             "",
         ]
+    if idle := unlearned(found):
+        lines += [
+            f"**Did not learn in every seed: {', '.join(idle)}** (below, “What was learned”). What is said of such an arm is not said of one that learns.",
+            "",
+        ]
     lines += [
         "| | claim | over the regime | " + " | ".join(p.name for p in shown) + " |",
         "|---" * (3 + len(shown)) + "|",
@@ -338,6 +368,20 @@ def page(found: dict[str, Any]) -> str:
                     )
         lines.append("")
     lines += _needed(found)
+    if found["gains"]:
+        lines += [
+            "## What was learned",
+            "",
+            "Sampled accuracy on the same held-out prompts before and after, seed by seed, and what was gained with Student's 95 % interval over prompts.",
+            "",
+            "| point | arm | seed | before | after | gained |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in found["gains"]:
+            gained = {"mean": row["after"] - row["before"], "low": row["low"], "high": row["high"]}
+            cells = f"{row['before']:.1%} | {row['after']:.1%} | {_number(gained)}"
+            lines.append(f"| {row['point']} | {row['arm']} | {row['seed']} | {cells} |")
+        lines.append("")
     lines += [
         "## Arms",
         "",
