@@ -379,8 +379,8 @@ def page(found: dict[str, Any]) -> str:
         ]
         for row in found["gains"]:
             gained = {"mean": row["after"] - row["before"], "low": row["low"], "high": row["high"]}
-            cells = f"{row['before']:.1%} | {row['after']:.1%} | {_number(gained)}"
-            lines.append(f"| {row['point']} | {row['arm']} | {row['seed']} | {cells} |")
+            told = f"{row['before']:.1%} | {row['after']:.1%} | {_number(gained)}"
+            lines.append(f"| {row['point']} | {row['arm']} | {row['seed']} | {told} |")
         lines.append("")
     lines += [
         "## Arms",
