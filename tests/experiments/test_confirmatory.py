@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -292,6 +293,7 @@ def test_every_study_has_its_own_rules() -> None:
     assert hashes["tiny"] == RULES
     for of in regime.REGIMES.values():
         assert {point.name for point in of.points} == set(of.by_name)
+        assert regime.rules_hash(pickle.loads(pickle.dumps(of))) == hashes[of.preset], "a worker has a copy"
 
 
 def test_units_of_one_study_are_no_units_of_another(tmp_path: Path) -> None:

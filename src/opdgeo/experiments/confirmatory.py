@@ -321,7 +321,7 @@ def page(found: dict[str, Any]) -> str:
     of = regime.REGIMES[found["preset"]]
     shown = [point for point in of.points if point.name != regime.S1]
     counts = {p.name: len({u["seed"] for u in found["units"] if u["point"] == p.name}) for p in of.points}
-    option = "" if of is TINY else f"--preset {of.preset} "
+    option = "" if of == TINY else f"--preset {of.preset} "
     lines = [
         f"# {of.title}",
         "",

@@ -167,7 +167,7 @@ def as_data(of: Regime = TINY) -> dict[str, Any]:
         "evaluated": of.evaluated,
         "noise_gains": NOISE_GAINS,
     }
-    if of is TINY:
+    if of == TINY:  # not `is`: a worker has a copy
         return shared | {"s1": {**S1_EVALUATED, "anchor": EARLY_ANCHOR, "from": LEG_FROM}}
     return shared | {"preset": of.preset, "settings": PRESETS[of.preset]}
 
