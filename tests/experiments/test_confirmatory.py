@@ -488,6 +488,20 @@ def test_a_unit_begun_under_other_rules_does_not_go_on(tmp_path: Path) -> None:
         units.run_unit(regime.BY_NAME["hot"], 101, tmp_path, tmp_path / "units")
 
 
+def test_a_unit_that_fails_is_told_at_once_and_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (101, 102):
+        (tmp_path / f"hot-seed{seed}").mkdir()
+        older = json.dumps({"date": "2026-11-01T00:00:00+00:00", "rules": "older"})
+        (tmp_path / f"hot-seed{seed}/begun.json").write_text(older)
+    hot = regime.BY_NAME["hot"]
+    with pytest.raises(ConfigError, match=f"begun under rules older; expected {RULES}"):
+        units.run_all([(hot, 101), (hot, 102)], tmp_path, tmp_path / "units", workers=2)
+    told = capsys.readouterr().err
+    assert all(f"hot seed {seed}: failed, the other units go on" in told for seed in (101, 102))
+
+
 # What is reduced
 
 

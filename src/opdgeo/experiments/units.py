@@ -280,6 +280,9 @@ def run_all(
     """Run units in their order, `workers` at a time, each on one thread of a process of its own.
 
     A process serves several units, so libraries are loaded once. A teacher that the preset makes is trained before.
+
+    Raises:
+        Exception: what the first unit that failed raised, when all others are finished.
     """
     waiting = [unit for unit in units if not file_of(keep, unit[0].name, unit[1]).is_file()]
     done = [file_of(keep, point.name, seed) for point, seed in units if (point, seed) not in waiting]
@@ -292,6 +295,7 @@ def run_all(
         torch.set_num_threads(1)
         return done + [run_unit(point, seed, out, keep, of=of, short=short) for point, seed in waiting]
     context = multiprocessing.get_context("spawn")
+    failed: list[BaseException] = []
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(1,)) as pool:
         running: dict[Future[Path], str] = {}
         while waiting or running:
@@ -301,8 +305,14 @@ def run_all(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 name = running.pop(future)
+                if error := future.exception():  # told at once: the others may take hours
+                    failed.append(error)
+                    print(f"{name}: failed, the other units go on: {error}", file=sys.stderr, flush=True)
+                    continue
                 done.append(future.result())
                 print(f"{name}: kept ({len(done)} of {len(units)})", file=sys.stderr, flush=True)
+    if failed:
+        raise failed[0]
     return done
 
 
