@@ -377,6 +377,30 @@ def test_the_page_in_docs_is_of_the_units_beside_it(of: regime.Regime) -> None:
         assert_frame_equal(table, confirmatory.sizes(kept), rel_tol=1e-9)
 
 
+def test_the_results_page_tells_the_verdicts_of_the_units() -> None:
+    """docs/results.md is written by hand; each verdict in its tables is what the units say, with the mark of noise."""
+    folder = ROOT / "docs/results"
+    told: dict[tuple[str, str], str] = {}  # (column, claim) → cell
+    for of in regime.REGIMES.values():
+        for claim in confirmatory.judged(confirmatory.load(folder / of.folder, of))["claims"]:
+            told[f"over {of.preset}", claim["id"]] = f"**{claim['verdict']}**"
+            for name, at in claim["points"].items():
+                if at["seeds"] and len(claim["points"]) > 1:  # else it is the verdict over all points
+                    told[name, claim["id"]] = at["verdict"] + "*" * bool(at["also_without_learning"])
+    columns: list[str] = []
+    compared = set()
+    for line in (ROOT / "docs/results.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| |"):
+            columns = [(re.findall("`([a-z0-9 -]+)`", cell) or [""])[0] for cell in cells]
+        elif columns and cells[0] in {claim for _, claim in told}:
+            for column, cell in list(zip(columns, cells, strict=True))[1:]:
+                if column:
+                    assert cell == told.get((column, cells[0]), "–"), (cells[0], column)
+                    compared.add((column, cells[0]))
+    assert compared >= {(column, claim) for column, claim in told if column != "over smollm2"}, told.keys() - compared
+
+
 def test_the_protocol_states_the_rules_that_judge() -> None:
     text = (ROOT / "docs/protocol.md").read_text()
     stated = re.findall(r"[Vv]ersion (\d+), fixed on (\d{4}-\d\d-\d\d), rules `([0-9a-f]{16})`", text)
