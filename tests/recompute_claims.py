@@ -572,6 +572,8 @@ class Checker:
             self.wrong += wrong
         for row in stated["sizes"]:
             self.from_null(numbers[row["point"]], row)
+        for row in stated["gains"]:
+            self.gained(folder / f"{row['point']}-seed{row['seed']}.parquet", row)
         for claim in stated["claims"]:
             p_of: dict[str, dict[str, float]] = {}
             for name, at in claim["points"].items():
@@ -608,6 +610,18 @@ class Checker:
             self.same(
                 f"{claim['id']}/verdict", claim["verdict"], over if len(names) == len(claim["points"]) else "open"
             )
+
+    def gained(self, path: Path, row: dict[str, Any]) -> None:
+        """From the numbers of prompts that turned right and wrong between the first evaluation and the last."""
+        cells = pl.read_parquet(path).filter(arm=row["arm"], name=ACCURACY).sort("step")
+        first, last = (int.from_bytes(cells["right"][i], "big") for i in (0, -1))
+        n = 8 * len(cells["right"][0])
+        better, worse = (last & ~first).bit_count(), (first & ~last).bit_count()
+        mean = (better - worse) / n
+        half = stats.t.ppf(0.975, n - 1) * math.sqrt(((better + worse) / n - mean**2) / (n - 1))
+        ours = {"before": cells["value"][0], "after": cells["value"][-1], "low": mean - half, "high": mean + half}
+        for name, value in ours.items():
+            self.same(f"{path.name}/{row['arm']}/{name}", row[name], value)
 
     def of_all(self, n: Numbers, about: dict[str, Any], control: str) -> list[int]:
         tested = list(dict.fromkeys(arm for c in about["tested"] for arm in arms_in(c)))

@@ -333,6 +333,7 @@ def test_of_two_seeds_what_was_learned_is_read_over_prompts(tmp_path: Path) -> N
             write_unit(tmp_path / "smollm2", point, seed, plant, rules=rules, begun=BEGUN.replace(RULES, rules))
     kept = confirmatory.load(tmp_path / "smollm2", regime.SMOLLM2)
     found = confirmatory.judged(kept)
+    assert recomputed(tmp_path, found, tmp_path / "smollm2") == []
     assert confirmatory.unlearned(found) == ["rlvr at smollm2"], "one seed that lost is enough; the coin need not learn"
     assert "**Did not learn in every seed: rlvr at smollm2**" in confirmatory.page(found)
     row = next(r for r in found["gains"] if (r["point"], r["arm"], r["seed"]) == ("smollm2", OPD, 101))
