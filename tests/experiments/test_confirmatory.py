@@ -525,6 +525,20 @@ def test_a_unit_that_fails_is_told_at_once_and_stops_no_other(
         units.run_all([(hot, 101), (hot, 102)], tmp_path, tmp_path / "units", workers=2)
     told = capsys.readouterr().err
     assert all(f"hot seed {seed}: failed, the other units go on" in told for seed in (101, 102))
+    asked = [
+        "-o",
+        str(tmp_path),
+        "--keep",
+        str(tmp_path / "units"),
+        "--points",
+        "hot",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+    ]
+    with pytest.raises(SystemExit, match=r"^error: .*begun under rules older"):  # no traceback
+        units.main(asked)
 
 
 # What is reduced

@@ -284,7 +284,7 @@ def sizes(units: Units) -> pl.DataFrame:
 def gains(units: Units, point: Point) -> list[dict[str, Any]]:
     """What each arm of a point gained in sampled accuracy, seed by seed, with Student's 95 % interval over the same prompts before and after."""
     count = units.of.evaluated["eval_prompts"]
-    rows = units.at(point).filter(pl.col("name") == ACCURACY.name, pl.col("right").is_not_null()).sort("step")
+    rows = units.at(point).filter(pl.col("name") == ACCURACY.name, pl.col("right").is_not_null()).sort("seed", "step")
     out = []
     for arm in point.all_arms:
         for (seed,), mine in rows.filter(arm=arm).group_by("seed", maintain_order=True):
@@ -292,7 +292,7 @@ def gains(units: Units, point: Point) -> list[dict[str, Any]]:
             low, high = (float(end) for end in t_interval(after - before))
             ends = {"before": float(before.mean()), "after": float(after.mean())}
             out.append({"point": point.name, "arm": arm, "seed": seed, **ends, "low": low, "high": high})
-    return sorted(out, key=lambda row: (point.all_arms.index(row["arm"]), row["seed"]))
+    return out
 
 
 def unlearned(found: dict[str, Any]) -> list[str]:
@@ -368,20 +368,7 @@ def page(found: dict[str, Any]) -> str:
                     )
         lines.append("")
     lines += _needed(found)
-    if found["gains"]:
-        lines += [
-            "## What was learned",
-            "",
-            "Sampled accuracy on the same held-out prompts before and after, seed by seed, and what was gained with Student's 95 % interval over prompts.",
-            "",
-            "| point | arm | seed | before | after | gained |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in found["gains"]:
-            gained = {"mean": row["after"] - row["before"], "low": row["low"], "high": row["high"]}
-            told = f"{row['before']:.1%} | {row['after']:.1%} | {_number(gained)}"
-            lines.append(f"| {row['point']} | {row['arm']} | {row['seed']} | {told} |")
-        lines.append("")
+    lines += _learned(found["gains"])
     lines += [
         "## Arms",
         "",
@@ -439,6 +426,25 @@ def _needed(found: dict[str, Any]) -> list[str]:
         *rows,
         "",
     ]
+
+
+def _learned(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of `gains`; nothing where they are read over seeds."""
+    if not rows:
+        return []
+    lines = [
+        "## What was learned",
+        "",
+        "Sampled accuracy on the same held-out prompts before and after, seed by seed, and what was gained with Student's 95 % interval over prompts.",
+        "",
+        "| point | arm | seed | before | after | gained |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gained = _number(row | {"mean": row["after"] - row["before"]})
+        cells = [row["point"], row["arm"], row["seed"], f"{row['before']:.1%}", f"{row['after']:.1%}", gained]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, ""]
 
 
 def _related(rows: list[dict[str, Any]]) -> list[str]:

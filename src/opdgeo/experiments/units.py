@@ -282,7 +282,7 @@ def run_all(
     A process serves several units, so libraries are loaded once. A teacher that the preset makes is trained before.
 
     Raises:
-        Exception: what the first unit that failed raised, when all others are finished.
+        Exception: what the first unit that failed raised; with several workers when all others are finished.
     """
     waiting = [unit for unit in units if not file_of(keep, unit[0].name, unit[1]).is_file()]
     done = [file_of(keep, point.name, seed) for point, seed in units if (point, seed) not in waiting]
@@ -341,7 +341,10 @@ def main(arguments: list[str] | None = None) -> None:
         for point, seed in regime.units(of)
         if point.name in wanted and (options.seeds is None or seed - regime.FIRST < options.seeds)
     ]
-    run_all(chosen, options.o.resolve(), options.keep, options.workers, of=of, short=options.rehearse)
+    try:
+        run_all(chosen, options.o.resolve(), options.keep, options.workers, of=of, short=options.rehearse)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
